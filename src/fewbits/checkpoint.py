@@ -1,0 +1,56 @@
+"""A model as files hold it: configuration, lazily loaded tensors under their Transformers names, tokenizer files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Callable
+
+from fewbits.codecs.base import Codec, Shape
+from fewbits.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: what its file says of it, and how to get it."""
+
+    name: str
+    shape: Shape
+    codec: Codec
+    load: Callable[[], QTensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codec.nbytes(self.shape)
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+    def as_(self, **changes: Any) -> Entry:
+        return replace(self, **changes)
+
+
+@dataclass
+class Checkpoint:
+    """A model in any container. Names and orientation are those of Transformers' `state_dict` ([out, in])."""
+
+    path: Path
+    container: str  # name of the container it came from
+    config: dict[str, Any]  # config.json without a quantization_config
+    entries: dict[str, Entry]
+    files: dict[str, bytes] = field(default_factory=dict)  # tokenizer.json, generation_config.json, …
+    facts: dict[str, Any] = field(default_factory=dict)  # what else the file says of itself, for `info`
+
+    @property
+    def architecture(self) -> str:
+        return (self.config.get("architectures") or [self.config.get("model_type", "unknown")])[0]
+
+    @property
+    def parameters(self) -> int:
+        return sum(e.parameters for e in self.entries.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(e.nbytes for e in self.entries.values())

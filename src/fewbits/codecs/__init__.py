@@ -1,0 +1,26 @@
+"""Number formats by name: `get("Q4_K")`, `get("int4-g128-asym")`, `get("nf4-b64-dq")`, `get("int8")`, `get("bf16")`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from fewbits.codecs import affine, floats, ggml, kquants, table
+from fewbits.codecs.base import Codec
+from fewbits.errors import FewbitsError
+
+FAMILIES = (floats, ggml, kquants, affine, table)  # each parses the names of its own codecs
+
+
+@lru_cache(maxsize=None)
+def get(name: str) -> Codec:
+    """The codec called `name` (case does not matter).
+
+    Raises:
+        FewbitsError: no codec has that name.
+    """
+    for family in FAMILIES:
+        codec = family.parse(name)
+        if codec is not None:
+            return codec
+    raise FewbitsError(f"unknown codec {name!r}", "for example: int4-g128, int3-g32-asym, int8, nf4, nf4-dq, fp4, "
+                       "Q4_0, Q5_0, Q8_0, Q4_K, Q6_K, f16, bf16")

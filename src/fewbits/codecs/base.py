@@ -1,0 +1,152 @@
+"""What a number format is: parameters fitted to units of columns, a grid of values, and packed planes.
+
+Every scalar format is `value = scale * level[code] + offset`. A *unit* is a run of columns of one row whose parameters
+are chosen together: the group of int-k, a block of Q4_0, the super-block of a K-quant. Parameters are a dict of tensors
+`[..., k]`, k values a unit, already rounded to what files hold; over a whole tensor they are `[rows, units, k]`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Iterator, Protocol
+
+from fewbits.lazy import torch
+
+Shape = tuple[int, ...]
+Params = dict[str, "torch.Tensor"]
+Planes = dict[str, "torch.Tensor"]
+
+
+class Grid(Protocol):
+    """The values that codes stand for, once the parameters are known. Column-wise: `[..., columns]`."""
+
+    def encode(self, w: torch.Tensor) -> torch.Tensor:
+        """Nearest codes (uint8) of `w` `[..., columns]`."""
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Values (float32) of `codes` `[..., columns]`, bit for bit as the format's reference computes them."""
+
+    def columns(self, index: torch.Tensor | slice) -> Grid:
+        """The same grid restricted to some columns of its unit."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A number format; a frozen value. Subclasses say how; solvers and containers see only this interface."""
+
+    integer_bits: ClassVar[int] = 8  # bits of one code
+    family: ClassVar[str] = ""  # which containers take it: "float", "ggml", "int", "table", "int8"
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    # shapes ---------------------------------------------------------------------------------------------------------
+    def unit(self, columns: int) -> int:
+        """Columns whose parameters are chosen together, in a row of `columns`."""
+        raise NotImplementedError
+
+    def check(self, shape: Shape) -> str | None:
+        """Why a tensor of this shape cannot take the codec, or None."""
+        return None
+
+    def matrix(self, shape: Shape) -> tuple[int, int]:
+        """Rows and columns in which units lie side by side; differs from the shape where blocks cross rows."""
+        return (math.prod(shape[:-1]), shape[-1])
+
+    def rows_apart(self, shape: Shape) -> bool:
+        """Whether every row packs by itself, so that rows can be permuted, split and stacked without decoding."""
+        return True
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of all planes."""
+        raise NotImplementedError
+
+    def bits_per_weight(self, shape: Shape) -> float:
+        return self.nbytes(shape) * 8 / max(1, math.prod(shape))
+
+    # values ---------------------------------------------------------------------------------------------------------
+    def begin(self, w: torch.Tensor, importance: torch.Tensor | None) -> Any:
+        """State of the whole tensor, needed before units are fitted one by one. `w` is `[rows, columns]`."""
+        return None
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
+        """Parameters of the units `w` `[..., unit]`, minimising the (importance-weighted) squared error.
+
+        `importance` broadcasts to `w`; a ragged last unit comes alone, in a call of its own.
+        """
+        raise NotImplementedError
+
+    def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
+        """Better parameters for fixed codes; the default keeps them."""
+        return params
+
+    def grid(self, params: Params, columns: int) -> Grid:
+        """The grid of units `columns` wide with parameters `[..., k]`."""
+        raise NotImplementedError
+
+    # bytes ----------------------------------------------------------------------------------------------------------
+    def pack(self, codes: torch.Tensor, params: Params, shape: Shape) -> Planes:
+        """Codes `[rows, columns]` and params `[rows, units, k]` to canonical planes, each `[rows, bytes or values]`."""
+        raise NotImplementedError
+
+    def unpack(self, planes: Planes, shape: Shape) -> tuple[torch.Tensor, Params]:
+        """The inverse of `pack`."""
+        raise NotImplementedError
+
+    def planes(self, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        """Name -> (torch dtype name, shape) of every plane."""
+        raise NotImplementedError
+
+
+def spans(columns: int, unit: int) -> Iterator[tuple[slice, slice, int]]:
+    """The column range, unit range and width of the full units of a row, then of the ragged last one."""
+    full = columns // unit
+    if full:
+        yield slice(0, full * unit), slice(0, full), unit
+    if columns % unit:
+        yield slice(full * unit, columns), slice(full, full + 1), columns % unit
+
+
+def units(columns: int, unit: int) -> int:
+    return -(-columns // unit)
+
+
+def fit_units(w: torch.Tensor, codec: Codec, importance: torch.Tensor | None, state: Any) -> Params:
+    """Fit every unit of `w` `[rows, columns]` at once; params `[rows, units, k]`."""
+    parts = []
+    for cols, _, width in spans(w.shape[1], codec.unit(w.shape[1])):
+        weight = None if importance is None else importance[..., cols].reshape(*importance.shape[:-1], -1, width)
+        parts.append(codec.fit(w[:, cols].reshape(w.shape[0], -1, width), weight, state))
+    return {k: torch.cat([p[k] for p in parts], dim=1) for k in parts[0]}
+
+
+def refit_units(w: torch.Tensor, codes: torch.Tensor, codec: Codec, params: Params,
+                importance: torch.Tensor | None) -> Params:
+    """`refit` every unit of `w` `[rows, columns]` at once."""
+    parts = []
+    for cols, us, width in spans(w.shape[1], codec.unit(w.shape[1])):
+        weight = None if importance is None else importance[..., cols].reshape(*importance.shape[:-1], -1, width)
+        shape = (w.shape[0], -1, width)
+        parts.append(codec.refit(w[:, cols].reshape(shape), codes[:, cols].reshape(shape),
+                                 {k: p[:, us] for k, p in params.items()}, weight))
+    return {k: torch.cat([p[k] for p in parts], dim=1) for k in parts[0]}
+
+
+def encode_units(w: torch.Tensor, codec: Codec, params: Params) -> torch.Tensor:
+    """Nearest codes of `w` `[rows, columns]`."""
+    parts = []
+    for cols, us, width in spans(w.shape[1], codec.unit(w.shape[1])):
+        grid = codec.grid({k: p[:, us] for k, p in params.items()}, width)
+        parts.append(grid.encode(w[:, cols].reshape(w.shape[0], -1, width)).reshape(w.shape[0], -1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def decode_units(codes: torch.Tensor, codec: Codec, params: Params) -> torch.Tensor:
+    """Values of `codes` `[rows, columns]`."""
+    parts = []
+    for cols, us, width in spans(codes.shape[1], codec.unit(codes.shape[1])):
+        grid = codec.grid({k: p[:, us] for k, p in params.items()}, width)
+        parts.append(grid.decode(codes[:, cols].reshape(codes.shape[0], -1, width)).reshape(codes.shape[0], -1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

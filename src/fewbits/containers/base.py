@@ -1,0 +1,141 @@
+"""What a container is, and the one way anything is written: beside, checked, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Callable, ClassVar
+
+from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch
+from fewbits.qtensor import CHUNK, QTensor
+
+Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
+
+
+class Container:
+    """Reads and writes one file layout."""
+
+    name: ClassVar[str]
+    suffix: ClassVar[str] = ""  # of a file; directories have none
+
+    def detect(self, path: Path) -> bool:
+        """Whether `path` is in this layout; looks at names and magic bytes only."""
+        raise NotImplementedError
+
+    def read(self, path: Path) -> Checkpoint:
+        """Open `path`; tensors are loaded when asked for, and mapped rather than copied where the layout allows."""
+        raise NotImplementedError
+
+    def accepts(self, checkpoint: Checkpoint, entry: Entry) -> str | None:
+        """Why this layout cannot hold the entry of that checkpoint, or None."""
+        raise NotImplementedError
+
+    def stage(self, path: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        """Write the whole checkpoint to the fresh name `path`, tensor by tensor."""
+        raise NotImplementedError
+
+
+def write(container: Container, path: Path, checkpoint: Checkpoint, progress: Progress | None = None) -> Checkpoint:
+    """Write `checkpoint` to `path` and return it as read back.
+
+    The data goes to a name beside, is read back, decoded and compared with what was meant, synced, and only then
+    renamed; on any failure, Ctrl-C included, nothing is left behind.
+
+    Raises:
+        FewbitsError: output and input are the same, `path` exists, too little disk space, a tensor the container cannot
+            hold, or a file that does not read back as it was meant.
+    """
+    path = path.resolve()
+    check_output(path, checkpoint.path)
+    for entry in checkpoint.entries.values():
+        reason = container.accepts(checkpoint, entry)
+        if reason:
+            raise FewbitsError(f"{container.name} cannot hold {entry.name} ({entry.codec.name}): {reason}")
+    check_space(path.parent, checkpoint.nbytes)
+    partial = path.with_name(f".{path.name}.partial{container.suffix}")
+    remove(partial)
+    try:
+        container.stage(partial, checkpoint, progress)
+        compare(container.read(partial), checkpoint, progress)
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        remove(partial)
+        raise
+    return container.read(path)
+
+
+def check_output(path: Path, source: Path | None) -> None:
+    """Refuse an output that is the input, that lies inside it, or that exists already."""
+    if source is not None and (path == source.resolve() or source.resolve() in path.parents):
+        raise FewbitsError(f"{path}: output and input are the same", "give another name with -o")
+    if path.exists():
+        raise FewbitsError(f"{path}: exists already", "remove it, or give another name with -o")
+    if not path.parent.is_dir():
+        raise FewbitsError(f"{path.parent}: no such directory", "create it first")
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise FewbitsError(f"{folder}: {needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+                           "free some space, or write to another disk")
+
+
+def compare(got: Checkpoint, meant: Checkpoint, progress: Progress | None = None) -> None:
+    """Decode every tensor of both and demand equal values (NaN equal to NaN)."""
+    missing = meant.entries.keys() - got.entries.keys()
+    if missing:
+        raise FewbitsError(f"{got.path}: reads back without {sorted(missing)[0]} ({len(missing)} tensors missing)")
+    done, total = 0, meant.nbytes
+    for name, entry in meant.entries.items():
+        if progress:
+            progress("checking", done, total)
+        a, b = got.entries[name].load(), entry.load()
+        if a.shape != b.shape or not _equal(a, b):
+            raise FewbitsError(f"{got.path}: {name} reads back with other values than were written",
+                               "this is a bug in fewbits: please report it")
+        done += entry.nbytes
+
+
+def _equal(a: QTensor, b: QTensor) -> bool:
+    same_planes = a.codec == b.codec and a.planes.keys() == b.planes.keys()
+    if same_planes and all(torch.equal(_bits(a.planes[k]), _bits(b.planes[k])) for k in a.planes):
+        return True
+    if len(a.shape) < 2 or not (a.codec.rows_apart(a.shape) and b.codec.rows_apart(b.shape)):
+        return _same_values(a.dequantize(), b.dequantize())
+    rows, step = a.codec.matrix(a.shape)[0], max(1, 2 * CHUNK // a.shape[-1])
+    return all(_same_values(a._rows(slice(i, i + step)).dequantize(), b._rows(slice(i, i + step)).dequantize())
+               for i in range(0, rows, step))
+
+
+def _bits(plane: torch.Tensor) -> torch.Tensor:
+    return plane.contiguous().view(torch.uint8) if plane.numel() else plane
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(torch.equal(a, b) or ((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or every file of a directory, then the directory that holds it."""
+    for file in (sorted(path.rglob("*")) if path.is_dir() else [path]):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,11 @@
+"""The one error that users see: a line that says what is wrong, and a hint at what to do."""
+
+from __future__ import annotations
+
+
+class FewbitsError(ValueError):
+    """What was asked cannot be done: names the file or tensor, the value and the limit."""
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message)
+        self.hint = hint
