@@ -1,0 +1,64 @@
+"""Solvers choose the codes of one weight for any codec: `solve(w, codec, "gptq", statistics)`.
+
+A solver is a function `(w, codec, statistics) -> codes, params`: `w` float `[rows, columns]`, codes the same shape,
+params `[rows, units, k]`. It sees only the codec interface.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+from fewbits.calibrate import Statistics
+from fewbits.codecs.base import Codec, Params
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch
+from fewbits.qtensor import CHUNK, QTensor
+from fewbits.solvers.gptq import gptq
+from fewbits.solvers.gptq import refuses as gptq_refuses
+from fewbits.solvers.nearest import nearest, search
+
+Solver = Callable[..., "tuple[torch.Tensor, Params]"]
+SOLVERS: dict[str, Solver] = {"nearest": nearest, "search": search, "gptq": gptq}
+NEEDS_STATISTICS = {"gptq"}
+
+
+def refuses(solver: str, codec: Codec, shape: tuple[int, ...]) -> str | None:
+    """Why `solver` cannot choose codes of `codec` for a weight of `shape`, or None."""
+    if solver not in SOLVERS:
+        raise FewbitsError(f"unknown solver {solver!r}", "one of: " + ", ".join(SOLVERS))
+    return codec.check(shape) or (gptq_refuses(codec, shape) if solver == "gptq" else None)
+
+
+def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Statistics | None = None) -> QTensor:
+    """Quantize one weight `[..., out, in]` of any float dtype.
+
+    Rows are handled a few at a time where the solver treats them apart, so that memory stays near the packed size.
+
+    Raises:
+        FewbitsError: the codec or the solver cannot take the shape, or statistics are missing.
+    """
+    shape = tuple(w.shape)
+    reason = refuses(solver, codec, shape)
+    if reason:
+        raise FewbitsError(f"{solver} into {codec.name} at shape {list(shape)}: {reason}")
+    if solver in NEEDS_STATISTICS and statistics is None:
+        raise FewbitsError(f"solver {solver} needs calibration text", "give one with --calibration FILE")
+    rows, columns = codec.matrix(shape)
+    matrix = w.reshape(rows, columns)
+    state = begin(matrix, codec)
+    importance = statistics.importance(shape, (rows, columns)) if statistics is not None else None
+    if solver == "gptq":
+        return QTensor.pack(codec, shape, *gptq(matrix.float(), codec, statistics, state))
+    if not codec.rows_apart(shape):
+        return QTensor.pack(codec, shape, *SOLVERS[solver](matrix.float(), codec, importance, state))
+    step = max(1, CHUNK // max(1, columns))
+    parts = []
+    for at in range(0, rows, step):
+        part = matrix[at:at + step].float()
+        parts.append(codec.pack(*SOLVERS[solver](part, codec, importance, state), (len(part), columns)))
+    return QTensor(codec, shape, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
+
+
+def begin(matrix: torch.Tensor, codec: Codec) -> object:
+    """The codec's state of the whole tensor."""
+    return codec.begin(matrix, None)

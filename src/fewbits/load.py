@@ -1,0 +1,92 @@
+"""From a path in any format to a model that generates."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fewbits import containers
+from fewbits.checkpoint import Checkpoint
+from fewbits.errors import FewbitsError
+from fewbits.runtime.build import decoded, empty_model, parameter_of, tokenizer_of
+from fewbits.runtime.dispatch import choose
+from fewbits.runtime.linear import QEmbedding, QLinear
+from fewbits.runtime.reference import Prepared
+
+
+def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
+         kernel: str | None = None) -> transformers.PreTrainedModel:
+    """An ordinary Transformers model on the weights of `model`, a path in any format or a hub id.
+
+    Quantized matrices become `QLinear` and `QEmbedding` modules; everything else is decoded to `dtype`. `kernel` names
+    the kernel; by default weights are decoded once where that fits into half of the free memory, else at every product.
+    `model.checkpoint` and `model.tokenizer()` give what came with it.
+
+    Raises:
+        FewbitsError: nothing readable there, tensors missing or misshapen.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else containers.open(model)
+    net = empty_model(checkpoint.config)
+    if kernel is None:
+        needed = sum(e.parameters for e in checkpoint.entries.values()) * dtype.itemsize
+        kernel = "decoded" if needed < available_bytes() / 2 else "decode"
+    prepared: dict[str, Prepared] = {}
+    for entry in checkpoint.entries.values():
+        owner, leaf = parameter_of(net, checkpoint, entry)
+        if entry.codec.family != "float" and leaf == "weight" and isinstance(owner, (nn.Linear, Conv1D, nn.Embedding)):
+            q = entry.load()
+            prepared[entry.name] = choose(q, torch.device("cpu"), kernel).prepare(q, dtype)
+            name = entry.name.rpartition(".")[0]
+            if isinstance(owner, nn.Embedding):
+                net.set_submodule(name, QEmbedding(q, owner, prepared[entry.name]))
+            else:
+                net.set_submodule(name, QLinear(q, owner.bias, prepared[entry.name]))
+        else:
+            value = decoded(entry, owner, dtype)
+            if leaf in owner._parameters:
+                setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+            else:
+                owner.register_buffer(leaf, value)
+    _tie(net, checkpoint, prepared)
+    missing = [n for n, p in net.named_parameters() if p.is_meta]
+    if missing:
+        raise FewbitsError(f"{checkpoint.path}: {missing[0]} is missing ({len(missing)} of the model's tensors are)")
+    if net.can_generate() and "generation_config.json" in checkpoint.files:
+        net.generation_config = _generation_config(checkpoint)
+    net.checkpoint = checkpoint  # type: ignore[assignment]
+    net.tokenizer = lambda: tokenizer_of(checkpoint)  # type: ignore[assignment]
+    return net
+
+
+def _tie(net: transformers.PreTrainedModel, checkpoint: Checkpoint, prepared: dict[str, Prepared]) -> None:
+    """Let the head use the embedding's tensor where the file holds only one of the two."""
+    embedding = net.get_input_embeddings()
+    if isinstance(embedding, QEmbedding):
+        for name, module in list(net.named_modules()):
+            if isinstance(module, nn.Linear) and module.weight.is_meta and name + ".weight" not in checkpoint.entries:
+                if tuple(module.weight.shape) == tuple(embedding.q.shape):
+                    net.set_submodule(name, QLinear(embedding.q, module.bias, embedding.prepared))
+    else:
+        net.tie_weights()
+
+
+def _generation_config(checkpoint: Checkpoint) -> transformers.GenerationConfig:
+    import json
+
+    return transformers.GenerationConfig.from_dict(json.loads(checkpoint.files["generation_config.json"]))
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    try:
+        with open("/proc/meminfo") as info:
+            fields: dict[str, Any] = dict(line.split(":") for line in info)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

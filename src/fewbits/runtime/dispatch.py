@@ -1,0 +1,27 @@
+"""Which kernel computes with a tensor: the first of an ordered list that supports it."""
+
+from __future__ import annotations
+
+import torch
+
+from fewbits.errors import FewbitsError
+from fewbits.qtensor import QTensor
+from fewbits.runtime.reference import Decode, Decoded, Kernel
+
+KERNELS: tuple[Kernel, ...] = (Decoded(), Decode())
+
+
+def choose(q: QTensor, device: torch.device, only: str | None = None) -> Kernel:
+    """The first kernel that supports `q` on `device`; `only` names the one to take.
+
+    Raises:
+        FewbitsError: none does; the message lists every kernel and its reason.
+    """
+    reasons = []
+    for kernel in KERNELS:
+        reason = f"not asked for (only {only})" if only not in (None, kernel.name) else kernel.supports(q, device)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    raise FewbitsError(f"no kernel computes {q.codec.name} {list(q.shape)} on {device}: " + "; ".join(reasons),
+                       "kernels: " + ", ".join(k.name for k in KERNELS))

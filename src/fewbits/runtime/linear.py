@@ -1,0 +1,76 @@
+"""Linear layers and embeddings whose weight holds packed bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbits.qtensor import QTensor
+from fewbits.runtime.reference import Prepared
+
+
+class _Product(torch.autograd.Function):
+    """Product with a frozen weight; the gradient flows to the input and the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, prepared: Prepared) -> torch.Tensor:
+        ctx.prepared = prepared
+        return prepared.matmul(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        g = grads[0]
+        grad_x = ctx.prepared.grad_input(g) if ctx.needs_input_grad[0] else None
+        grad_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None
+
+
+def _packed(q: QTensor) -> tuple[str, nn.Parameter, dict[str, torch.Tensor]]:
+    """The plane of codes as a frozen parameter, and the other planes."""
+    first, *others = q.planes
+    return first, nn.Parameter(q.planes[first], requires_grad=False), {k: q.planes[k] for k in others}
+
+
+class QLinear(nn.Linear):
+    """`nn.Linear` on a quantized tensor `[out, in]`; `weight` is its plane of codes, never a decoded view."""
+
+    def __init__(self, q: QTensor, bias: torch.Tensor | None, prepared: Prepared):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = q.shape[-2:]
+        first, self.weight, others = _packed(q)
+        for name, plane in others.items():
+            self.register_buffer(f"plane_{name}", plane)
+        self.bias = bias
+        self.q, self.prepared = q, prepared
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return self.prepared.matmul(input, self.bias)
+        return _Product.apply(input, self.bias, self.prepared)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, codec={self.q.codec.name}"
+
+
+class QEmbedding(nn.Embedding):
+    """`nn.Embedding` on a quantized tensor `[vocabulary, width]`; decodes the rows it is asked for."""
+
+    def __init__(self, q: QTensor, like: nn.Embedding, prepared: Prepared):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = q.shape
+        self.padding_idx, self.max_norm, self.norm_type = like.padding_idx, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+        self.scale = getattr(like, "embed_scale", None)  # Gemma multiplies its embeddings
+        _, self.weight, others = _packed(q)
+        for name, plane in others.items():
+            self.register_buffer(f"plane_{name}", plane)
+        self.q, self.prepared = q, prepared
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = self.prepared.rows(input)
+        return rows if self.scale is None else rows * self.scale.to(rows.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, codec={self.q.codec.name}"

@@ -1,0 +1,90 @@
+"""The reference kernels: decode in torch, multiply in torch. Right for every codec on every device; slow or large."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from fewbits.qtensor import QTensor
+
+
+class Prepared(Protocol):
+    """One weight, ready to multiply."""
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x` `[..., in]` times the weight transposed, plus bias: `[..., out]`."""
+
+    def grad_input(self, g: torch.Tensor) -> torch.Tensor:
+        """Gradient of the input, `[..., in]`, from that of the output, `[..., out]`."""
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` `[...]` of the weight: `[..., in]`."""
+
+
+class Kernel(Protocol):
+    name: str
+
+    def supports(self, q: QTensor, device: torch.device) -> str | None:
+        """Why this kernel cannot compute with `q` on `device`, or None."""
+
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared: ...
+
+
+class _Weight:
+    """Products with whatever `weight()` returns."""
+
+    def __init__(self, q: QTensor, dtype: torch.dtype):
+        self.q, self.dtype = q, dtype
+
+    def weight(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, self.weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def grad_input(self, g: torch.Tensor) -> torch.Tensor:
+        return g @ self.weight().to(g.dtype)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight())
+
+
+class _Decode(_Weight):
+    def weight(self) -> torch.Tensor:
+        return self.q.dequantize(self.dtype)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        if not self.q.codec.rows_apart(self.q.shape):
+            return super().rows(ids)
+        return self.q.rows(ids.reshape(-1)).dequantize(self.dtype).view(*ids.shape, -1)
+
+
+class _Decoded(_Weight):
+    def __init__(self, q: QTensor, dtype: torch.dtype):
+        super().__init__(q, dtype)
+        self.decoded = q.dequantize(dtype)
+
+    def weight(self) -> torch.Tensor:
+        return self.decoded
+
+
+class Decode:
+    """Decodes the weight at every product: memory of the packed weight, time of a decoding."""
+
+    name = "decode"
+    prepared: type[_Weight] = _Decode
+
+    def supports(self, q: QTensor, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else f"not yet on {device.type}"
+
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
+        return self.prepared(q, dtype)
+
+
+class Decoded(Decode):
+    """Decodes the weight once, when it is prepared: speed and memory of the unquantized model."""
+
+    name = "decoded"
+    prepared = _Decoded
