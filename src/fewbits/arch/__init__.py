@@ -9,7 +9,7 @@ from fewbits.arch.qwen2 import QWEN2
 
 ARCHITECTURES = (LLAMA, QWEN2, GEMMA3)
 
-__all__ = ["ARCHITECTURES", "Architecture", "Tensor", "Weight", "by_gguf", "lookup", "tensors"]
+__all__ = ["ARCHITECTURES", "Architecture", "Tensor", "Weight", "by_gguf", "complete", "lookup", "tensors"]
 
 
 def lookup(config: Config) -> Architecture | None:
@@ -26,16 +26,21 @@ def by_gguf(name: str) -> Architecture | None:
     return next((a for a in ARCHITECTURES if a.gguf == name), None)
 
 
+def complete(architecture: Architecture, config: Config) -> Config:
+    """The configuration with what Transformers takes where it is silent."""
+    return architecture.defaults | {k: v for k, v in config.items() if v is not None}
+
+
 def tensors(architecture: Architecture, config: Config) -> list[Tensor]:
     """Every tensor that a model of this configuration has, in the order of llama.cpp's files."""
+    config = complete(architecture, config)
     found: list[Tensor] = []
-    layers, done = range(config["num_hidden_layers"]), False
-    for weight in (w for w in architecture.weights if w.present(config)):
-        if "{i}" not in weight.hf:
+    weights = [w for w in architecture.weights if w.present(config)]
+    repeated = [w for w in weights if "{i}" in w.hf]
+    for weight in weights:
+        if weight not in repeated:
             found.append(Tensor(weight.hf, weight.gguf, weight.role, None, weight.ops(config)))
-        elif not done:
-            done = True
-            rows = [w for w in architecture.weights if "{i}" in w.hf and w.present(config)]
+        elif weight is repeated[0]:
             found += [Tensor(w.hf.format(i=i), w.gguf.format(i=i), w.role, i, w.ops(config))
-                      for i in layers for w in rows]
+                      for i in range(config["num_hidden_layers"]) for w in repeated]
     return found

@@ -55,7 +55,8 @@ class Architecture:
     model_types: tuple[str, ...]  # the first is written
     weights: tuple[Weight, ...]
     fields: tuple[Field, ...]
-    constants: Config  # configuration entries of the family that no file states
+    constants: Config  # configuration entries of the family that no GGUF file states
+    defaults: Config  # what Transformers takes where config.json is silent
     refuse: Callable[[Config], str | None]  # why a configuration does not fit GGUF, or None
     extra_metadata: Callable[[Config], Values]  # configuration -> {key: (type, value)}, keys without the prefix
     extra_config: Callable[[Values], Config]  # metadata without the prefix -> configuration entries

@@ -68,6 +68,7 @@ LLAMA = Architecture(
     ),
     fields=SIZES,
     constants={"hidden_act": "silu"},
+    defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     refuse=_refuse,
     extra_metadata=_metadata,
     extra_config=_config,

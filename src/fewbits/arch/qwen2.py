@@ -42,6 +42,7 @@ QWEN2 = Architecture(
     ),
     fields=tuple(f for f in SIZES if f.hf != "head_dim"),
     constants={"hidden_act": "silu"},
+    defaults={"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     refuse=_refuse,
     extra_metadata=rope.metadata,
     extra_config=_config,
