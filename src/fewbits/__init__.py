@@ -1,0 +1,27 @@
+"""fewbits puts any language model into few bits: quantize, run, measure, in every file format people already use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fewbits.errors import FewbitsError
+
+if TYPE_CHECKING:
+    from fewbits.inspection import inspect
+    from fewbits.loading import load
+    from fewbits.measure import evaluate
+    from fewbits.planning import plan
+    from fewbits.quantizing import quantize
+
+__version__ = "0.1.0"
+__all__ = ["FewbitsError", "evaluate", "inspect", "load", "plan", "quantize"]
+
+_HOMES = {"evaluate": "fewbits.measure", "inspect": "fewbits.inspection", "load": "fewbits.loading",
+          "plan": "fewbits.planning", "quantize": "fewbits.quantizing"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fewbits' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

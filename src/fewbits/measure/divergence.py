@@ -67,7 +67,7 @@ def evaluate(model: str | Path | Checkpoint | Any, against: str | Path | Checkpo
     Raises:
         FewbitsError: text shorter than a window, tokenizers that differ, logits that are not finite.
     """
-    from fewbits.load import load
+    from fewbits.loading import load
     from fewbits.runtime.build import bos_of
 
     began = time.monotonic()

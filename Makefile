@@ -1,0 +1,53 @@
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-peers peers bench lint types lines check clean
+
+## The two commands of the README ------------------------------------------------------------------------------------
+demo: $(READY)          # a real 135 M model into one recipe of each family
+	$(PY) examples/demo.py
+
+test: $(READY)          # the fast suite
+	$(PY) -m pytest
+
+## The rest ----------------------------------------------------------------------------------------------------------
+# torch first and pinned: an open range would bring gigabytes of CUDA packages to a machine without a GPU
+$(READY): pyproject.toml constraints.txt
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+check: lint types test
+
+lint: $(READY)
+	$(PY) -m ruff check .
+
+types: $(READY)
+	$(PY) -m mypy
+
+lines:                  # lines of code per folder
+	@for d in $$(git ls-files '*.py' | xargs -n1 dirname | sort -u); do \
+	  printf '%6d  %s\n' $$(git ls-files "$$d/*.py" | grep -E "^$$d/[^/]+$$" | xargs cat | wc -l) $$d; done
+
+peers: .peers/.ready    # llama.cpp, bitsandbytes and gptqmodel as test oracles, a virtual environment each
+
+.peers/.ready:
+	mkdir -p .peers
+	for p in llama bnb gptq; do test -x .peers/$$p/bin/python || python3 -m venv .peers/$$p; done
+	.peers/llama/bin/python -m pip install -q llama-cpp-python gguf
+	for p in bnb gptq; do .peers/$$p/bin/python -m pip install -q -c constraints.txt torch; done
+	.peers/bnb/bin/python -m pip install -q -c constraints.txt transformers accelerate bitsandbytes
+	.peers/gptq/bin/python -m pip install -q -c constraints.txt gptqmodel optimum
+	touch $@
+
+test-peers: $(READY) peers
+	$(PY) -m pytest -m peer
+
+bench: $(READY) peers   # every figure of docs/results.md
+	$(PY) -m pytest -m slow
+	for b in benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
+
+clean:
+	rm -rf $(VENV) demo-output build dist .pytest_cache .mypy_cache .ruff_cache

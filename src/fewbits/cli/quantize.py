@@ -1,0 +1,39 @@
+"""`fewbits quantize MODEL -o OUT --to RECIPE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fewbits.cli.common import console, emit, log, progress, quiet_libraries, size
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A path in any format, or a hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File or directory to write.")],
+    to: Annotated[str, typer.Option("--to", help="Recipe: Q4_K_M, Q8_0, nf4, int8, int4-g128, …")],
+    solver: Annotated[Optional[str], typer.Option(help="nearest, search or gptq.")] = None,
+    calibration: Annotated[Optional[Path], typer.Option(help="UTF-8 text to calibrate on.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a calibration sequence.")] = 512,
+    override: Annotated[Optional[list[str]], typer.Option(help="PATTERN=CODEC, may be repeated.")] = None,
+    container: Annotated[Optional[str], typer.Option(help="Write this layout instead of the recipe's own.")] = None,
+    keep_nonfinite: Annotated[bool, typer.Option(help="Leave tensors with NaN or infinities unquantized.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
+) -> None:
+    """Quantize a model into a recipe."""
+    from fewbits.quantizing import quantize
+
+    quiet_libraries()
+    with progress() as report:
+        result = quantize(model, out, to, solver=solver, calibration=calibration, samples=samples, length=length,
+                          overrides=override, container=container, keep_nonfinite=keep_nonfinite, progress=report)
+    if json:
+        emit(result.to_json())
+        return
+    for note in result.notes:
+        log.print(f"note: {note}", highlight=False, markup=False)
+    console.print(f"{result.path}: {result.recipe} ({result.container}), {size(result.nbytes)}, "
+                  f"{result.bits_per_weight:.3f} bits a weight, {result.seconds:.1f} s", highlight=False, soft_wrap=True)
