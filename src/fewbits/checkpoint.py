@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from fewbits.codecs.base import Codec, Shape
+from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
 
@@ -32,6 +33,15 @@ class Entry:
         return replace(self, **changes)
 
 
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor that is no weight (integers, a scalar): carried from directory to directory as it is."""
+
+    dtype: str  # as safetensors names it
+    shape: Shape
+    load: Callable[[], torch.Tensor]
+
+
 @dataclass
 class Checkpoint:
     """A model in any container. Names and orientation are those of Transformers' `state_dict` ([out, in])."""
@@ -42,6 +52,7 @@ class Checkpoint:
     entries: dict[str, Entry]
     files: dict[str, bytes] = field(default_factory=dict)  # tokenizer.json, generation_config.json, …
     facts: dict[str, Any] = field(default_factory=dict)  # what else the file says of itself, for `info`
+    buffers: dict[str, Buffer] = field(default_factory=dict)  # position ids and the like
 
     @property
     def architecture(self) -> str:

@@ -103,7 +103,7 @@ def compare(got: Checkpoint, meant: Checkpoint, progress: Progress | None = None
 
 
 def _equal(a: QTensor, b: QTensor) -> bool:
-    same_planes = a.codec == b.codec and a.planes.keys() == b.planes.keys()
+    same_planes = a.codec == b.codec and a.planes.keys() == b.planes.keys() and _same_order(a.order, b.order)
     if same_planes and all(torch.equal(_bits(a.planes[k]), _bits(b.planes[k])) for k in a.planes):
         return True
     if len(a.shape) < 2 or not (a.codec.rows_apart(a.shape) and b.codec.rows_apart(b.shape)):
@@ -111,6 +111,10 @@ def _equal(a: QTensor, b: QTensor) -> bool:
     rows, step = a.codec.matrix(a.shape)[0], max(1, 2 * CHUNK // a.shape[-1])
     return all(_same_values(a._rows(slice(i, i + step)).dequantize(), b._rows(slice(i, i + step)).dequantize())
                for i in range(0, rows, step))
+
+
+def _same_order(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _bits(plane: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,251 @@
+"""Directories as Transformers knows them: config.json, safetensors files, tokenizer files.
+
+A layout of quantized weights (GPTQ, bitsandbytes) is such a directory with other tensors in the place of a weight: it
+overrides how entries are gathered from raw tensors, and the `Layout` that says which raw tensors an entry becomes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fewbits.checkpoint import Buffer, Checkpoint, Entry
+from fewbits.codecs.floats import BF16, F16, F32, Float
+from fewbits.containers.base import Container, Progress
+from fewbits.containers.safetensors import Raw, SafeTensors, Spec, Writer, nbytes
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch
+from fewbits.qtensor import QTensor
+
+SHARD = 5_000_000_000  # bytes a file, as transformers splits by default
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+           "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+           "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
+           "processor_config.json", "image_processor_config.json", "video_preprocessor_config.json")
+FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}
+
+
+class Layout:
+    """What the entries of one checkpoint become in its files; this one holds floats only."""
+
+    quantization_config: dict[str, Any] | None = None
+
+    def specs(self, entry: Entry) -> dict[str, Spec]:
+        """Names, types and shapes of the raw tensors of an entry, known before its data."""
+        return {entry.name: (entry.codec.name, entry.shape)}
+
+    def tensors(self, name: str, tensor: QTensor) -> dict[str, torch.Tensor]:
+        """The raw tensors of the entry `name`, once it is loaded."""
+        return {name: tensor.planes["data"].reshape(tensor.shape)}
+
+
+class Directory(Container):
+    """A directory with config.json and safetensors files."""
+
+    def claims(self, path: Path, quantization: dict[str, Any] | None) -> bool:
+        """Whether a directory with this `quantization_config` is in this layout."""
+        raise NotImplementedError
+
+    def entries(self, raws: dict[str, Raw], quantization: dict[str, Any]) -> list[Entry]:
+        """Take the raw tensors of quantized weights out of `raws`, as entries."""
+        return []
+
+    def layout(self, checkpoint: Checkpoint) -> Layout:
+        return Layout()
+
+    def quantization(self, path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+        """Take the description of the quantization out of `config`."""
+        return config.pop("quantization_config", None)
+
+    # reading --------------------------------------------------------------------------------------------------------
+    def detect(self, path: Path) -> bool:
+        if not (path / "config.json").is_file() or not any(path.glob("*.safetensors*")):
+            return False
+        config = read_json(path / "config.json")
+        return self.claims(path, self.quantization(path, config))
+
+    def read(self, path: Path) -> Checkpoint:
+        config = read_json(path / "config.json")
+        quantization = self.quantization(path, config)
+        raws = raw_tensors(path)
+        names = list(raws)
+        found = {entry.name: entry for entry in self.entries(raws, quantization or {})}
+        buffers = {}
+        for name, raw in raws.items():
+            if raw.dtype in FLOATS and raw.shape:
+                found[name] = float_entry(raw)
+            elif raw.dtype.startswith(("F", "C")) and raw.shape:
+                raise raw.refuse(f"{raw.dtype} weights are not read", "convert them to F32, F16 or BF16 first")
+            else:
+                buffers[name] = Buffer(raw.dtype, raw.shape, raw.tensor)
+        order = {name: i for i, name in enumerate(names)}
+        entries = dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+        files = {name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
+        facts = {"quantization_config": quantization} if quantization else {}
+        return Checkpoint(path, self.name, config, entries, files, facts, buffers)
+
+    # writing --------------------------------------------------------------------------------------------------------
+    def stage(self, path: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        layout = self.layout(checkpoint)
+        path.mkdir()
+        for name, data in checkpoint.files.items():
+            if name not in CARRIED:
+                raise FewbitsError(f"{name}: not a file that belongs into a model directory")
+            (path / name).write_bytes(data)
+        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        if layout.quantization_config is not None:
+            config["quantization_config"] = layout.quantization_config
+        write_json(path / "config.json", config)
+        self._write_shards(path, checkpoint, layout, progress)
+
+    def _write_shards(self, path: Path, checkpoint: Checkpoint, layout: Layout, progress: Progress | None) -> None:
+        specs = {entry.name: layout.specs(entry) for entry in checkpoint.entries.values()}
+        specs |= {name: {name: (buffer.dtype, buffer.shape)} for name, buffer in checkpoint.buffers.items()}
+        shards = split(specs, SHARD)
+        done, total = 0, checkpoint.nbytes
+        index: dict[str, str] = {}
+        for i, shard in enumerate(shards):
+            name = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            merged = {raw: spec for owner in shard for raw, spec in specs[owner].items()}
+            index |= dict.fromkeys(merged, name)
+            with Writer(path / name, merged, {"format": "pt"}) as out:
+                for owner in shard:
+                    if owner in checkpoint.entries:
+                        entry = checkpoint.entries[owner]
+                        _write_entry(out, layout, entry)
+                        done += entry.nbytes
+                    else:
+                        out.write(owner, checkpoint.buffers[owner].load())
+                    if progress:
+                        progress("writing", done, total)
+        if len(shards) > 1:
+            size = sum(nbytes(spec) for owned in specs.values() for spec in owned.values())
+            write_json(path / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
+
+
+class TransformersDirectory(Directory):
+    """A model in full or half precision."""
+
+    name: ClassVar[str] = "transformers"
+
+    def claims(self, path: Path, quantization: dict[str, Any] | None) -> bool:
+        return quantization is None and not (path / "quantize_config.json").exists()
+
+    def accepts(self, checkpoint: Checkpoint, entry: Entry) -> str | None:
+        return float_reason(entry)
+
+
+def _write_entry(out: Writer, layout: Layout, entry: Entry) -> None:
+    for name, data in layout.tensors(entry.name, entry.load()).items():
+        out.write(name, data)
+
+
+def float_reason(entry: Entry) -> str | None:
+    return None if isinstance(entry.codec, Float) else "holds float32, float16 and bfloat16 only"
+
+
+def linear_reason(checkpoint: Checkpoint, entry: Entry) -> str | None:
+    """Why transformers would not look for a quantized linear layer under this name, or None."""
+    module = module_of(entry.name)
+    if module is None or len(entry.shape) != 2:
+        return "only the two-dimensional weight of a linear layer can be quantized in this layout"
+    if is_embedding(module):
+        return "transformers keeps embeddings in floats in this layout"
+    if module.split(".")[-1] == "lm_head" and checkpoint.config.get("tie_word_embeddings"):
+        return "the output head is tied to the embeddings, which transformers keeps in floats in this layout"
+    return None
+
+
+def module_of(name: str) -> str | None:
+    return name[:-len(".weight")] if name.endswith(".weight") else None
+
+
+def is_embedding(module: str) -> bool:
+    last = module.split(".")[-1]
+    return "embed" in last and last != "embed_out" or last in ("wte", "wpe")
+
+
+def float_modules(checkpoint: Checkpoint) -> list[str]:
+    """Modules with a two-dimensional weight left in floats that isn't an embedding, in order."""
+    modules = [module_of(e.name) for e in checkpoint.entries.values()
+               if isinstance(e.codec, Float) and len(e.shape) == 2]
+    return [m for m in modules if m is not None and not is_embedding(m)]
+
+
+def float_entry(raw: Raw) -> Entry:
+    codec = FLOATS[raw.dtype]
+    shape = raw.shape
+    return Entry(raw.name, shape, codec,
+                 lambda: QTensor(codec, shape, {"data": raw.tensor().reshape(codec.matrix(shape))}))
+
+
+def split(specs: dict[str, dict[str, Spec]], limit: int) -> list[list[str]]:
+    """Owners of raw tensors, in order, in as few runs as stay below `limit` bytes each."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    for owner, owned in specs.items():
+        size = sum(nbytes(spec) for spec in owned.values())
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(owner)
+        room -= size
+    return shards
+
+
+def raw_tensors(path: Path) -> dict[str, Raw]:
+    """Every tensor of the directory, from one file or from all that its index names."""
+    raws: dict[str, Raw] = {}
+    index = _index(path)
+    files = sorted(set(index.values())) if index is not None else [_only_file(path)]
+    for name in files:
+        if not (path / name).is_file():
+            raise FewbitsError(f"{path / INDEX}: names the file {name}, which is missing", "fetch the missing file")
+        for raw in SafeTensors(path / name).tensors.values():
+            if raw.name in raws:
+                raise raw.refuse(f"is in {raws[raw.name].file.path.name} too")
+            raws[raw.name] = raw
+    for tensor, name in (index or {}).items():
+        if tensor not in raws or raws[tensor].file.path.name != name:
+            raise FewbitsError(f"{path / INDEX}: {tensor} should be in {name}, and is not")
+    return raws
+
+
+def _index(path: Path) -> dict[str, str] | None:
+    if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
+        return None
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FewbitsError(f"{path / INDEX}: weight_map is not an object of tensor names")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
+            raise FewbitsError(f"{path / INDEX}: {tensor}: {name!r} is not the name of a file in this directory")
+    return weight_map
+
+
+def _only_file(path: Path) -> str:
+    """model.safetensors, or the one file with another name, as AutoGPTQ wrote it."""
+    files = [file.name for file in path.glob("*.safetensors")]
+    if WEIGHTS in files:
+        return WEIGHTS
+    if len(files) != 1:
+        raise FewbitsError(f"{path}: {len(files) or 'no'} safetensors files, and no {INDEX}",
+                           "pickled weights (*.bin, *.pt) are not read: convert them to safetensors first")
+    return files[0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FewbitsError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise FewbitsError(f"{path}: not a JSON object")
+    return found
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+

@@ -1,0 +1,220 @@
+"""One `.safetensors` file: a header of names, types and offsets, then the tensors side by side.
+
+Layout: 8 bytes little-endian length of the header, the header in JSON, the data without holes.
+https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fewbits.codecs.base import Shape
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch
+
+Spec = tuple[str, Shape]  # the file's name of the type, and the shape
+
+# name in the file -> (name in torch, bytes), in the order in which the library sorts tensors, last first
+DTYPES: dict[str, tuple[str, int]] = {
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E8M0": ("float8_e8m0fnu", 1), "I16": ("int16", 2), "U16": ("uint16", 2),
+    "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I32": ("int32", 4), "U32": ("uint32", 4), "F32": ("float32", 4),
+    "C64": ("complex64", 8), "F64": ("float64", 8), "I64": ("int64", 8), "U64": ("uint64", 8),
+}
+RANK = {name: i for i, name in enumerate(DTYPES)}
+HEADER_LIMIT = 100_000_000  # bytes; the library's own limit
+
+
+def nbytes(spec: Spec) -> int:
+    return math.prod(spec[1]) * DTYPES[spec[0]][1]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A tensor as a file holds it; nothing is read before it is asked for."""
+
+    file: SafeTensors
+    name: str
+    dtype: str
+    shape: Shape
+    start: int  # bytes from the beginning of the file
+    end: int
+
+    @property
+    def spec(self) -> Spec:
+        return self.dtype, self.shape
+
+    def data(self) -> bytes:
+        return self.file.mapped()[self.start:self.end]
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor, sharing the read-only mapping: writing into it would end the process."""
+        torch_name, size = DTYPES[self.dtype]
+        if self.start == self.end:
+            return torch.empty(self.shape, dtype=getattr(torch, torch_name))
+        part = self.file.base()[self.start:self.end]
+        if self.start % size:
+            part = part.clone()  # torch cannot view bytes that are not aligned
+        return part.view(getattr(torch, torch_name)).reshape(self.shape)
+
+    def refuse(self, reason: str, hint: str | None = None) -> FewbitsError:
+        return FewbitsError(f"{self.file.path}: {self.name}: {reason}", hint)
+
+
+class SafeTensors:
+    """A file opened for reading: its header checked, its data mapped when first asked for.
+
+    Raises:
+        FewbitsError: the header is not one, or does not describe the data exactly.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._mapped: mmap.mmap | None = None
+        self._base: torch.Tensor | None = None
+        with open(path, "rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            if len(head) < 8:
+                raise self._bad(f"{self.size} bytes are too few for a header")
+            length = struct.unpack("<Q", head)[0]
+            if length < 2 or length > min(HEADER_LIMIT, self.size - 8):
+                raise self._bad(f"a header of {length} bytes cannot be in a file of {self.size} bytes")
+            header = self._parse(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise self._bad("__metadata__ is not an object")
+        self.metadata: dict[str, Any] = metadata
+        self.tensors = {name: self._raw(name, info, 8 + length) for name, info in header.items()}
+        self._check_coverage(8 + length)
+
+    def _bad(self, reason: str) -> FewbitsError:
+        return FewbitsError(f"{self.path}: not a sound safetensors file: {reason}", "fetch or write the file again")
+
+    def _parse(self, text: bytes) -> dict[str, Any]:
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            found = dict(pairs)
+            if len(found) < len(pairs):
+                names = [name for name, _ in pairs]
+                raise self._bad(f"{next(n for n in names if names.count(n) > 1)!r} appears twice in the header")
+            return found
+
+        try:
+            header = json.loads(text, object_pairs_hook=unique)
+        except FewbitsError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise self._bad(f"the header is not JSON ({error})") from None
+        if not isinstance(header, dict):
+            raise self._bad("the header is not a JSON object")
+        return header
+
+    def _raw(self, name: str, info: Any, begin: int) -> Raw:
+        if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+            raise self._bad(f"{name}: needs dtype, shape and data_offsets")
+        dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise self._bad(f"{name}: unknown dtype {dtype!r}")
+        if not _naturals(shape):
+            raise self._bad(f"{name}: shape {shape!r}")
+        if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= self.size - begin:
+            raise self._bad(f"{name}: data_offsets {offsets!r} in {self.size - begin} bytes of data")
+        needed = nbytes((dtype, shape))
+        if offsets[1] - offsets[0] != needed:
+            raise self._bad(f"{name}: {dtype} {shape} takes {needed} bytes, data_offsets {offsets} hold "
+                            f"{offsets[1] - offsets[0]}")
+        return Raw(self, name, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+    def _check_coverage(self, begin: int) -> None:
+        at = begin
+        for raw in sorted(self.tensors.values(), key=lambda r: (r.start, r.end)):
+            if raw.start != at:
+                raise self._bad(f"{raw.name}: begins at byte {raw.start - begin} of the data where {at - begin} "
+                                f"was expected ({'overlap' if raw.start < at else 'hole'})")
+            at = raw.end
+        if at != self.size:
+            raise self._bad(f"{self.size - at} bytes behind the last tensor")
+
+    def mapped(self) -> mmap.mmap:
+        """The whole file, read-only."""
+        if self._mapped is None:
+            with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size != self.size:
+                    raise self._bad("its size changed since it was opened")
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._mapped
+
+    def base(self) -> torch.Tensor:
+        if self._base is None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The given buffer is not writable")
+                self._base = torch.frombuffer(self.mapped(), dtype=torch.uint8)
+        return self._base
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+class Writer:
+    """Writes a file whose names, types and shapes are known before its data; tensors come in any order.
+
+    The bytes are those that the safetensors library writes: tensors by type, widest first, then by name; the header
+    padded to a multiple of 8 with spaces.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None):
+        self.path, self.specs = path, dict(specs)
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        at, self._offsets = 0, {}
+        for name in sorted(self.specs, key=lambda n: (-RANK[self.specs[n][0]], n)):
+            dtype, shape = self.specs[name]
+            self._offsets[name] = at
+            end = at + nbytes((dtype, shape))
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._begin = 8 + len(text)
+        self._file = open(path, "xb")  # noqa: SIM115: closed by close()
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.truncate(self._begin + at)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put one tensor in its place; each name once."""
+        dtype, shape = self.specs[name]
+        if tensor.dtype != getattr(torch, DTYPES[dtype][0]) or tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name}: announced as {dtype} {list(shape)}, "
+                             f"written as {tensor.dtype} {list(tensor.shape)}")
+        self._file.seek(self._begin + self._offsets.pop(name))
+        if tensor.numel():
+            self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises:
+            ValueError: a tensor that was announced was never written.
+        """
+        self._file.close()
+        if self._offsets:
+            raise ValueError(f"{self.path}: {sorted(self._offsets)[0]} was announced and not written")
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
