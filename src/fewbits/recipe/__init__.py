@@ -1,0 +1,145 @@
+"""Which tensor gets which codec and solver: `get("Q4_K_M").resolve(facts)`.
+
+A recipe is one of llama.cpp's mixes (GGUF), or one codec for all linear layers (GPTQ, bitsandbytes), or a plain float
+type. Overrides by pattern come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fewbits import arch, codecs
+from fewbits.codecs.base import Codec, Shape
+from fewbits.errors import FewbitsError
+from fewbits.recipe import llama, patterns
+from fewbits.recipe.facts import LINEAR, Fact, ModelFacts, float_of
+from fewbits.recipe.patterns import Override, Overrides
+
+__all__ = ["Choice", "Fact", "ModelFacts", "PRESETS", "Overrides", "Recipe", "get"]
+
+# shown in lists, from few bits to many; any codec's name is a recipe too
+PRESETS = ("int3-g32-asym", "Q4_K_M", "Q4_0", "int4-g128", "nf4", "nf4-dq", "nf4-b128", "fp4", "Q5_0", "Q6_K", "Q8_0",
+           "int8", "f16", "bf16", "f32")
+CONTAINERS = {"ggml": ("gguf",), "int": ("gptq",), "table": ("bitsandbytes",), "int8": ("bitsandbytes",),
+              "float": ("transformers", "gguf")}  # by family; the first is the default
+DEFAULT_SOLVER = "search"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one tensor gets."""
+
+    name: str
+    shape: Shape  # as the codec sees it, `[..., out, in]`
+    codec: Codec
+    solver: str | None  # None: not quantized
+    note: str = ""  # why it is not what the recipe wanted, and what that costs
+    wanted: Codec | None = None  # before a fallback; None where there was none
+    transposed: bool = False  # the checkpoint has it as `[in, out]`
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named rule for all tensors of a model, and the container that its result goes to."""
+
+    name: str
+    container: str
+    codec: Codec | None = None  # of every linear layer; None for a mix
+    mix: llama.Mix | None = None
+    pure: bool = False  # the mix's base type for every matrix
+
+    @property
+    def file_type(self) -> int | None:
+        """GGUF's `general.file_type`."""
+        return self.mix.file_type if self.mix else None
+
+    def resolve(self, facts: ModelFacts, overrides: Overrides = None, has_importance: bool = False,
+                solver: str | None = None) -> list[Choice]:
+        """One choice for every tensor of the checkpoint, in its order.
+
+        Raises:
+            FewbitsError: an override that matches nothing or does not fit, a mix for an architecture without GGUF
+                names, a type that cannot be written yet, or a solver that cannot take a tensor.
+        """
+        forced = patterns.apply(patterns.parse(overrides), facts)
+        types = self._types(facts, has_importance)
+        out = []
+        for fact in facts.tensors:
+            if fact.name in forced:
+                choice = _overridden(fact, forced[fact.name])
+            elif self.mix:
+                choice = _mixed(fact, *types.get(fact.name, ("F32", "F32")), self.name)
+            else:
+                choice = self._uniform(fact, facts)
+            # an embedding has no inputs to calibrate on
+            out.append(replace(choice, solver=solver) if choice.solver and solver and fact.role in LINEAR else choice)
+        return out
+
+    def _types(self, facts: ModelFacts, has_importance: bool) -> dict[str, tuple[str, str]]:
+        if self.mix is None:
+            return {}
+        if facts.arch is None:
+            named = (facts.config.get("architectures") or [facts.config.get("model_type")])[0]
+            known = ", ".join(a for family in arch.ARCHITECTURES for a in family.architectures)
+            raise FewbitsError(f"{self.name} goes to GGUF, which has no names here for the tensors of {named}",
+                               f"GGUF takes {known}; recipes for other containers take any model: nf4, int4-g128")
+        return llama.assign(self.mix, facts, has_importance, self.pure)
+
+    def _uniform(self, fact: Fact, facts: ModelFacts) -> Choice:
+        assert self.codec is not None
+        if self.codec.family == "float":
+            return Choice(fact.name, fact.shape, self.codec, None)
+        keep = fact.codec if fact.codec.family == "float" else float_of(facts.config)
+        if fact.role in LINEAR:
+            shape = fact.shape[::-1] if fact.role == "conv1d" else fact.shape
+            reason = self.codec.check(shape)
+            if reason is None:
+                return Choice(fact.name, shape, self.codec, DEFAULT_SOLVER, transposed=fact.role == "conv1d")
+            more = keep.bits_per_weight(shape) - self.codec.bits_per_weight(shape)
+            return Choice(fact.name, fact.shape, keep, None, f"{reason}: {keep.name}, {more:+.2f} bits", self.codec)
+        other = not fact.role and len(fact.shape) > 1
+        return Choice(fact.name, fact.shape, keep, None, f"not a linear layer: {keep.name}" if other else "")
+
+
+def get(name: str, container: str | None = None) -> Recipe:
+    """The recipe called `name` (case does not matter): a mix of llama.cpp, or any codec.
+
+    Raises:
+        FewbitsError: no such recipe, or one that the container cannot hold.
+    """
+    mix = next((m for m in llama.MIXES if m.lower() == name.lower()), None)
+    try:
+        codec = None if mix and mix not in llama.FLOATS else codecs.get(name)
+    except FewbitsError:
+        raise FewbitsError(f"unknown recipe {name!r}", "a mix of llama.cpp: " + ", ".join(llama.MIXES)
+                           + "; or any codec: int4-g128, int3-g32-asym, int8, nf4, nf4-dq, fp4, Q4_K, f16") from None
+    able = CONTAINERS[codec.family] if codec else CONTAINERS["ggml"]
+    target = container or able[0]
+    if target not in able:
+        raise FewbitsError(f"{name} does not go to {target}", f"it goes to {' or '.join(able)}")
+    if target != "gguf":
+        return Recipe(name, target, codec)
+    if mix:
+        return Recipe(mix, target, mix=llama.MIXES[mix])
+    assert codec is not None
+    return Recipe(codec.name, target, mix=llama.Mix(llama.FILE_TYPE[codec.name], codec.name), pure=True)
+
+
+def _mixed(fact: Fact, wanted: str, taken: str, recipe: str) -> Choice:
+    try:
+        codec = codecs.get(taken)
+    except FewbitsError:
+        raise FewbitsError(f"{recipe} wants {taken} for {fact.name} ({fact.gguf}), which cannot be written yet",
+                           f"choose another type for it: --override '{fact.gguf}=Q6_K'") from None
+    solver = None if codec.family == "float" else DEFAULT_SOLVER
+    if wanted == taken:
+        return Choice(fact.name, fact.shape, codec, solver)
+    note = f"{wanted} does not divide {fact.shape[-1]}: {taken}, {llama.bits(taken) - llama.bits(wanted):+.2f} bits"
+    return Choice(fact.name, fact.shape, codec, solver, note, codecs.get(wanted))
+
+
+def _overridden(fact: Fact, override: Override) -> Choice:
+    solver = None if override.codec.family == "float" else DEFAULT_SOLVER
+    transposed = fact.role == "conv1d" and solver is not None
+    shape = fact.shape[::-1] if transposed else fact.shape
+    return Choice(fact.name, shape, override.codec, solver, f"override {override.text}", transposed=transposed)

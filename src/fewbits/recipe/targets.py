@@ -1,0 +1,60 @@
+"""Which tensors are weights of linear layers, for architectures outside the table: asked of Transformers' own model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fewbits.codecs.base import Shape
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch, transformers
+
+
+def _meta_model(config: dict[str, Any], path: str) -> Any:
+    """The model without its weights."""
+    from accelerate import init_empty_weights
+
+    named = config.get("architectures") or []
+    cls = getattr(transformers, named[0], None) if named else transformers.AutoModel
+    try:
+        parsed = transformers.AutoConfig.for_model(**config)
+    except (KeyError, TypeError, ValueError) as e:
+        raise FewbitsError(f"{path}: model_type {config.get('model_type')!r} is not known to transformers "
+                           f"{transformers.__version__}: {str(e).splitlines()[0]}") from None
+    if cls is None:
+        raise FewbitsError(f"{path}: architecture {named[0]!r} is not known to transformers {transformers.__version__}",
+                           "without its model class nobody knows which tensors are linear layers")
+    with init_empty_weights(include_buffers=False):
+        return cls.from_config(parsed) if cls is transformers.AutoModel else cls(parsed)
+
+
+def roles(config: dict[str, Any], path: str) -> dict[str, str]:
+    """Name of a weight -> "linear", "conv1d" (GPT-2's, `[in, out]`), "token_embd", "output", of those that are one."""
+    model = _meta_model(config, path)
+    out = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            out[f"{name}.weight"] = "linear"
+        elif isinstance(module, transformers.pytorch_utils.Conv1D):
+            out[f"{name}.weight"] = "conv1d"
+        elif isinstance(module, torch.nn.Embedding):
+            out[f"{name}.weight"] = "token_embd"
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    out |= {f"{n}.weight": "output" for n, m in model.named_modules() if head is not None and m is head}
+    return out
+
+
+def shapes(config: dict[str, Any], path: str) -> dict[str, Shape]:
+    """Names and shapes of the parameters; those of tied weights once."""
+    return {n: tuple(p.shape) for n, p in _meta_model(config, path).named_parameters()}
+
+
+def match(roles: dict[str, str], names: set[str]) -> dict[str, str]:
+    """Roles under the names of a file, which may have or lack the base model's prefix (`transformer.`)."""
+    if names & roles.keys():
+        return roles
+    for name in roles:
+        prefix, _, rest = name.partition(".")
+        if rest in names:
+            return {n.removeprefix(f"{prefix}."): r for n, r in roles.items()}
+    any_name = next(iter(names), "")
+    return {f"{any_name.partition('.')[0]}.{n}": r for n, r in roles.items()}
