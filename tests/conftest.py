@@ -57,3 +57,40 @@ def peer():
         return str(python)
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-block Llama with a byte-level tokenizer and a chat template, as Transformers itself writes it.
+
+    Widths 96 and 172: neither 64 nor 128 nor 256 divides them.
+    """
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *letters, "th", "in", "er"])}
+    merges = [("t", "h"), ("i", "n"), ("e", "r")]
+    core = Tokenizer(models.BPE(vocab, merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
+                                                     unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocab), hidden_size=96, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.15)
+    model = transformers.LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of a few thousand words that every checkout has."""
+    return ROOT / "examples" / "sample.txt"

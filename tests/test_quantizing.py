@@ -1,0 +1,194 @@
+"""The whole way of a weight on a tiny model: every container, bad input, resume, what is said of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fewbits
+from fewbits import containers, quantizing, solvers
+from fewbits.errors import FewbitsError
+
+RECIPES = {"Q8_0": "a.gguf", "Q4_0": "a.gguf", "int4-g128": "a", "int3-g32-asym": "a", "int8": "a", "nf4": "a",
+           "nf4-dq": "a", "fp4": "a", "f16": "a"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_file_holds_what_the_solver_chose(recipe: str, tiny: Path, tmp_path: Path) -> None:
+    result = fewbits.quantize(tiny, tmp_path / RECIPES[recipe], recipe)
+    source, got = containers.open(tiny), containers.open(result.path)
+    assert got.entries.keys() == source.entries.keys()
+    for row in result.tensors:
+        entry, original = got.entries[row["name"]], source.entries[row["name"]].load().dequantize()
+        values = entry.load().dequantize()
+        if row["solver"]:
+            assert torch.equal(values, solvers.solve(original, entry.codec, row["solver"]).dequantize()), row["name"]
+        else:
+            assert torch.equal(values, original.to(torch.float16).float() if entry.codec.name == "F16" else original)
+    assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
+
+
+@pytest.mark.parametrize("recipe", ["Q8_0", "int4-g32", "nf4"])
+def test_every_result_generates_and_is_near_the_original(recipe: str, tiny: Path, tmp_path: Path, english: Path) -> None:
+    out = fewbits.quantize(tiny, tmp_path / RECIPES.get(recipe, "a"), recipe).path
+    found = fewbits.evaluate(out, tiny, text=english, chunks=2, context=64)
+    itself = fewbits.evaluate(tiny, tiny, text=english, chunks=2, context=64)
+    assert itself.kl_mean == pytest.approx(0, abs=1e-6) and itself.top1 == 1
+    assert 0 < found.kl_mean < (0.01 if recipe == "Q8_0" else 0.5)
+
+
+@pytest.mark.parametrize("recipe", ["int3-g32", "Q4_0", "nf4-b32"])
+def test_gptq_is_nearer_than_nearest(recipe: str, tiny: Path, tmp_path: Path, english: Path) -> None:
+    """On layer outputs: what GPTQ minimises, measured on the logits of its own calibration text."""
+    def kl(solver: str) -> float:
+        out = tmp_path / solver / RECIPES.get(recipe, "a")
+        out.parent.mkdir()
+        fewbits.quantize(tiny, out, recipe, solver=solver, calibration=english, samples=24, length=128)
+        return fewbits.evaluate(out, tiny, text=english, chunks=8, context=128).kl_mean or 0.0
+
+    assert kl("gptq") < kl("nearest")
+
+
+def test_shares_the_inputs_of_queries_keys_and_values(tiny: Path, english: Path) -> None:
+    source = containers.open(tiny)
+    tokens = quantizing._tokens(source, english, 2, 32)
+    block = next(iter(quantizing.Walk(source, tokens)))
+    found = block.statistics()
+    at = "model.layers.0.self_attn."
+    assert found[at + "q_proj.weight"] is found[at + "k_proj.weight"] is found[at + "v_proj.weight"]
+    assert found[at + "q_proj.weight"] is not found[at + "o_proj.weight"]
+    assert {s.count for s in found.values()} == {64}
+
+
+def test_walk_equals_the_model(tiny: Path, english: Path) -> None:
+    """Hidden states carried block by block are those of the model run as a whole."""
+    source = containers.open(tiny)
+    tokens = quantizing._tokens(source, english, 2, 32)
+    walk = quantizing.Walk(source, tokens)
+    for _ in walk:
+        pass
+    whole = fewbits.load(tiny)
+    with torch.inference_mode():
+        states = whole(input_ids=tokens, output_hidden_states=True).hidden_states
+        for got, want in zip(walk.inputs, states[-1]):
+            torch.testing.assert_close(whole.model.norm(got[0]), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_killed_run_resumes_and_ends_equal(tiny: Path, tmp_path: Path, english: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"calibration": english, "samples": 4, "length": 64}
+    whole = fewbits.quantize(tiny, tmp_path / "whole", "int4-g32", **options).path
+    real, calls = solvers.solve, []
+
+    def dies_at_the_ninth(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(solvers, "solve", dies_at_the_ninth)
+    with pytest.raises(KeyboardInterrupt):
+        fewbits.quantize(tiny, tmp_path / "killed", "int4-g32", **options)
+    assert not (tmp_path / "killed").exists()
+    monkeypatch.setattr(solvers, "solve", lambda *args: (calls.append(1), real(*args))[1])
+    calls.clear()
+    again = fewbits.quantize(tiny, tmp_path / "killed", "int4-g32", **options).path
+    assert len(calls) == 14 - 8, "eight of fourteen matrices were kept"
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_override_and_notes(tiny: Path, tmp_path: Path) -> None:
+    result = fewbits.quantize(tiny, tmp_path / "a.gguf", "Q4_0", overrides=["*.down_proj.weight=f16"])
+    kinds = {t["name"].split(".")[-2]: t["codec"] for t in result.tensors}
+    assert kinds["down_proj"] == "F16" and kinds["q_proj"] == "Q4_0"
+    assert any("down_proj" in n or "override" in n for n in result.notes)
+
+
+def test_quantizing_twice_says_so(tiny: Path, tmp_path: Path) -> None:
+    fewbits.quantize(tiny, tmp_path / "a.gguf", "Q8_0")
+    result = fewbits.quantize(tmp_path / "a.gguf", tmp_path / "b", "nf4")
+    assert any("quantized before (Q8_0)" in n for n in result.notes)
+
+
+# bad input --------------------------------------------------------------------------------------------------------------
+def broken(tiny: Path, to: Path, value: float) -> Path:
+    shutil.copytree(tiny, to)
+    weights = load_file(to / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_weights_are_named_and_refused(value: float, tiny: Path, tmp_path: Path) -> None:
+    model = broken(tiny, tmp_path / "broken", value)
+    with pytest.raises(FewbitsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has 1 values that are NaN or infinite"):
+        fewbits.quantize(model, tmp_path / "out", "nf4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nonfinite_weights_are_kept_when_asked(tiny: Path, tmp_path: Path) -> None:
+    model = broken(tiny, tmp_path / "broken", float("nan"))
+    result = fewbits.quantize(model, tmp_path / "out", "nf4", keep_nonfinite=True)
+    kinds = {t["name"]: t["codec"] for t in result.tensors}
+    assert kinds["model.layers.1.mlp.up_proj.weight"] == "F32" and kinds["model.layers.0.mlp.up_proj.weight"] == "nf4"
+    assert any("NaN or infinite: kept as F32" in n for n in result.notes)
+
+
+def test_values_beyond_half_precision_are_refused(tiny: Path, tmp_path: Path) -> None:
+    model = broken(tiny, tmp_path / "large", 1e6)
+    with pytest.raises(FewbitsError, match="up_proj.weight holds 1e.06, float16 ends at 65504"):
+        fewbits.quantize(model, tmp_path / "out", "f16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_the_input_or_exists(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(FewbitsError, match="output and input are the same"):
+        fewbits.quantize(tiny, tiny, "nf4")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FewbitsError, match="exists already"):
+        fewbits.quantize(tiny, tmp_path / "there", "nf4")
+    with pytest.raises(FewbitsError, match="no such directory"):
+        fewbits.quantize(tiny, tmp_path / "no" / "where", "nf4")
+
+
+def test_no_space(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(FewbitsError, match="GB needed, 0.00 GB free"):
+        fewbits.quantize(tiny, tmp_path / "out", "nf4")
+
+
+def test_too_little_calibration_text(tiny: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Hello.")
+    with pytest.raises(FewbitsError, match="6 tokens of text, one sequence needs"):
+        fewbits.quantize(tiny, tmp_path / "out", "int4-g32", calibration=short)
+    with pytest.raises(FewbitsError, match="needs calibration text"):
+        fewbits.quantize(tiny, tmp_path / "out", "int4-g32", solver="gptq")
+
+
+def test_a_file_that_reads_back_differently_is_not_kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = type(containers.by_name("bitsandbytes"))
+    real = target.stage
+
+    def damaged(self: object, path: Path, *rest: object) -> None:
+        real(self, path, *rest)
+        file = path / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 0x55
+        file.write_bytes(data)
+
+    monkeypatch.setattr(target, "stage", damaged)
+    with pytest.raises(FewbitsError, match="reads back with other values"):
+        fewbits.quantize(tiny, tmp_path / "out", "nf4")
+    assert [p.name for p in tmp_path.iterdir() if "work" not in p.name] == []
+
+
+def test_result_is_json(tiny: Path, tmp_path: Path) -> None:
+    result = fewbits.quantize(tiny, tmp_path / "out", "nf4")
+    assert json.loads(json.dumps(result.to_json()))["recipe"] == "nf4"
