@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fewbits.arch.base import Architecture, Config, Tensor, Weight
+from fewbits.arch.base import Architecture, Config, Tensor, Weight, head_dim
 from fewbits.arch.gemma3 import GEMMA3
 from fewbits.arch.llama import LLAMA
 from fewbits.arch.qwen2 import QWEN2
 
 ARCHITECTURES = (LLAMA, QWEN2, GEMMA3)
 
-__all__ = ["ARCHITECTURES", "Architecture", "Tensor", "Weight", "by_gguf", "complete", "lookup", "tensors"]
+__all__ = ["ARCHITECTURES", "Architecture", "Tensor", "Weight", "by_gguf", "complete", "head_dim", "lookup", "tensors"]
 
 
 def lookup(config: Config) -> Architecture | None:

@@ -1,0 +1,84 @@
+"""ggml types that are read and carried as they are, never fitted: decoded by the gguf package."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch
+
+TYPES = ("Q4_1", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
+         "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0")
+
+
+class _Values:
+    """Codes that are the values."""
+
+    def encode(self, w: torch.Tensor) -> torch.Tensor:
+        raise FewbitsError("a ggml type that is only decoded has no codes to choose")
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes
+
+    def columns(self, index: torch.Tensor | slice) -> Grid:
+        return self
+
+
+@dataclass(frozen=True)
+class DecodeOnly(Codec):
+    """A ggml type by its name; planes are the file's own bytes, codes the decoded float32 values."""
+
+    kind: str
+    family: ClassVar[str] = "ggml"
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Weights and bytes of a block."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        return GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
+
+    def unit(self, columns: int) -> int:
+        return max(1, columns)
+
+    def check(self, shape: Shape) -> str | None:
+        block = self._sizes[0]
+        return f"{shape[-1]} columns are no multiple of {block}" if shape[-1] % block else None
+
+    def nbytes(self, shape: Shape) -> int:
+        block, size = self._sizes
+        return math.prod(shape) // block * size
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
+        raise FewbitsError(f"{self.kind} can be read, not produced", "take Q4_0, Q5_0, Q8_0, Q4_K or Q6_K")
+
+    def grid(self, params: Params, columns: int) -> Grid:
+        return _Values()
+
+    def pack(self, codes: torch.Tensor, params: Params, shape: Shape) -> Planes:
+        raise FewbitsError(f"{self.kind} can be read, not produced", "take Q4_0, Q5_0, Q8_0, Q4_K or Q6_K")
+
+    def unpack(self, planes: Planes, shape: Shape) -> tuple[torch.Tensor, Params]:
+        import numpy as np
+        from gguf import quants
+        from gguf.constants import GGMLQuantizationType
+
+        blocks = planes["blocks"]
+        with np.errstate(over="ignore", invalid="ignore"):  # damaged scales decode to infinities, as they should
+            values = quants.dequantize(blocks.numpy(), GGMLQuantizationType[self.kind])
+        return torch.from_numpy(values.reshape(self.matrix(shape))), {"none": torch.zeros(len(blocks), 1, 0)}
+
+    def planes(self, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        rows = self.matrix(shape)[0]
+        return {"blocks": ("uint8", (rows, self.nbytes(shape) // rows))}
+
+
+def parse(name: str) -> Codec | None:
+    return DecodeOnly(name.upper()) if name.upper() in TYPES else None
