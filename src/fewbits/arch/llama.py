@@ -33,13 +33,16 @@ def _refuse(config: Config) -> str | None:
 
 
 def _metadata(config: Config) -> Values:
-    values = {"rope.dimension_count": ("UINT32", head_dim(config)), "vocab_size": ("UINT32", config["vocab_size"]),
-              "attention.value_length": ("UINT32", head_dim(config))}
+    width = head_dim(config)
+    values: Values = {"rope.dimension_count": ("UINT32", width), "vocab_size": ("UINT32", config["vocab_size"])}
+    if width * config["num_attention_heads"] != config["hidden_size"]:
+        values |= {"attention.key_length": ("UINT32", width), "attention.value_length": ("UINT32", width)}
     return values | rope.metadata(config)
 
 
 def _config(values: Values) -> Config:
-    return rope.config(values)
+    width = values.get("attention.key_length") or values["embedding_length"] // values["attention.head_count"]
+    return rope.config(values) | {"head_dim": width}
 
 
 LLAMA = Architecture(
@@ -66,7 +69,7 @@ LLAMA = Architecture(
         Weight("model.norm.weight", "output_norm.weight", "norm"),
         Weight("lm_head.weight", "output.weight", "output", present=lambda c: not tied(c)),
     ),
-    fields=SIZES,
+    fields=tuple(f for f in SIZES if f.hf != "head_dim"),
     constants={"hidden_act": "silu"},
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     refuse=_refuse,
