@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from fewbits import arch, codecs
 from fewbits.codecs.base import Codec, Shape
+from fewbits.codecs.decode_only import DecodeOnly
 from fewbits.errors import FewbitsError
 from fewbits.recipe import llama, patterns
 from fewbits.recipe.facts import LINEAR, Fact, ModelFacts, float_of
@@ -113,6 +114,8 @@ def get(name: str, container: str | None = None) -> Recipe:
     except FewbitsError:
         raise FewbitsError(f"unknown recipe {name!r}", "a mix of llama.cpp: " + ", ".join(llama.MIXES)
                            + "; or any codec: int4-g128, int3-g32-asym, int8, nf4, nf4-dq, fp4, Q4_K, f16") from None
+    if isinstance(codec, DecodeOnly):
+        raise FewbitsError(f"{codec.name} is read and not written here", "Q4_0, Q5_0, Q8_0, Q4_K and Q6_K are")
     able = CONTAINERS[codec.family] if codec else CONTAINERS["ggml"]
     target = container or able[0]
     if target not in able:
@@ -126,11 +129,10 @@ def get(name: str, container: str | None = None) -> Recipe:
 
 
 def _mixed(fact: Fact, wanted: str, taken: str, recipe: str) -> Choice:
-    try:
-        codec = codecs.get(taken)
-    except FewbitsError:
-        raise FewbitsError(f"{recipe} wants {taken} for {fact.name} ({fact.gguf}), which cannot be written yet",
-                           f"choose another type for it: --override '{fact.gguf}=Q6_K'") from None
+    codec = codecs.get(taken)
+    if isinstance(codec, DecodeOnly):
+        raise FewbitsError(f"{recipe} wants {taken} for {fact.name} ({fact.gguf}), which is read and not written here",
+                           f"choose another type for it: --override '{fact.gguf}=Q6_K'")
     solver = None if codec.family == "float" else DEFAULT_SOLVER
     if wanted == taken:
         return Choice(fact.name, fact.shape, codec, solver)

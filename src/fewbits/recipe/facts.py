@@ -45,7 +45,7 @@ class ModelFacts:
     def of(cls, checkpoint: Checkpoint) -> ModelFacts:
         """Facts of a model in any container."""
         family = arch.lookup(checkpoint.config)
-        table = {t.hf: t for t in arch.tensors(family, checkpoint.config)} if family else {}
+        table = {t.hf: t for t in arch.tensors(family, _complete(family, checkpoint))} if family else {}
         roles = {} if family else _roles(checkpoint.config, checkpoint.path, set(checkpoint.entries))
         facts = []
         for e in checkpoint.entries.values():
@@ -69,8 +69,9 @@ class ModelFacts:
             roles, shapes = targets.roles(config, name), targets.shapes(config, name)
             return cls(config, tuple(Fact(n, s, codec, roles.get(n, "")) for n, s in shapes.items()))
         try:
-            facts = tuple(Fact(t.hf, _shape(t, config), codec, t.role, t.layer, t.gguf)
-                          for t in arch.tensors(family, config))
+            whole = arch.complete(family, config)
+            facts = tuple(Fact(t.hf, _shape(t, whole), codec, t.role, t.layer, t.gguf)
+                          for t in arch.tensors(family, whole))
         except KeyError as e:
             raise FewbitsError(f"{name}: no entry {e}, which {family.name} needs") from None
         return cls(config, facts, family.gguf)
@@ -122,6 +123,12 @@ class ModelFacts:
 def float_of(config: dict[str, Any]) -> Codec:
     """The float type that the configuration names; half precision where it names none."""
     return floats.parse(str(config.get("dtype") or config.get("torch_dtype") or "float16")) or floats.F16
+
+
+def _complete(family: arch.Architecture, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration with defaults filled in; whether the head is tied is what the tensors say."""
+    tied = "lm_head.weight" not in checkpoint.entries
+    return arch.complete(family, checkpoint.config) | {"tie_word_embeddings": tied}
 
 
 def _roles(config: dict[str, Any], path: Any, names: set[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from fewbits import codecs
 from fewbits.codecs.base import Codec
+from fewbits.codecs.decode_only import DecodeOnly
 from fewbits.errors import FewbitsError
 from fewbits.recipe.facts import Fact, ModelFacts
 
@@ -47,7 +48,10 @@ def parse(overrides: Overrides) -> list[Override]:
                 re.compile(pattern[3:])
             except re.error as e:
                 raise FewbitsError(f"override {pattern}={name}: not a regular expression: {e}") from None
-        out.append(Override(pattern, codecs.get(name)))
+        codec = codecs.get(name)
+        if isinstance(codec, DecodeOnly):
+            raise FewbitsError(f"override {pattern}={name}: {codec.name} is read and not written here")
+        out.append(Override(pattern, codec))
     return out
 
 

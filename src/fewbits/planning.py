@@ -1,0 +1,209 @@
+"""What a model would take in every recipe, from its configuration or header alone, and which recipe to take."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fewbits import containers, hub
+from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.containers.directory import CARRIED, read_json
+from fewbits.errors import FewbitsError
+from fewbits.qtensor import QTensor
+from fewbits.recipe import PRESETS, Choice, ModelFacts, Overrides, get
+from fewbits.recipe.facts import LINEAR
+from fewbits.sizes import Sizes
+
+PROMPT = 512  # tokens of a prompt that are computed together
+KV_BYTES = 2  # a key or value in the cache, float16
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model in one recipe. Sizes are 0 where `reason` says why it cannot be."""
+
+    recipe: str
+    container: str
+    file_bytes: int = 0  # all files: weights, tokenizer, configuration
+    weight_bytes: int = 0
+    bits_per_weight: float = 0.0  # of all tensors
+    linear_bits: float = 0.0  # of the linear layers: what quality follows
+    total_bytes: int = 0  # of memory: weights, KV cache and working memory
+    fits: bool = False
+    notes: tuple[str, ...] = ()  # fallbacks, each with the number of tensors
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model in every recipe, from few bits to many, beside the memory there is."""
+
+    model: str
+    architecture: str
+    parameters: int
+    context: int
+    memory_bytes: int
+    memory_is_this_machines: bool  # nothing was said of memory: what is free here
+    kv_bytes: int
+    working_bytes: int
+    rows: tuple[Row, ...]
+    take: str | None
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(model: str | Path | Checkpoint, memory_bytes: int | None = None, context: int = 4096,
+         recipes: Sequence[str] | None = None, overrides: Overrides = None) -> Plan:
+    """Size in every recipe, KV cache and working memory of `model`, what fits into `memory_bytes`, and what to take.
+
+    `model` is a path in any format, a directory with only a config.json, or a hub id (its weights aren't fetched).
+    Memory is what the model takes, not what the interpreter and its libraries take before it is loaded.
+
+    Raises:
+        FewbitsError: nothing readable there, or an unknown recipe.
+    """
+    if context < 1:
+        raise FewbitsError(f"context is {context}; at least 1 token is needed")
+    source = model if isinstance(model, Checkpoint) else _open(hub.locate(model, weights=False))
+    facts = ModelFacts.of(source)
+    kv, working = kv_bytes(facts, context), working_bytes(facts, context)
+    memory = memory_bytes if memory_bytes is not None else available_bytes()
+    sizes = Sizes(source)
+    rows = [_row(name, source, facts, overrides, sizes, memory - kv - working) for name in recipes or PRESETS]
+    rows.sort(key=lambda r: (bool(r.reason), r.linear_bits, r.weight_bytes))
+    rows = [r if r.reason else replace(r, total_bytes=r.weight_bytes + kv + working) for r in rows]
+    take, why = _take(rows, source, memory)
+    return Plan(str(source.path), source.architecture, facts.parameters, context, memory, memory_bytes is None, kv,
+                working, tuple(rows), take, why)
+
+
+def _open(path: Path) -> Checkpoint:
+    """The checkpoint at `path`; of a directory without weights, what its configuration says there would be."""
+    if not path.is_dir() or any(path.glob("*.safetensors*")) or not (path / "config.json").is_file():
+        return containers.open(path)
+    config = read_json(path / "config.json")
+    config.pop("quantization_config", None)
+    facts = ModelFacts.from_config(config, str(path / "config.json"))
+    files = {name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
+    entries = {f.name: Entry(f.name, f.shape, f.codec, _absent) for f in facts.tensors}
+    return Checkpoint(path, "transformers", config, entries, files)
+
+
+def _absent() -> QTensor:
+    raise FewbitsError("a plan has no weights to load")
+
+
+def _row(name: str, source: Checkpoint, facts: ModelFacts, overrides: Overrides, sizes: Sizes, room: int) -> Row:
+    recipe = get(name)
+    try:
+        choices = recipe.resolve(facts, overrides)
+        goal = _goal(source, choices)
+        container = containers.by_name(recipe.container)
+        for entry in goal.entries.values():
+            reason = container.accepts(goal, entry)
+            if reason:
+                raise FewbitsError(f"{entry.name}: {reason}")
+        size = sizes.of(container, goal)
+    except FewbitsError as error:
+        return Row(recipe.name, recipe.container, reason=str(error))
+    linear = [goal.entries[f.name] for f in facts.tensors if f.role in LINEAR] or list(goal.entries.values())
+    linear_bits = 8 * sum(e.nbytes for e in linear) / max(1, sum(e.parameters for e in linear))
+    return Row(recipe.name, recipe.container, size, goal.nbytes, goal.nbytes * 8 / max(1, goal.parameters), linear_bits,
+               fits=goal.nbytes <= room, notes=_notes(choices))
+
+
+def _goal(source: Checkpoint, choices: list[Choice]) -> Checkpoint:
+    return replace(source, entries={c.name: Entry(c.name, c.shape, c.codec, _absent) for c in choices})
+
+
+def _notes(choices: list[Choice]) -> tuple[str, ...]:
+    """Each fallback once, with the number of tensors it happens to."""
+    found = [c.note for c in choices if c.note]
+    return tuple(f"{note} ({found.count(note)} tensors)" for note in dict.fromkeys(found))
+
+
+# memory ---------------------------------------------------------------------------------------------------------------
+def kv_bytes(facts: ModelFacts, context: int) -> int:
+    """Keys and values of `context` tokens in float16; a sliding layer holds no more than its window."""
+    if not _generates(facts):
+        return 0
+    per_token = 2 * facts.kv_heads * facts.head_dim * KV_BYTES
+    return per_token * sum(min(context, window or context) for window in windows(facts))
+
+
+def _generates(facts: ModelFacts) -> bool:
+    """Whether it is a decoder: what writes text keeps a cache."""
+    named = (facts.config.get("architectures") or [""])[0]
+    return named.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def windows(facts: ModelFacts) -> list[int | None]:
+    """The window of every layer that attends, None where it sees all positions."""
+    config = facts.config.get("text_config") or facts.config
+    window = config.get("sliding_window") if config.get("use_sliding_window") is not False else None
+    kinds = config.get("layer_types")
+    if kinds is None and facts.arch == "gemma3":
+        every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(facts.layers)]
+    if kinds is None:
+        return [window] * facts.layers
+    sliding = {"sliding_attention": config.get("sliding_window"), "full_attention": None}
+    return [sliding[k] for k in kinds if k in sliding]
+
+
+def working_bytes(facts: ModelFacts, context: int) -> int:
+    """Activations of 512 tokens through the widest layer, their attention scores, one decoded weight and the logits of
+    one token, all in float32."""
+    tokens = min(PROMPT, context)
+    inner = max([f.shape[0] for f in facts.tensors if f.role.startswith("ffn")] or [4 * facts.hidden])
+    queries = (facts.heads + 2 * facts.kv_heads) * facts.head_dim
+    activations = tokens * (3 * facts.hidden + max(queries + facts.heads * context, 3 * inner))
+    largest = max([f.shape[0] * f.shape[-1] for f in facts.tensors if f.role in LINEAR] or [0])
+    return 4 * (activations + largest + facts.number("vocab_size"))
+
+
+def available_bytes() -> int:
+    """Memory that can be had on this machine without swapping."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# choosing -------------------------------------------------------------------------------------------------------------
+def _take(rows: list[Row], source: Checkpoint, memory: int) -> tuple[str | None, str]:
+    """The recipe of most bits in its linear layers that fits; the smaller of two that are equal. No more bits than the
+    source has, and no other float type: they would hold nothing new."""
+    most = source.nbytes * 8 / max(1, source.parameters)
+    kinds = Counter({e.codec.name: e.parameters for e in source.entries.values()})
+    own = kinds.most_common(1)[0][0] if kinds else ""
+    useful = [r for r in rows if not r.reason and r.linear_bits <= most + 0.01
+              and (r.recipe == own or get(r.recipe).codec is None or get(r.recipe).codec.family != "float")]
+    fitting = [r for r in useful if r.fits]
+    if not fitting:
+        able = [r for r in rows if not r.reason]
+        if not able:
+            return None, "no recipe takes this model"
+        least = min(able, key=lambda r: r.total_bytes)
+        if not least.fits:
+            return None, (f"nothing fits into {_gb(memory)}: the smallest, {least.recipe}, takes "
+                          f"{_gb(least.total_bytes)}")
+        return least.recipe, f"the smallest, and all hold more bits than the source's {most:.2f} a weight"
+    best = max(fitting, key=lambda r: (r.linear_bits, -r.total_bytes))
+    above = [r for r in useful if r.linear_bits > best.linear_bits]
+    why = f"{best.linear_bits:.2f} bits in the linear layers, {_gb(best.total_bytes)} of {_gb(memory)}"
+    if above:
+        following = min(above, key=lambda r: r.linear_bits)
+        return best.recipe, f"{why}; the next better, {following.recipe}, takes {_gb(following.total_bytes)}"
+    return best.recipe, f"{why}; nothing is better for this source"
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
