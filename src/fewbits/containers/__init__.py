@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 from fewbits.checkpoint import Checkpoint
 from fewbits.containers.base import Container, write
+from fewbits.containers.bnb import BitsAndBytes
+from fewbits.containers.directory import TransformersDirectory, read_json
+from fewbits.containers.gguf import Gguf
+from fewbits.containers.gptq import Gptq
 from fewbits.errors import FewbitsError
 
-__all__ = ["Container", "by_name", "containers", "detect", "open", "write"]
+__all__ = ["CONTAINERS", "Container", "by_name", "detect", "open", "write"]
 
-
-@lru_cache(maxsize=None)
-def containers() -> tuple[Container, ...]:
-    from fewbits.containers.bnb import BitsAndBytes
-    from fewbits.containers.directory import TransformersDirectory
-    from fewbits.containers.gguf import Gguf
-    from fewbits.containers.gptq import Gptq
-
-    return Gguf(), Gptq(), BitsAndBytes(), TransformersDirectory()
+CONTAINERS: tuple[Container, ...] = (Gguf(), Gptq(), BitsAndBytes(), TransformersDirectory())
 
 
 def by_name(name: str) -> Container:
@@ -28,15 +23,15 @@ def by_name(name: str) -> Container:
     Raises:
         FewbitsError: there is none.
     """
-    for container in containers():
+    for container in CONTAINERS:
         if container.name == name:
             return container
-    raise FewbitsError(f"unknown container {name!r}", "one of: " + ", ".join(c.name for c in containers()))
+    raise FewbitsError(f"unknown container {name!r}", "one of: " + ", ".join(c.name for c in CONTAINERS))
 
 
 def detect(path: Path) -> Container | None:
     """The container whose layout `path` is in, or None."""
-    return next((container for container in containers() if container.detect(path)), None)
+    return next((container for container in CONTAINERS if container.detect(path)), None)
 
 
 def open(path: Path | str) -> Checkpoint:
@@ -56,8 +51,6 @@ def open(path: Path | str) -> Checkpoint:
 
 def _why(path: Path) -> tuple[str, str]:
     """What stands in the way of reading `path`."""
-    from fewbits.containers.directory import read_json
-
     if path.is_file():
         return f"{path}: not a GGUF file", "a model is a .gguf file or a directory with config.json and *.safetensors"
     if not (path / "config.json").is_file():
@@ -68,4 +61,4 @@ def _why(path: Path) -> tuple[str, str]:
     quantization = read_json(path / "config.json").get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     return (f"{path}: config.json names the quantization method {method!r}, which no container reads",
-            "read are: " + ", ".join(c.name for c in containers()))
+            "read are: " + ", ".join(c.name for c in CONTAINERS))

@@ -30,8 +30,6 @@ FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}
 class Layout:
     """What the entries of one checkpoint become in its files; this one holds floats only."""
 
-    quantization_config: dict[str, Any] | None = None
-
     def specs(self, entry: Entry) -> dict[str, Spec]:
         """Names, types and shapes of the raw tensors of an entry, known before its data."""
         return {entry.name: (entry.codec.name, entry.shape)}
@@ -39,6 +37,10 @@ class Layout:
     def tensors(self, name: str, tensor: QTensor) -> dict[str, torch.Tensor]:
         """The raw tensors of the entry `name`, once it is loaded."""
         return {name: tensor.planes["data"].reshape(tensor.shape)}
+
+    def quantization_config(self) -> dict[str, Any] | None:
+        """What config.json says of the layout; asked for after the last tensor."""
+        return None
 
 
 class Directory(Container):
@@ -57,7 +59,10 @@ class Directory(Container):
 
     def quantization(self, path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         """Take the description of the quantization out of `config`."""
-        return config.pop("quantization_config", None)
+        found = config.pop("quantization_config", None)
+        if not isinstance(found, dict | None):
+            raise FewbitsError(f"{path / 'config.json'}: quantization_config is not an object")
+        return found
 
     # reading --------------------------------------------------------------------------------------------------------
     def detect(self, path: Path) -> bool:
@@ -78,6 +83,9 @@ class Directory(Container):
                 found[name] = float_entry(raw)
             elif raw.dtype.startswith(("F", "C")) and raw.shape:
                 raise raw.refuse(f"{raw.dtype} weights are not read", "convert them to F32, F16 or BF16 first")
+            elif name.endswith("weight"):
+                raise raw.refuse(f"{raw.dtype} {list(raw.shape)} is a packed weight, and config.json does not say how "
+                                 "to read it", "its quantization_config, or another tensor beside it, is missing")
             else:
                 buffers[name] = Buffer(raw.dtype, raw.shape, raw.tensor)
         order = {name: i for i, name in enumerate(names)}
@@ -94,11 +102,10 @@ class Directory(Container):
             if name not in CARRIED:
                 raise FewbitsError(f"{name}: not a file that belongs into a model directory")
             (path / name).write_bytes(data)
-        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        if layout.quantization_config is not None:
-            config["quantization_config"] = layout.quantization_config
-        write_json(path / "config.json", config)
         self._write_shards(path, checkpoint, layout, progress)
+        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        quantization = layout.quantization_config()
+        write_json(path / "config.json", config | ({"quantization_config": quantization} if quantization else {}))
 
     def _write_shards(self, path: Path, checkpoint: Checkpoint, layout: Layout, progress: Progress | None) -> None:
         specs = {entry.name: layout.specs(entry) for entry in checkpoint.entries.values()}
@@ -220,7 +227,7 @@ def _index(path: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FewbitsError(f"{path / INDEX}: weight_map is not an object of tensor names")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or "\\" in name:
             raise FewbitsError(f"{path / INDEX}: {tensor}: {name!r} is not the name of a file in this directory")
     return weight_map
 

@@ -186,7 +186,7 @@ class Writer:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._begin = 8 + len(text)
-        self._file = open(path, "xb")  # noqa: SIM115: closed by close()
+        self._file = open(path, "xb")  # noqa: SIM115
         self._file.write(struct.pack("<Q", len(text)) + text)
         self._file.truncate(self._begin + at)
 
@@ -198,7 +198,7 @@ class Writer:
                              f"written as {tensor.dtype} {list(tensor.shape)}")
         self._file.seek(self._begin + self._offsets.pop(name))
         if tensor.numel():
-            self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         """Finish the file.

@@ -1,0 +1,264 @@
+"""GPTQ directories, the layout of AutoGPTQ and GPTQModel: int-k weights with one scale and zero point a group.
+
+Beside each other, where a linear layer `x` [out, in] has k bits and groups of g columns:
+`x.qweight` int32 [in * k / 32, out], codes along `in`; `x.qzeros` int32 [in / g, out * k / 32], zero points along
+`out`; `x.scales` [in / g, out]; `x.g_idx` int32 [in], the group of each column. Codes lie in little-endian bit streams
+through the words. Version 1 ("gptq") stores zero - 1; version 2 ("gptq_v2") stores the zero point itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fewbits import __version__, codecs
+from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.codecs.affine import IntK
+from fewbits.codecs.packing import pack_bits, unpack_bits
+from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason, read_json
+from fewbits.containers.gptq_config import Rules, dynamic_rules
+from fewbits.containers.safetensors import Raw, Spec
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch
+from fewbits.qtensor import QTensor
+
+BITS = (2, 3, 4, 8)
+V1, V2 = "gptq", "gptq_v2"
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+class Gptq(Directory):
+    """GPTQ directories. Written in version 1 if every weight is symmetric, else in version 2, unless told otherwise.
+
+    GPTQModel refuses asymmetric weights in version 1 from any writer but itself.
+    """
+
+    name: ClassVar[str] = "gptq"
+
+    def __init__(self, version: str | None = None):
+        if version not in (None, V1, V2):
+            raise FewbitsError(f"unknown version {version!r} of GPTQ directories", f"{V1} or {V2}")
+        self.version = version
+
+    def claims(self, path: Path, quantization: dict[str, Any] | None) -> bool:
+        method = (quantization or {}).get("quant_method", "gptq" if quantization and "bits" in quantization else None)
+        return method == "gptq"
+
+    def quantization(self, path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+        found = super().quantization(path, config)
+        if found is None and (path / "quantize_config.json").is_file():  # as older AutoGPTQ wrote it
+            found = read_json(path / "quantize_config.json")
+        return found
+
+    def entries(self, raws: dict[str, Raw], quantization: dict[str, Any]) -> list[Entry]:
+        modules = [name.removesuffix(".qweight") for name in raws if name.endswith(".qweight")]
+        if not modules:
+            return []
+        rules = Rules.parse(next(iter(raws.values())).file.path.parent, quantization)
+        found = [read_module(raws, module, rules) for module in modules]
+        for name, raw in raws.items():
+            if name.endswith((".qzeros", ".g_idx")):
+                raise raw.refuse("belongs to a quantized layer whose qweight is missing")
+        return found
+
+    def accepts(self, checkpoint: Checkpoint, entry: Entry) -> str | None:
+        if float_reason(entry) is None:
+            return None
+        codec = entry.codec
+        if not isinstance(codec, IntK) or codec.bits not in BITS:
+            return "GPTQ directories have int2, int3, int4 and int8 in groups only"
+        reason = linear_reason(checkpoint, entry)
+        if reason is None and self.version == V1 and not codec.symmetric:
+            zeros = entry.load().unpack()[1]["zero"]
+            if bool((zeros == 0).any()):
+                return f"it has zero points of 0, which version 1 ({V1}) cannot hold; {V2} can"
+        return reason
+
+    def layout(self, checkpoint: Checkpoint) -> Layout:
+        return GptqLayout(checkpoint, self.version)
+
+
+class GptqLayout(Layout):
+    """What the entries of one checkpoint become."""
+
+    def __init__(self, checkpoint: Checkpoint, version: str | None):
+        codecs_used = [e.codec for e in checkpoint.entries.values()]
+        symmetric = all(codec.symmetric for codec in codecs_used if isinstance(codec, IntK))
+        self.version = version or (V1 if symmetric else V2)
+        self.checkpoint = checkpoint
+        self.ordered = False  # whether a tensor came with a column order
+
+    def quantization_config(self) -> dict[str, Any] | None:
+        return quantization_config(self.checkpoint, self.version, self.ordered)
+
+    def specs(self, entry: Entry) -> dict[str, Spec]:
+        codec = entry.codec
+        if not isinstance(codec, IntK):
+            return super().specs(entry)
+        module, (rows, columns) = entry.name.removesuffix(".weight"), entry.shape
+        groups = -(-columns // codec.unit(columns))
+        return {f"{module}.qweight": ("I32", (words(columns, codec.bits), rows)),
+                f"{module}.qzeros": ("I32", (groups, words(rows, codec.bits))),
+                f"{module}.scales": (codec.scale_kind, (groups, rows)),
+                f"{module}.g_idx": ("I32", (columns,))}
+
+    def tensors(self, name: str, tensor: QTensor) -> dict[str, torch.Tensor]:
+        if not isinstance(tensor.codec, IntK):
+            return super().tensors(name, tensor)
+        self.ordered |= tensor.order is not None
+        module = name.removesuffix(".weight")
+        return {f"{module}.{k}": v for k, v in to_file(tensor, self.version).items()}
+
+
+def quantization_config(checkpoint: Checkpoint, version: str, ordered: bool) -> dict[str, Any] | None:
+    """What GPTQModel and transformers want to know; layers that differ from most are named in "dynamic"."""
+    kinds = {e.name.removesuffix(".weight"): (e.codec.bits, e.codec.group, e.codec.symmetric)
+             for e in checkpoint.entries.values() if isinstance(e.codec, IntK)}
+    if not kinds:
+        return None
+    bits, group, symmetric = Counter(kinds.values()).most_common(1)[0][0]
+    skipped = [m for m in float_modules(checkpoint) if m.split(".")[-1] != "lm_head"]
+    dynamic = dynamic_rules(kinds, (bits, group, symmetric), skipped)
+    return {
+        "bits": bits,
+        "group_size": group,
+        "sym": symmetric,
+        "desc_act": ordered,
+        "lm_head": any(m.split(".")[-1] == "lm_head" for m in kinds),
+        "quant_method": "gptq",
+        "checkpoint_format": version,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"fewbits:{__version__}"]},
+    } | ({"dynamic": dynamic} if dynamic else {})
+
+
+# the file's tensors and the canonical planes --------------------------------------------------------------------------
+def words(count: int, bits: int) -> int:
+    """32-bit words of a stream of `count` codes; the last one may be filled in part."""
+    return -(-count * bits // 32)
+
+
+def to_words(stream: torch.Tensor, count: int) -> torch.Tensor:
+    """Bytes `[..., n]` to int32 `[..., count]`, padded with zeros."""
+    return torch.nn.functional.pad(stream, (0, 4 * count - stream.shape[-1])).contiguous().view(torch.int32)
+
+
+def to_file(tensor: QTensor, version: str) -> dict[str, torch.Tensor]:
+    """qweight, qzeros, scales and g_idx of a tensor."""
+    codec, (rows, columns), stream = tensor.codec, tensor.shape, tensor.planes["codes"]
+    assert isinstance(codec, IntK)
+    unit = codec.unit(columns)
+    g_idx = torch.arange(columns, dtype=torch.int32) // unit  # [columns]
+    if tensor.order is not None:
+        back = torch.argsort(tensor.order)  # where each column of the weight is stored
+        stream = pack_bits(unpack_bits(stream, codec.bits, columns)[:, back], codec.bits)
+        g_idx = g_idx[back]
+    groups = -(-columns // unit)
+    if codec.symmetric:
+        zeros = torch.full((groups, rows), 1 << (codec.bits - 1), dtype=torch.uint8)
+    else:
+        zeros = unpack_bits(tensor.planes["zeros"], codec.bits, groups).t()
+    if version == V1:
+        zeros = (zeros - 1) & ((1 << codec.bits) - 1)  # uint8 wraps
+    return {"qweight": to_words(stream, words(columns, codec.bits)).t().contiguous(),
+            "qzeros": to_words(pack_bits(zeros, codec.bits), words(rows, codec.bits)),
+            "scales": tensor.planes["scales"].t().contiguous(), "g_idx": g_idx}
+
+
+@dataclass(frozen=True)
+class Module:
+    """The raw tensors of one quantized layer, checked against each other."""
+
+    qweight: Raw
+    qzeros: Raw
+    scales: Raw
+    g_idx: Raw | None
+    codec: IntK
+    columns: int
+    version: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scales.shape[1], self.columns
+
+    def load(self) -> QTensor:
+        codec, (rows, columns) = self.codec, self.shape
+        stream = self.qweight.tensor().t().contiguous().view(torch.uint8)  # [rows, bytes]
+        order = self._order()
+        if order is not None:
+            stream = pack_bits(unpack_bits(stream, codec.bits, columns)[:, order], codec.bits)
+        planes = {"codes": stream[:, :-(-columns * codec.bits // 8)].contiguous(), "scales": self._scales()}
+        if not codec.symmetric:
+            zeros = unpack_bits(self.qzeros.tensor().view(torch.uint8), codec.bits, rows)  # [groups, rows]
+            zeros = (zeros + 1) & ((1 << codec.bits) - 1) if self.version == V1 else zeros
+            planes["zeros"] = pack_bits(zeros.t(), codec.bits)
+        return QTensor(codec, self.shape, planes, order)
+
+    def _scales(self) -> torch.Tensor:
+        scales = self.scales.tensor()
+        bad = (~torch.isfinite(scales)).nonzero()
+        if len(bad):
+            at = tuple(bad[0].tolist())
+            raise self.scales.refuse(f"{float(scales[at])} at {list(at)}", "the file is damaged, or its layer was "
+                                     "quantized with NaN or infinite weights")
+        return scales.t().contiguous()
+
+    def _order(self) -> torch.Tensor | None:
+        """The column order of full act-order: columns sorted by group, or None where they lie so already."""
+        if self.g_idx is None:
+            return None
+        groups, unit = self.scales.shape[0], self.codec.unit(self.columns)
+        g_idx = self.g_idx.tensor().long()
+        if len(g_idx) and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
+            raise self.g_idx.refuse(f"groups {int(g_idx.min())} to {int(g_idx.max())}, where there are {groups}")
+        meant = torch.arange(self.columns) // unit
+        if torch.equal(g_idx, meant):
+            return None
+        found, order = torch.sort(g_idx, stable=True)
+        if not torch.equal(found, meant):
+            at = int((found != meant).nonzero()[0])
+            raise self.g_idx.refuse(f"group {int(meant[at])} has {int((g_idx == meant[at]).sum())} columns, "
+                                    f"where group_size is {unit}")
+        return order
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+def read_module(raws: dict[str, Raw], module: str, rules: Rules) -> Entry:
+    """Take the tensors of one layer out of `raws`."""
+    parts = {part: raws.pop(f"{module}.{part}", None) for part in TENSORS}
+    qweight, qzeros, scales, g_idx = (parts[part] for part in TENSORS)
+    assert qweight is not None
+    if qzeros is None or scales is None:
+        raise qweight.refuse(f"needs {module}.{'qzeros' if qzeros is None else 'scales'}, which is missing")
+    bits, group = rules.of(module)
+    for raw, dtypes, sides in ((qweight, ("I32",), 2), (qzeros, ("I32",), 2), (scales, ("F16", "BF16", "F32"), 2),
+                               (g_idx, ("I32", "I64"), 1)):
+        if raw is not None and (raw.dtype not in dtypes or len(raw.shape) != sides or 0 in raw.shape):
+            raise raw.refuse(f"{raw.dtype} {list(raw.shape)}, where {' or '.join(dtypes)} with {sides} dimensions was "
+                             "expected")
+    columns = g_idx.shape[0] if g_idx is not None else qweight.shape[0] * 32 // bits
+    rows = scales.shape[1]
+    groups = 1 if group == -1 else -(-columns // group)
+    for raw, meant in ((qweight, (words(columns, bits), rows)), (scales, (groups, rows)),
+                       (qzeros, (groups, words(rows, bits)))):
+        if raw.shape != meant:
+            raise raw.refuse(f"{list(raw.shape)}, where {list(meant)} was expected of {bits} bits in groups of {group}",
+                             "quantization_config does not belong to this file, or names this layer wrongly")
+    symmetric = all_middle(qzeros, bits, rows, rules.version)
+    codec = codecs.get(f"int{bits}-" + ("row" if group == -1 else f"g{group}") + ("" if symmetric else "-asym")
+                       + {"F16": "", "BF16": "-sbf16", "F32": "-sf32"}[scales.dtype])
+    assert isinstance(codec, IntK)
+    found = Module(qweight, qzeros, scales, g_idx, codec, columns, rules.version)
+    return Entry(f"{module}.weight", found.shape, codec, found.load)
+
+
+def all_middle(qzeros: Raw, bits: int, rows: int, version: str) -> bool:
+    """Whether every zero point is the middle of the grid; looks at the file's bytes, without torch."""
+    middle = (1 << (bits - 1)) - (version == V1)
+    eight = sum(middle << (i * bits) for i in range(8)).to_bytes(bits, "little")
+    used = (1 << (rows * bits)) - 1  # what lies behind is padding
+    meant = int.from_bytes(eight * (rows // 8 + 1), "little") & used
+    size, data = 4 * qzeros.shape[1], qzeros.data()
+    return all(int.from_bytes(data[i:i + size], "little") & used == meant for i in range(0, len(data), size))
