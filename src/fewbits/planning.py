@@ -184,8 +184,7 @@ def _take(rows: list[Row], source: Checkpoint, memory: int) -> tuple[str | None,
     most = source.nbytes * 8 / max(1, source.parameters)
     kinds = Counter({e.codec.name: e.parameters for e in source.entries.values()})
     own = kinds.most_common(1)[0][0] if kinds else ""
-    useful = [r for r in rows if not r.reason and r.linear_bits <= most + 0.01
-              and (r.recipe == own or get(r.recipe).codec is None or get(r.recipe).codec.family != "float")]
+    useful = [r for r in rows if not r.reason and r.linear_bits <= most + 0.01 and _float(r.recipe) in (None, own)]
     fitting = [r for r in useful if r.fits]
     if not fitting:
         able = [r for r in rows if not r.reason]
@@ -203,6 +202,12 @@ def _take(rows: list[Row], source: Checkpoint, memory: int) -> tuple[str | None,
         following = min(above, key=lambda r: r.linear_bits)
         return best.recipe, f"{why}; the next better, {following.recipe}, takes {_gb(following.total_bytes)}"
     return best.recipe, f"{why}; nothing is better for this source"
+
+
+def _float(recipe: str) -> str | None:
+    """The float type that a recipe puts everything into, or None."""
+    codec = get(recipe).codec
+    return codec.name if codec and codec.family == "float" else None
 
 
 def _gb(nbytes: int) -> str:

@@ -8,7 +8,6 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-from fewbits import arch
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers import gguf, gguf_file
 from fewbits.containers.base import Container
@@ -48,7 +47,7 @@ class Sizes:
         for entry in goal.entries.values():
             specs |= layout.specs(entry.as_(load=_with_offset(entry)))
         specs |= {name: (b.dtype, b.shape) for name, b in goal.buffers.items()}
-        quantization = layout.quantization_config
+        quantization = layout.quantization_config()
         config = goal.config | ({"quantization_config": quantization} if quantization else {})
         return (_safetensors_header(specs) + sum(map(nbytes, specs.values())) + self._files
                 + len(json.dumps(config, indent=2, ensure_ascii=False)) + 1 + self._guess("directory"))
@@ -62,24 +61,15 @@ class Sizes:
 
     # GGUF -------------------------------------------------------------------------------------------------------------
     def _gguf(self, goal: Checkpoint) -> int:
-        family = arch.lookup(goal.config)
-        assert family is not None
-        config = gguf._own_config(family, goal)
-        specs = [gguf_file.Spec(t.gguf, e.shape, gguf._stored_codec(t, e).name) for t, e in gguf._pairs(family, goal)]
-        freqs = gguf._rope_freqs(config)
-        if freqs is not None:
-            specs.insert(0, gguf_file.Spec(gguf.ROPE_FREQS, freqs.shape, "F32"))
-        header = 24 + self._metadata + sum(8 + len(s.name) + 4 + 8 * len(s.shape) + 12 for s in specs)
-        return _aligned(header) + sum(_aligned(s.nbytes) for s in specs) + self._guess("gguf")
+        specs = gguf.records(goal)
+        head = self._metadata + len(gguf_file.header({}, specs))
+        return _aligned(head) + sum(_aligned(s.nbytes) for s in specs) + self._guess("gguf")
 
     @cached_property
     def _metadata(self) -> int:
         """Bytes of the metadata, the tokenizer's among them; nearly the same in every recipe."""
-        goal = replace(self.source, facts={**self.source.facts, "file_type": 0})
-        family = arch.lookup(goal.config)
-        assert family is not None
-        values = gguf._metadata(family, goal, gguf._own_config(family, goal))
-        return sum(len(gguf_file._string(k)) + len(gguf_file._value(v)) for k, v in values.items())
+        found = gguf.metadata(replace(self.source, facts={**self.source.facts, "file_type": 0}))
+        return len(gguf_file.header(found, [])) - len(gguf_file.header({}, []))
 
 
 def _aligned(size: int) -> int:

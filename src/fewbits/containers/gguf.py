@@ -108,12 +108,8 @@ class Gguf(Container):
     def stage(self, path: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
         family = arch.lookup(checkpoint.config)
         assert family is not None
-        pairs = list(_pairs(family, checkpoint))
-        specs = [Spec(t.gguf, e.shape, _stored_codec(t, e).name) for t, e in pairs]
-        config = _own_config(family, checkpoint)
-        freqs = _rope_freqs(config)
-        if freqs is not None:
-            specs.insert(0, Spec(ROPE_FREQS, freqs.shape, "F32"))
+        pairs, specs = list(_pairs(family, checkpoint)), records(checkpoint)
+        freqs = _rope_freqs(_own_config(family, checkpoint))
 
         def data() -> Iterator[np.ndarray]:
             done, total = 0, sum(s.nbytes for s in specs)
@@ -126,7 +122,7 @@ class Gguf(Container):
                 done += part.nbytes
                 yield part
 
-        gguf_file.write(path, _metadata(family, checkpoint, config), specs, data())
+        gguf_file.write(path, metadata(checkpoint), specs, data())
 
 
 # reading ------------------------------------------------------------------------------------------------------------
@@ -307,8 +303,20 @@ def _rope_freqs(config: dict[str, Any]) -> np.ndarray | None:
     return np.array(rope.llama3_factors(settings, arch.head_dim(config)), np.float32)
 
 
-def _metadata(family: Architecture, checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, Value]:
+def records(checkpoint: Checkpoint) -> list[Spec]:
+    """Names, shapes and types of the tensors that a file of this checkpoint holds, in order."""
+    family = arch.lookup(checkpoint.config)
+    assert family is not None
+    freqs = _rope_freqs(_own_config(family, checkpoint))
+    return ([] if freqs is None else [Spec(ROPE_FREQS, freqs.shape, "F32")]) + [
+        Spec(t.gguf, e.shape, _stored_codec(t, e).name) for t, e in _pairs(family, checkpoint)]
+
+
+def metadata(checkpoint: Checkpoint) -> dict[str, Value]:
     """All metadata: what the file came with, where it was GGUF, else made from configuration and tokenizer."""
+    family = arch.lookup(checkpoint.config)
+    assert family is not None
+    config = _own_config(family, checkpoint)
     kept: dict[str, Value] = dict(checkpoint.facts.get("metadata") or {})
     kept.pop("general.alignment", None)
     out = {"general.architecture": Value("STRING", family.gguf)}

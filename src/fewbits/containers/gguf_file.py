@@ -260,6 +260,24 @@ def place(specs: Sequence[Spec], alignment: int) -> list[Spec]:
     return placed
 
 
+def header(metadata: dict[str, Value], specs: Sequence[Spec], alignment: int = ALIGNMENT) -> bytes:
+    """All that comes before the tensors, without the padding.
+
+    Raises:
+        FewbitsError: a metadata value does not fit its type.
+    """
+    parts = [MAGIC, struct.pack("<IQQ", 3, len(specs), len(metadata))]
+    for key, value in metadata.items():
+        try:
+            parts += [_string(key), _value(value)]
+        except (struct.error, TypeError, OverflowError, UnicodeEncodeError) as error:
+            raise FewbitsError(f"{key} = {value.value!r:.80} does not fit {value.type}: {error}") from None
+    for spec in place(specs, alignment):
+        parts.append(_string(spec.name) + struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *spec.shape[::-1])
+                     + struct.pack("<IQ", GGMLQuantizationType[spec.type], spec.offset))
+    return b"".join(parts)
+
+
 def write(path: Path, metadata: dict[str, Value], specs: Sequence[Spec], data: Iterable[np.ndarray]) -> None:
     """Write version 3: the header, then `data` (bytes of each tensor, in the order of `specs`) as they come.
 
@@ -267,17 +285,12 @@ def write(path: Path, metadata: dict[str, Value], specs: Sequence[Spec], data: I
         FewbitsError: a metadata value does not fit its type.
     """
     alignment = int(metadata["general.alignment"].value) if "general.alignment" in metadata else ALIGNMENT
-    parts = [MAGIC, struct.pack("<IQQ", 3, len(specs), len(metadata))]
-    for key, value in metadata.items():
-        try:
-            parts += [_string(key), _value(value)]
-        except (struct.error, TypeError, OverflowError, UnicodeEncodeError) as error:
-            raise FewbitsError(f"{path}: {key} = {value.value!r:.80} does not fit {value.type}: {error}") from None
-    for spec in place(specs, alignment):
-        parts.append(_string(spec.name) + struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *spec.shape[::-1])
-                     + struct.pack("<IQ", GGMLQuantizationType[spec.type], spec.offset))
+    try:
+        head = header(metadata, specs, alignment)
+    except FewbitsError as error:
+        raise FewbitsError(f"{path}: {error}") from None
     with open(path, "wb") as file:
-        file.write(b"".join(parts))
+        file.write(head)
         _pad(file, alignment)
         for spec, part in zip(specs, data, strict=True):
             assert part.nbytes == spec.nbytes, (spec, part.nbytes)
