@@ -1,8 +1,8 @@
 """Do files we write tokenize equally everywhere?
 
-For each model: Transformers directory -> our GGUF -> llama.cpp, and that GGUF -> our Transformers directory -> transformers.
-One megabyte of mixed text (English, code, other scripts, combining marks, emoji, runs of spaces and line ends) goes
-through both, and through the tokenizer of the directory that came first.
+For each model: Transformers directory -> our GGUF -> llama.cpp, and that GGUF -> our directory -> transformers. One
+megabyte of mixed text (English, code, other scripts, combining marks, emoji, runs of spaces and line ends) goes through
+both, and through the tokenizer of the directory that came first.
 
     python benchmarks/gguf_tokenizers.py [NAME...] [--megabytes 1]
 """
@@ -30,8 +30,9 @@ FILES = ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m.Q4_K_M.gguf")  # as pu
 # first and last code point of the letters of a script
 SCRIPTS = {"Greek": (0x391, 0x3C9), "Cyrillic": (0x410, 0x44F), "Armenian": (0x561, 0x586), "Hebrew": (0x5D0, 0x5EA),
            "Arabic": (0x621, 0x64A), "Devanagari": (0x905, 0x94D), "Bengali": (0x985, 0x9B9), "Tamil": (0xB85, 0xBB9),
-           "Thai": (0xE01, 0xE3A), "Georgian": (0x10D0, 0x10F0), "Hangul": (0xAC00, 0xD7A3), "Hiragana": (0x3041, 0x3096),
-           "Katakana": (0x30A1, 0x30FA), "Han": (0x4E00, 0x9FA5), "Ethiopic": (0x1200, 0x1248), "Khmer": (0x1780, 0x17B3)}
+           "Thai": (0xE01, 0xE3A), "Georgian": (0x10D0, 0x10F0), "Hangul": (0xAC00, 0xD7A3), "Han": (0x4E00, 0x9FA5),
+           "Hiragana": (0x3041, 0x3096), "Katakana": (0x30A1, 0x30FA), "Ethiopic": (0x1200, 0x1248),
+           "Khmer": (0x1780, 0x17B3)}
 EMOJI = ["😀", "🎉", "👍🏽", "👩‍👩‍👧‍👦", "🏳️‍🌈", "🇫🇷", "❤️", "1️⃣", "🧑🏿‍🚀", "☃", "🤷‍♀️", "©", "™", "½", "²", "٣", "५", "Ⅷ"]
 SPACES = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", " \n", "\u00a0", "\u3000", "    ", " " * 17, " " * 40, "\n" * 5]
 
@@ -106,6 +107,7 @@ def compare(model: Path, documents: list[str], peer: str) -> dict[str, Any]:
         back = [after(text)["input_ids"] for text in documents]
         turned = [after.decode(ids, skip_special_tokens=True) for ids in back]
     parts = [i for i in range(len(documents)) if llama[i] != back[i]]
+    first = _difference(llama[parts[0]], back[parts[0]], after) if parts else None
     return {"model": model.name, "bytes": sum(len(t.encode()) for t in documents), "documents": len(documents),
             "tokens": sum(map(len, llama)), "pre": ours.facts["metadata"]["tokenizer.ggml.pre"].value,
             "llama.cpp differs from our directory": len(parts),
@@ -113,10 +115,10 @@ def compare(model: Path, documents: list[str], peer: str) -> dict[str, Any]:
             "llama.cpp differs from the original": sum(a != b for a, b in zip(original, llama, strict=True)),
             "text comes back": sum(a == b for a, b in zip(documents, turned, strict=True)),
             "seconds to write": round(written, 1),
-            "first difference": _difference(documents[parts[0]], llama[parts[0]], back[parts[0]], after) if parts else None}
+            "first difference": first}
 
 
-def _difference(text: str, ours: list[int], theirs: list[int], tokenizer: Any) -> dict[str, Any]:
+def _difference(ours: list[int], theirs: list[int], tokenizer: Any) -> dict[str, Any]:
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     return {"llama.cpp": tokenizer.convert_ids_to_tokens(ours[max(0, at - 2):at + 6]),
             "transformers": tokenizer.convert_ids_to_tokens(theirs[max(0, at - 2):at + 6])}

@@ -1,0 +1,204 @@
+"""GGUF on the level of bytes: against the gguf package, and against files that lie."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fewbits.containers import gguf_file
+from fewbits.containers.gguf_file import FORMATS, Spec, Value
+from fewbits.errors import FewbitsError
+
+RANGES = {"UINT8": (0, 2**8 - 1), "INT8": (-2**7, 2**7 - 1), "UINT16": (0, 2**16 - 1), "INT16": (-2**15, 2**15 - 1),
+          "UINT32": (0, 2**32 - 1), "INT32": (-2**31, 2**31 - 1), "UINT64": (0, 2**64 - 1), "INT64": (-2**63, 2**63 - 1)}
+METADATA = {
+    "general.architecture": Value("STRING", "llama"), "a.bool": Value("BOOL", True), "a.float": Value("FLOAT32", 0.5),
+    "a.double": Value("FLOAT64", 0.1), "a.strings": Value("ARRAY", ["", "é", "▁x\0y"], "STRING"),
+    "a.bools": Value("ARRAY", np.array([True, False]), "BOOL"), "a.none": Value("ARRAY", [], "STRING"),
+    **{f"a.{t}": Value(t, high) for t, (_, high) in RANGES.items()},
+    **{f"a.{t}s": Value("ARRAY", np.array([low, high], FORMATS[t]), t) for t, (low, high) in RANGES.items()},
+}
+SPECS = [Spec("x", (3, 32), "Q8_0"), Spec("y", (5,), "F32"), Spec("z", (2, 3, 4), "F16")]
+
+
+@pytest.fixture
+def sample(tmp_path):
+    path = tmp_path / "sample.gguf"
+    data = [np.random.default_rng(i).integers(0, 256, s.nbytes, np.uint8) for i, s in enumerate(SPECS)]
+    gguf_file.write(path, METADATA, SPECS, data)
+    return path, data
+
+
+def _equal(a: Value, b: Value) -> bool:
+    return (a.type, a.items) == (b.type, b.items) and np.array_equal(a.value, b.value)
+
+
+def test_everything_comes_back_with_its_type(sample):
+    path, data = sample
+    file = gguf_file.read(path)
+    assert list(file.metadata) == list(METADATA)
+    assert all(_equal(file.metadata[k], v) for k, v in METADATA.items())
+    for spec, wanted in zip(SPECS, data, strict=True):
+        found = file.tensors[spec.name]
+        assert (found.shape, found.type) == (spec.shape, spec.type)
+        assert np.array_equal(file.data(found), wanted)
+
+
+def test_the_gguf_package_reads_the_same(sample):
+    path, data = sample
+    reader = gguf.GGUFReader(path)
+    for key, value in METADATA.items():
+        field = reader.get_field(key)
+        assert [t.name for t in field.types] == [value.type, *([value.items] if value.items and len(value.value) else [])]
+        if len(value.value) if value.type == "ARRAY" else True:
+            assert np.array_equal(field.contents(), value.value), key
+    for tensor, spec, wanted in zip(reader.tensors, SPECS, data, strict=True):
+        assert (tensor.name, tuple(tensor.shape)[::-1], tensor.tensor_type.name) == (spec.name, spec.shape, spec.type)
+        assert np.array_equal(tensor.data.reshape(-1).view(np.uint8), wanted)
+
+
+def test_what_the_gguf_package_writes_is_read(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_uint32("n", 7)
+    writer.add_array("words", ["a", "b"])
+    writer.add_custom_alignment(64)
+    writer.add_tensor("w", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.add_tensor("v", np.arange(3, dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = gguf_file.read(tmp_path / "a.gguf")
+    assert file.metadata["n"] == Value("UINT32", 7)
+    assert file.metadata["words"] == Value("ARRAY", ["a", "b"], "STRING")
+    assert file.tensors["w"].shape == (2, 3)
+    assert file.tensors["v"].offset == 64
+    assert file.data(file.tensors["w"]).view(np.float32).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_layout_of_bytes_by_hand(tmp_path):
+    gguf_file.write(tmp_path / "a", {"k": Value("UINT8", 5)}, [Spec("t", (1, 2), "F32")],
+                    [np.array([1, 2], np.float32).view(np.uint8)])
+    header = (b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<IB", 0, 5)
+              + struct.pack("<Q", 1) + b"t" + struct.pack("<IQQIQ", 2, 2, 1, 0, 0))
+    wanted = header + b"\0" * (-len(header) % 32) + struct.pack("<2f", 1, 2)
+    assert (tmp_path / "a").read_bytes() == wanted + b"\0" * (-len(wanted) % 32)
+
+
+def test_version_2_is_read(sample):
+    path, _ = sample
+    raw = bytearray(path.read_bytes())
+    raw[4] = 2
+    path.write_bytes(raw)
+    assert gguf_file.read(path).version == 2
+
+
+def test_a_value_that_does_not_fit_its_type_is_named(tmp_path):
+    with pytest.raises(FewbitsError, match="k = -1 does not fit UINT32"):
+        gguf_file.write(tmp_path / "a", {"k": Value("UINT32", -1)}, [], [])
+
+
+# files that lie -----------------------------------------------------------------------------------------------------
+def _text(text: str | bytes) -> bytes:
+    raw = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _record(name: str | bytes = "t", dims=(4,), kind: int = 0, offset: int = 0, count: int | None = None) -> bytes:
+    count = len(dims) if count is None else count
+    return _text(name) + struct.pack(f"<I{len(dims)}Q", count, *dims) + struct.pack("<IQ", kind, offset)
+
+
+def _file(pairs: bytes = b"", records: bytes = b"", data: int = 64, version: int = 3, tensors: int = 1, keys: int = 0):
+    raw = b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + pairs + records
+    return raw + b"\0" * (-len(raw) % 32) + b"\0" * data
+
+
+KEY = _text("k")
+HUGE = struct.pack("<Q", 1 << 60)
+HOSTILE = [
+    (b"GGML" + b"\0" * 40, "not a GGUF file"),
+    (b"GGUF", "too short"),
+    (_file(version=1, tensors=0), "GGUF version 1"),
+    (_file(version=3 << 24, tensors=0), "big-endian"),
+    (_file(tensors=1 << 50), "tensor count is"),
+    (_file(keys=1 << 50, records=_record()), "metadata count is"),
+    (_file(HUGE, keys=1, tensors=0), "length of a metadata key"),
+    (_file(_text(b"\xff\xfe") + struct.pack("<IB", 0, 1), keys=1, tensors=0), "metadata key is not valid UTF-8"),
+    (_file(KEY + struct.pack("<I", 99), keys=1, tensors=0), "k has the unknown value type 99"),
+    (_file(KEY + struct.pack("<I", 8) + HUGE, keys=1, tensors=0), "length of k is"),
+    (_file(KEY + struct.pack("<I", 8) + _text(b"\xc3"), keys=1, tensors=0), "k is not valid UTF-8"),
+    (_file(KEY + struct.pack("<IB", 7, 2), keys=1, tensors=0), "k is a boolean of value 2"),
+    (_file(KEY + struct.pack("<II", 9, 4) + HUGE, keys=1, tensors=0), "length of k is"),
+    (_file(KEY + struct.pack("<II", 9, 8) + HUGE, keys=1, tensors=0), "length of k is"),
+    (_file(KEY + struct.pack("<IIQ", 9, 8, 2) + _text("a") + HUGE, keys=1, tensors=0), r"k\[1\] is longer"),
+    (_file(KEY + struct.pack("<IIQ", 9, 8, 1) + _text(b"\xff"), keys=1, tensors=0), r"k\[0\] is not valid UTF-8"),
+    (_file(KEY + struct.pack("<IIQ", 9, 9, 1), keys=1, tensors=0), "arrays of arrays"),
+    (_file(KEY + struct.pack("<IIQ", 9, 50, 1), keys=1, tensors=0), "item type 50"),
+    (_file(KEY + struct.pack("<IIQB", 9, 7, 1, 3), keys=1, tensors=0), "boolean that is neither"),
+    (_file((KEY + struct.pack("<IB", 0, 1)) * 2, keys=2, tensors=0), "'k' appears twice"),
+    (_file(_text("general.alignment") + struct.pack("<II", 4, 24), keys=1, tensors=0), "general.alignment is 24"),
+    (_file(_text("general.alignment") + struct.pack("<II", 4, 0), keys=1, tensors=0), "general.alignment is 0"),
+    (_file(_text("general.alignment") + struct.pack("<II", 4, 1 << 31), keys=1, tensors=0), "general.alignment is"),
+    (_file(_text("general.alignment") + struct.pack("<I", 8) + _text("x"), keys=1, tensors=0), "general.alignment is"),
+    (_file(records=_record(count=9)), "'t' has 9 dimensions"),
+    (_file(records=_record(dims=())), "'t' has 0 dimensions"),
+    (_file(records=_record(dims=(0,))), "impossible shape"),
+    (_file(records=_record(dims=(1 << 40, 1 << 40))), "impossible shape"),
+    (_file(records=_record(dims=(1 << 62,))), "ends at byte"),
+    (_file(records=_record(kind=77)), "'t' has the unknown type 77"),
+    (_file(records=_record(kind=4)), "'t' has the unknown type 4"),
+    (_file(records=_record(dims=(33,), kind=8)), "rows of 33 do not divide into blocks of 32"),
+    (_file(records=_record(offset=4)), "no multiple of the alignment"),
+    (_file(records=_record(offset=1 << 63)), "ends at byte"),
+    (_file(records=_record(dims=(17,))), "ends at byte"),
+    (_file(records=_record("a") + _record("a", offset=32), tensors=2), "'a' appears twice"),
+    (_file(records=_record("a", (16,)) + _record("b", offset=32), tensors=2, data=128), "'a' and 'b' overlap"),
+    (_file(records=_record(b"\xff")), "tensor's name is not valid UTF-8"),
+]
+
+
+@pytest.mark.parametrize("raw, message", HOSTILE, ids=[m for _, m in HOSTILE])
+def test_hostile_files_are_refused_by_name(tmp_path, raw, message):
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(raw)
+    tracemalloc.start()
+    with pytest.raises(FewbitsError, match=message) as error:
+        gguf_file.read(path)
+    assert "hostile.gguf" in str(error.value)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(sample, data):
+    path, _ = sample
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    damaged = path.with_suffix(".damaged")
+    damaged.write_bytes(raw[:data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw)
+    try:
+        file = gguf_file.read(damaged)
+    except FewbitsError as error:
+        assert str(damaged) in str(error)
+    else:
+        assert sum(file.data(s).nbytes for s in file.tensors.values()) <= len(raw)
+
+
+def test_every_truncation_is_refused(sample):
+    path, _ = sample
+    raw = path.read_bytes()
+    end = gguf_file.read(path)
+    last = max(s.offset + s.nbytes for s in end.tensors.values()) + end.start
+    for size in range(0, last, 7):
+        path.write_bytes(raw[:size])
+        with pytest.raises(FewbitsError):
+            gguf_file.read(path)
