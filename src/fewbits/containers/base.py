@@ -108,7 +108,7 @@ def compare(got: Checkpoint, meant: Checkpoint, progress: Progress | None = None
 
 def _equal(a: QTensor, b: QTensor) -> bool:
     same_planes = a.codec == b.codec and a.planes.keys() == b.planes.keys() and _same_order(a.order, b.order)
-    if same_planes and all(torch.equal(_bits(a.planes[k]), _bits(b.planes[k])) for k in a.planes):
+    if same_planes and all(torch.equal(flat_bytes(a.planes[k]), flat_bytes(b.planes[k])) for k in a.planes):
         return True
     if len(a.shape) < 2 or not (a.codec.rows_apart(a.shape) and b.codec.rows_apart(b.shape)):
         return _same_values(a.dequantize(), b.dequantize())
@@ -121,8 +121,10 @@ def _same_order(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _bits(plane: torch.Tensor) -> torch.Tensor:
-    return plane.contiguous().view(torch.uint8) if plane.numel() else plane
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, flat. A single element may have any stride, at which torch refuses to view bytes."""
+    flat = tensor.contiguous().view(-1)
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:

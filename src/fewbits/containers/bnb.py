@@ -18,6 +18,7 @@ from fewbits import codecs
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Codec
 from fewbits.codecs.table import NESTED_BLOCK, Table, levels, nested_levels
+from fewbits.containers.base import flat_bytes
 from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason
 from fewbits.containers.safetensors import Raw, Spec
 from fewbits.errors import FewbitsError
@@ -179,7 +180,7 @@ def _read_table(raws: dict[str, Raw], state_name: str, name: str, kind: str) -> 
 
     def load() -> QTensor:
         _expect_levels(parts[f"{name}.quant_map"], levels(codec.kind))
-        found = {"codes": weight.tensor().reshape(-1).view(torch.uint8), "absmax": absmax.tensor()}
+        found = {"codes": flat_bytes(weight.tensor()), "absmax": absmax.tensor()}
         if codec.nested:
             _expect_levels(parts[f"{name}.nested_quant_map"], nested_levels())
             found["nested_absmax"] = _finite(parts[f"{name}.nested_absmax"])

@@ -17,6 +17,7 @@ from fewbits import __version__, codecs
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.affine import IntK
 from fewbits.codecs.packing import pack_bits, unpack_bits
+from fewbits.containers.base import flat_bytes
 from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason, read_json
 from fewbits.containers.gptq_config import Rules, dynamic_rules
 from fewbits.containers.safetensors import Raw, Spec
@@ -141,8 +142,14 @@ def words(count: int, bits: int) -> int:
 
 
 def to_words(stream: torch.Tensor, count: int) -> torch.Tensor:
-    """Bytes `[..., n]` to int32 `[..., count]`, padded with zeros."""
-    return torch.nn.functional.pad(stream, (0, 4 * count - stream.shape[-1])).contiguous().view(torch.int32)
+    """Bytes `[rows, n]` to int32 `[rows, count]`, padded with zeros."""
+    padded = torch.nn.functional.pad(stream, (0, 4 * count - stream.shape[1]))
+    return padded.contiguous().view(-1).view(torch.int32).view(len(stream), count)
+
+
+def to_bytes(found: torch.Tensor) -> torch.Tensor:
+    """int32 `[rows, count]` to bytes `[rows, 4 * count]`."""
+    return flat_bytes(found).view(len(found), -1)
 
 
 def to_file(tensor: QTensor, version: str) -> dict[str, torch.Tensor]:
@@ -185,13 +192,13 @@ class Module:
 
     def load(self) -> QTensor:
         codec, (rows, columns) = self.codec, self.shape
-        stream = self.qweight.tensor().t().contiguous().view(torch.uint8)  # [rows, bytes]
+        stream = to_bytes(self.qweight.tensor().t())  # [rows, bytes]
         order = self._order()
         if order is not None:
             stream = pack_bits(unpack_bits(stream, codec.bits, columns)[:, order], codec.bits)
         planes = {"codes": stream[:, :-(-columns * codec.bits // 8)].contiguous(), "scales": self._scales()}
         if not codec.symmetric:
-            zeros = unpack_bits(self.qzeros.tensor().view(torch.uint8), codec.bits, rows)  # [groups, rows]
+            zeros = unpack_bits(to_bytes(self.qzeros.tensor()), codec.bits, rows)  # [groups, rows]
             zeros = (zeros + 1) & ((1 << codec.bits) - 1) if self.version == V1 else zeros
             planes["zeros"] = pack_bits(zeros.t(), codec.bits)
         return QTensor(codec, self.shape, planes, order)

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from fewbits.codecs.base import Shape
+from fewbits.containers.base import flat_bytes
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 
@@ -198,7 +199,7 @@ class Writer:
                              f"written as {tensor.dtype} {list(tensor.shape)}")
         self._file.seek(self._begin + self._offsets.pop(name))
         if tensor.numel():
-            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._file.write(flat_bytes(tensor.detach().cpu()).numpy().data)
 
     def close(self) -> None:
         """Finish the file.
