@@ -9,14 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from fewbits.checkpoint import Checkpoint, Entry
-from fewbits.containers import gguf, gguf_file
+from fewbits.containers import gguf, gguf_file, gguf_tokenizer
 from fewbits.containers.base import Container
 from fewbits.containers.directory import Directory
 from fewbits.containers.gguf import Gguf
 from fewbits.containers.safetensors import Spec, nbytes
 
 OFFSET = 0.0012345678943246603  # of nested scales: its digits are part of the file, and not known before the data
-TOKENIZER_BYTES = {"directory": 75, "gguf": 38}  # a token, where no tokenizer is there yet: measured on SmolLM2
+TOKENIZER_BYTES = {"directory": 75, "gguf": 40}  # a token, where no tokenizer is there: about Llama 3's and Qwen2's
 
 
 class Sizes:
@@ -54,9 +54,10 @@ class Sizes:
 
     @cached_property
     def _files(self) -> int:
-        """The tokenizer's files. Those of a GGUF file are not made just to be counted."""
-        if self.source.container == "gguf":
-            return TOKENIZER_BYTES["directory"] * int(self.source.config["vocab_size"])
+        """The tokenizer's files. Those of a GGUF file take seconds to make: they are not made just to be counted."""
+        metadata = self.source.facts.get("metadata") or {}
+        if gguf_tokenizer.KEY + "tokens" in metadata:
+            return _tokenizer_json(metadata)
         return sum(len(data) for data in self.source.files.values())
 
     # GGUF -------------------------------------------------------------------------------------------------------------
@@ -70,6 +71,17 @@ class Sizes:
         """Bytes of the metadata, the tokenizer's among them; nearly the same in every recipe."""
         found = gguf.metadata(replace(self.source, facts={**self.source.facts, "file_type": 0}))
         return len(gguf_file.header(found, [])) - len(gguf_file.header({}, []))
+
+
+def _tokenizer_json(metadata: dict[str, gguf_file.Value]) -> int:
+    """About what tokenizer.json takes: `"token": 12345, ` for each token and `["left", "right"], ` for each merge.
+
+    A SentencePiece model lists no merges; tokenizer.json then has about two for each token.
+    """
+    tokens = [len(t.encode()) for t in metadata[gguf_tokenizer.KEY + "tokens"].value]
+    merges = metadata.get(gguf_tokenizer.KEY + "merges")
+    text = sum(len(m.encode()) + 9 for m in merges.value) if merges else 2 * sum(n + 12 for n in tokens)
+    return sum(tokens) + 11 * len(tokens) + text
 
 
 def _aligned(size: int) -> int:
