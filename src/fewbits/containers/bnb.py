@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from fewbits import codecs
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Codec
-from fewbits.codecs.table import NESTED_BLOCK, Table, levels, nested_levels
+from fewbits.codecs.table import NESTED_BLOCK, Table, dynamic_map, table
 from fewbits.containers.base import flat_bytes
 from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason
 from fewbits.containers.safetensors import Raw, Spec
@@ -110,10 +110,10 @@ class BitsAndBytesLayout(Layout):
         if not isinstance(codec, Table):
             return super().tensors(name, tensor)
         found = {name: planes["codes"].reshape(-1, 1), f"{name}.absmax": planes["absmax"].reshape(-1),
-                 f"{name}.quant_map": levels(codec.kind)}
+                 f"{name}.quant_map": table(codec.kind).table}
         if codec.nested:
             found[f"{name}.nested_absmax"] = planes["nested_absmax"].reshape(-1)
-            found[f"{name}.nested_quant_map"] = nested_levels()
+            found[f"{name}.nested_quant_map"] = dynamic_map().table
         offset = planes["offset"].item() if codec.nested else None
         state = quant_state(codec, tensor.shape, self.dtype, offset)
         return found | {f"{name}.quant_state.bitsandbytes__{codec.kind}": torch.tensor(list(state), dtype=torch.uint8)}
@@ -133,24 +133,24 @@ def quantization_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any] | 
     if not quantized:
         return None
     common = Counter(e.codec for e in quantized).most_common(1)[0][0]
-    table = common if isinstance(common, Table) else None
+    four = common if isinstance(common, Table) else None
     skip = float_modules(checkpoint)
     if "lm_head.weight" not in checkpoint.entries:
         skip.append("lm_head")  # tied: transformers makes the layer, and nothing quantized is there for it
     before = checkpoint.facts.get("quantization_config") or {}
     return {
-        "_load_in_4bit": table is not None,
-        "_load_in_8bit": table is None,
+        "_load_in_4bit": four is not None,
+        "_load_in_8bit": four is None,
         "bnb_4bit_compute_dtype": before.get("bnb_4bit_compute_dtype", dtype),
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": table.kind if table else "fp4",
-        "bnb_4bit_use_double_quant": bool(table and table.nested),
+        "bnb_4bit_quant_type": four.kind if four else "fp4",
+        "bnb_4bit_use_double_quant": bool(four and four.nested),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": skip or None,
         "llm_int8_threshold": before.get("llm_int8_threshold", 6.0),
-        "load_in_4bit": table is not None,
-        "load_in_8bit": table is None,
+        "load_in_4bit": four is not None,
+        "load_in_8bit": four is None,
         "quant_method": "bitsandbytes",
     }
 
@@ -179,10 +179,10 @@ def _read_table(raws: dict[str, Raw], state_name: str, name: str, kind: str) -> 
         _expect(parts[f"{name}.nested_quant_map"], "F32", (256,))
 
     def load() -> QTensor:
-        _expect_levels(parts[f"{name}.quant_map"], levels(codec.kind))
+        _expect_levels(parts[f"{name}.quant_map"], table(codec.kind).table)
         found = {"codes": flat_bytes(weight.tensor()), "absmax": absmax.tensor()}
         if codec.nested:
-            _expect_levels(parts[f"{name}.nested_quant_map"], nested_levels())
+            _expect_levels(parts[f"{name}.nested_quant_map"], dynamic_map().table)
             found["nested_absmax"] = _finite(parts[f"{name}.nested_absmax"])
             found["offset"] = torch.tensor([offset], dtype=torch.float32)
         else:
