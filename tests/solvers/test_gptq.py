@@ -37,7 +37,8 @@ def naive(w: torch.Tensor, codec, statistics: Statistics) -> torch.Tensor:
     state = codec.begin(w, None)
     for unit in order:
         natural = unit.sort().values
-        params = codec.fit(work[:, natural], diagonal[natural], state)
+        known = None if state is None else {k: s[:, int(natural[0]) // codec.unit(columns)] for k, s in state.items()}
+        params = codec.fit(work[:, natural], diagonal[natural], known)
         grid = codec.grid(params, len(unit))
         for column in (int(c) for c in unit):
             at = int((natural == column).nonzero())

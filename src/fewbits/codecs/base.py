@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Iterator, Protocol
+from typing import ClassVar, Iterator, Protocol
 
 from fewbits.lazy import torch
 
 Shape = tuple[int, ...]
 Params = dict[str, "torch.Tensor"]
 Planes = dict[str, "torch.Tensor"]
+ITEM_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
 class Grid(Protocol):
@@ -61,20 +62,21 @@ class Codec:
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes of all planes."""
-        raise NotImplementedError
+        return sum(math.prod(size) * ITEM_BYTES[dtype] for dtype, size in self.planes(shape).values())
 
     def bits_per_weight(self, shape: Shape) -> float:
         return self.nbytes(shape) * 8 / max(1, math.prod(shape))
 
     # values ---------------------------------------------------------------------------------------------------------
-    def begin(self, w: torch.Tensor, importance: torch.Tensor | None) -> Any:
-        """State of the whole tensor, needed before units are fitted one by one. `w` is `[rows, columns]`."""
+    def begin(self, w: torch.Tensor, importance: torch.Tensor | None) -> Params | None:
+        """What units must know of the whole tensor `w` `[rows, columns]` before they are fitted, `[rows, units, k]`."""
         return None
 
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Params | None = None) -> Params:
         """Parameters of the units `w` `[..., unit]`, minimising the (importance-weighted) squared error.
 
-        `importance` broadcasts to `w`; a ragged last unit comes alone, in a call of its own.
+        `importance` broadcasts to `w`; `state` is what `begin` said of these units, `[..., k]`; a ragged last unit comes
+        alone, in a call of its own.
         """
         raise NotImplementedError
 
@@ -113,12 +115,13 @@ def units(columns: int, unit: int) -> int:
     return -(-columns // unit)
 
 
-def fit_units(w: torch.Tensor, codec: Codec, importance: torch.Tensor | None, state: Any) -> Params:
+def fit_units(w: torch.Tensor, codec: Codec, importance: torch.Tensor | None, state: Params | None) -> Params:
     """Fit every unit of `w` `[rows, columns]` at once; params `[rows, units, k]`."""
     parts = []
-    for cols, _, width in spans(w.shape[1], codec.unit(w.shape[1])):
+    for cols, us, width in spans(w.shape[1], codec.unit(w.shape[1])):
         weight = None if importance is None else importance[..., cols].reshape(*importance.shape[:-1], -1, width)
-        parts.append(codec.fit(w[:, cols].reshape(w.shape[0], -1, width), weight, state))
+        part = None if state is None else {k: s[:, us] for k, s in state.items()}
+        parts.append(codec.fit(w[:, cols].reshape(w.shape[0], -1, width), weight, part))
     return {k: torch.cat([p[k] for p in parts], dim=1) for k in parts[0]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.errors import FewbitsError
@@ -56,7 +56,7 @@ class DecodeOnly(Codec):
         block, size = self._sizes
         return math.prod(shape) // block * size
 
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Params | None = None) -> Params:
         raise FewbitsError(f"{self.kind} can be read, not produced", "take Q4_0, Q5_0, Q8_0, Q4_K or Q6_K")
 
     def grid(self, params: Params, columns: int) -> Grid:

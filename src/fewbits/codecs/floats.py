@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.lazy import torch
@@ -46,7 +46,7 @@ class Float(Codec):
     def nbytes(self, shape: Shape) -> int:
         return math.prod(shape) * (4 if self.kind == "F32" else 2)
 
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Params | None = None) -> Params:
         return {"none": torch.zeros(*w.shape[:-1], 0)}
 
     def grid(self, params: Params, columns: int) -> Grid:

@@ -7,7 +7,6 @@ loop arrives at it, on weights that already carry the corrections of the columns
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from fewbits.calibrate import Statistics
 from fewbits.codecs.base import Codec, Params, Shape
@@ -24,7 +23,7 @@ def refuses(codec: Codec, shape: Shape) -> str | None:
     return None
 
 
-def gptq(w: torch.Tensor, codec: Codec, statistics: Statistics, state: Any = None) -> tuple[torch.Tensor, Params]:
+def gptq(w: torch.Tensor, codec: Codec, statistics: Statistics, state: Params | None = None) -> tuple[torch.Tensor, Params]:
     """Codes `[rows, columns]` and params of `w`, minimising tr((W - Q) H (W - Q)^T) column by column.
 
     Raises:
@@ -47,7 +46,8 @@ def gptq(w: torch.Tensor, codec: Codec, statistics: Statistics, state: Any = Non
         natural, place = unit.sort()  # the unit's columns as the file orders them, and where the loop keeps them
         position = torch.empty_like(place)
         position[place] = torch.arange(width)
-        params = codec.fit(work[:, at:end][:, place], diagonal[natural], state)
+        known = None if state is None else {k: s[:, int(natural[0]) // codec.unit(columns)] for k, s in state.items()}
+        params = codec.fit(work[:, at:end][:, place], diagonal[natural], known)
         grid = codec.grid(params, width)
         for start in range(at, end, BLOCK):
             stop = min(start + BLOCK, end)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fewbits.codecs.base import Codec, Params, decode_units, encode_units, fit_units, refit_units, spans
 from fewbits.lazy import torch
 
 
 def nearest(w: torch.Tensor, codec: Codec, importance: torch.Tensor | None = None,
-            state: Any = None) -> tuple[torch.Tensor, Params]:
+            state: Params | None = None) -> tuple[torch.Tensor, Params]:
     """Parameters of least squared error, every weight alike; nearest codes."""
     params = fit_units(w, codec, None, state)
     return encode_units(w, codec, params), params
 
 
-def search(w: torch.Tensor, codec: Codec, importance: torch.Tensor | None = None, state: Any = None,
+def search(w: torch.Tensor, codec: Codec, importance: torch.Tensor | None = None, state: Params | None = None,
            rounds: int = 2) -> tuple[torch.Tensor, Params]:
     """Parameters of least squared error weighted by `importance` `[columns]`; then parameters re-fitted to the codes
     and codes to the parameters, as long as a unit's error falls."""

@@ -1,0 +1,143 @@
+"""Simple block types of ggml: 32 columns share one float16 scale, and in the `_1` types a float16 minimum.
+
+A block is its scale, its minimum if it has one, the fifth bits of 5-bit codes (bit i of a little-endian uint32 is
+column i's), then the codes: 8-bit ones as signed bytes; of the others the low four bits, column i in the low and column
+i + 16 in the high nibble of byte i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fewbits.codecs import search
+from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
+from fewbits.codecs.grids import UniformGrid
+from fewbits.codecs.packing import join_fields, pack_bits, split_fields, unpack_bits
+from fewbits.lazy import torch
+
+
+class Blocks(Codec):
+    """A ggml type: `{"blocks": uint8 [rows, bytes]}` holds exactly the file's bytes."""
+
+    family: ClassVar[str] = "ggml"
+    columns: ClassVar[int]  # of a block
+    block_bytes: int
+
+    def unit(self, columns: int) -> int:
+        return self.columns
+
+    def check(self, shape: Shape) -> str | None:
+        if shape[-1] % self.columns:
+            return f"{shape[-1]} columns are not a multiple of {self.columns}, the block of {self.name}"
+        return None
+
+    def planes(self, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        rows, columns = self.matrix(shape)
+        return {"blocks": ("uint8", (rows, columns // self.columns * self.block_bytes))}
+
+    def pack(self, codes: torch.Tensor, params: Params, shape: Shape) -> Planes:
+        return {"blocks": self.join(codes.unflatten(-1, (-1, self.columns)), params).flatten(-2)}
+
+    def unpack(self, planes: Planes, shape: Shape) -> tuple[torch.Tensor, Params]:
+        codes, params = self.split(planes["blocks"].unflatten(-1, (-1, self.block_bytes)))
+        return codes.flatten(-2), params
+
+    def join(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
+        """Codes `[..., columns]` and params `[..., k]` to blocks `[..., bytes]`."""
+        raise NotImplementedError
+
+    def split(self, blocks: torch.Tensor) -> tuple[torch.Tensor, Params]:
+        """The inverse of `join`."""
+        raise NotImplementedError
+
+
+def join_halves(codes: torch.Tensor, run: int) -> torch.Tensor:
+    """4-bit codes to bytes: of every 2 * run columns the first run in the low nibbles, the rest in the high ones."""
+    pairs = codes.unflatten(-1, (-1, 2, run))
+    return (pairs[..., 0, :] | (pairs[..., 1, :] << 4)).flatten(-2)
+
+
+def split_halves(data: torch.Tensor, run: int) -> torch.Tensor:
+    """The inverse of `join_halves`."""
+    runs = data.unflatten(-1, (-1, run))
+    return torch.stack([runs & 15, runs >> 4], -2).flatten(-3)
+
+
+@dataclass(frozen=True)
+class Simple(Blocks):
+    """`d * (code - zero)`, or `d * code + m`."""
+
+    label: str
+    bits: int
+    minimum: bool
+    columns: ClassVar[int] = 32
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    @property
+    def integer_bits(self) -> int:  # type: ignore[override]
+        return self.bits
+
+    @property
+    def block_bytes(self) -> int:  # type: ignore[override]
+        return 2 + 2 * self.minimum + 4 * self.bits
+
+    @property
+    def zero(self) -> int:
+        return 1 << (self.bits - 1)
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
+        return search.fit_pieces(self._fit, w, importance, torch.float16)
+
+    def _fit(self, p: search.Piece) -> Params:
+        if self.minimum:
+            line = search.fit_line(p, (1 << self.bits) - 1)
+            return {"d": p.stored(line.s), "m": p.stored(line.offset)}
+        plain = 127 if self.bits == 8 else -self.zero
+        s, _ = search.search_scale(p, -self.zero, self.zero - 1, search.symmetric_starts(self.bits), plain)
+        return {"d": p.stored(s)}
+
+    def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
+        if self.minimum:
+            return search.refit_line(w, codes, params["d"], params["m"], importance)
+        return {"d": search.refit_scale(w, codes, params["d"], None, importance, self.zero)["scale"]}
+
+    def grid(self, params: Params, columns: int) -> Grid:
+        top = (1 << self.bits) - 1
+        if self.minimum:
+            return UniformGrid(params["d"].float(), top, columns, offset=params["m"].float())
+        return UniformGrid(params["d"].float(), top, columns, zero=float(self.zero))
+
+    def join(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
+        fields = [params["d"]] + ([params["m"]] if self.minimum else [])
+        if self.bits == 8:
+            return join_fields(*fields, codes ^ 128)
+        if self.bits == 5:
+            fields.append(pack_bits(codes >> 4, 1))
+        return join_fields(*fields, join_halves(codes & 15, 16))
+
+    def split(self, blocks: torch.Tensor) -> tuple[torch.Tensor, Params]:
+        scales = 1 + self.minimum
+        sizes = [(2, torch.float16)] * scales
+        if self.bits == 8:
+            *values, codes = split_fields(blocks, *sizes, (32, torch.uint8))
+            codes = codes ^ 128
+        elif self.bits == 5:
+            *values, fifth, low = split_fields(blocks, *sizes, (4, torch.uint8), (16, torch.uint8))
+            codes = split_halves(low, 16) | (unpack_bits(fifth, 1, 32) << 4)
+        else:
+            *values, low = split_fields(blocks, *sizes, (16, torch.uint8))
+            codes = split_halves(low, 16)
+        return codes, dict(zip(("d", "m"), values, strict=False))
+
+
+TYPES = {c.name: c for c in (
+    Simple("Q4_0", 4, False), Simple("Q4_1", 4, True), Simple("Q5_0", 5, False), Simple("Q5_1", 5, True),
+    Simple("Q8_0", 8, False))}
+
+
+def parse(name: str) -> Codec | None:
+    return TYPES.get(name.upper())
