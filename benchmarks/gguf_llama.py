@@ -2,8 +2,9 @@
 
 Greedy: published files, decoded by us into transformers' model class in float32, against llama.cpp on the same file: 64
 tokens on each of 10 prompts. llama.cpp rounds activations to 8 bits wherever weights are quantized, so texts part where
-two tokens are close; therefore also with the weights written as a float32 GGUF for llama.cpp, and with activations
-rounded on our side as llama.cpp rounds them.
+two tokens are close; therefore also with the same weights in a float32 GGUF of ours. Where texts part: how far apart the
+two tokens are, how far llama.cpp's logits are from ours (root mean square), and how far ours move when activations are
+rounded to 8 bits on our side.
 
 Perplexity: Transformers directory -> our GGUF (16 bits, as the directory) -> llama.cpp, against transformers on the
 directory: same tokens, same positions.
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import ROOT, parser, show
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -43,25 +45,28 @@ def logits(tokens):
     return llama.scores[:len(tokens)]
 out = []
 for tokens in job["texts"]:
-    if job["new"]:
-        known, gaps = list(tokens), []
+    if job["save"]:
+        out.append(logits(tokens)[-1].copy())
+    elif job["new"]:
+        known = list(tokens)
         llama.reset()
         llama.eval(known)
         for _ in range(job["new"]):
-            row = llama.scores[llama.n_tokens - 1]
-            best = int(row.argmax())
-            gaps.append(float(row[best] - np.partition(row, -2)[-2]))
+            best = int(llama.scores[llama.n_tokens - 1].argmax())
             known.append(best)
             llama.eval([best])
-        out.append({"tokens": known, "gaps": gaps})
+        out.append(known)
     else:
         rows = logits(tokens)[:-1]
         losses = []
         for row, target in zip(rows, tokens[1:]):
             row = row.astype(np.float64)
             losses.append(float(np.log(np.exp(row - row.max()).sum()) + row.max() - row[target]))
-        out.append({"losses": losses})
-print(json.dumps(out))
+        out.append(losses)
+if job["save"]:
+    np.save(job["save"], np.stack(out))
+else:
+    print(json.dumps(out))
 """
 PROMPTS = ("The capital of France is", "Once upon a time there was a little dragon who", "Water boils at",
            "def fibonacci(n):\n", "The three laws of thermodynamics are", "Dear Sir or Madam,\n\nI am writing to",
@@ -69,15 +74,16 @@ PROMPTS = ("The capital of France is", "Once upon a time there was a little drag
            "Q: What is the largest planet of the solar system?\nA:")
 
 
-def llama(python: str, model: Path, texts: Sequence[list[int]], new: int = 0) -> list[dict[str, Any]]:
-    """What llama.cpp makes of `texts`: greedy continuations, or losses by position."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump({"model": str(model), "context": max(map(len, texts)) + new, "texts": texts, "new": new}, file)
-        file.flush()
-        done = subprocess.run([python, "-c", PEER, file.name], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    return list(json.loads(done.stdout.splitlines()[-1]))
+def llama(python: str, model: Path, texts: Sequence[list[int]], new: int = 0, last: bool = False) -> Any:
+    """What llama.cpp makes of `texts`: greedy continuations, the logits after the last token, or losses by position."""
+    with tempfile.TemporaryDirectory() as scratch:
+        save = f"{scratch}/logits.npy" if last else ""
+        job = {"model": str(model), "context": max(map(len, texts)) + new, "texts": texts, "new": new, "save": save}
+        (Path(scratch) / "job.json").write_text(json.dumps(job))
+        done = subprocess.run([python, "-c", PEER, f"{scratch}/job.json"], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        return torch.from_numpy(np.load(save)) if last else json.loads(done.stdout.splitlines()[-1])
 
 
 def model_of(checkpoint: Checkpoint) -> torch.nn.Module:
@@ -148,30 +154,27 @@ def row_at(model: Any, tokens: list[int]) -> torch.Tensor:
     return model(torch.tensor([tokens])).logits[0, -1]
 
 
-def compare_greedy(path: Path, peer: str, new: int) -> list[dict[str, Any]]:
+def compare_greedy(path: Path, peer: str, new: int) -> list[list[Any]]:
     checkpoint = containers.open(path)
     model = model_of(checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = tokenizer_of(checkpoint, Path(scratch))
         prompts = [tokenizer(p)["input_ids"] for p in PROMPTS]
-        ours = [greedy(model, p, new) for p in prompts]
-        theirs = llama(peer, path, prompts, new)
         containers.write(Gguf(), Path(scratch) / "f32.gguf", in_float32(checkpoint))
         float32 = llama(peer, Path(scratch) / "f32.gguf", prompts, new)
+    ours = [greedy(model, p, new) for p in prompts]
+    theirs = llama(peer, path, prompts, new)
+    parting = [_parting(a, b) for a, b in zip(ours, theirs, strict=True)]
+    until = [a[:at] for a, at in zip(ours, parting, strict=True)]
+    logits, peers = torch.stack([row_at(model, t) for t in until]), llama(peer, path, until, last=True)
     round_activations(model, checkpoint)
-    rounded = [greedy(model, p, new) for p in prompts]
+    noise = torch.stack([row_at(model, t) for t in until]) - logits
     rows = []
-    model = model_of(checkpoint)
-    for text, prompt, a, b, c, d in zip(PROMPTS, prompts, ours, theirs, float32, rounded, strict=True):
-        at = _parting(a, b["tokens"])
-        row = {"prompt": text, "equal tokens": at - len(prompt),
-               "with float32 weights": _parting(a, c["tokens"]) - len(prompt),
-               "with rounded activations": _parting(d, b["tokens"]) - len(prompt)}
-        if at < len(a):
-            logits = row_at(model, a[:at])
-            row |= {"our gap": round(float(logits[a[at]] - logits[b["tokens"][at]]), 4),
-                    "llama.cpp's gap": round(b["gaps"][at - len(prompt)], 4)}
-        rows.append(row)
+    for i, prompt in enumerate(PROMPTS):
+        at, begin = parting[i], len(prompts[i])
+        gap = float(logits[i][ours[i][at]] - logits[i][theirs[i][at]]) if at < len(ours[i]) else ""
+        rows.append([repr(prompt), at - begin, _parting(ours[i], float32[i]) - begin, gap,
+                     float((peers[i] - logits[i]).square().mean().sqrt()), float(noise[i].square().mean().sqrt())])
     return rows
 
 
@@ -194,7 +197,7 @@ def compare_perplexity(path: Path, text: Path, peer: str, chunks: int, length: i
         ours += torch.nn.functional.cross_entropy(logits.double(), torch.tensor(part[1:]), reduction="none").tolist()
     with tempfile.TemporaryDirectory() as scratch:
         containers.write(Gguf(), Path(scratch) / "model.gguf", checkpoint)
-        theirs = [x for row in llama(peer, Path(scratch) / "model.gguf", parts) for x in row["losses"]]
+        theirs = [x for losses in llama(peer, Path(scratch) / "model.gguf", parts) for x in losses]
     a, b = (float(torch.tensor(x, dtype=torch.float64).mean().exp()) for x in (ours, theirs))
     worst = max(abs(x - y) for x, y in zip(ours, theirs, strict=True))
     return [path.name, len(ours), a, b, f"{100 * (b / a - 1):+.4f} %", worst]
@@ -211,13 +214,11 @@ def main() -> None:
     arguments = p.parse_args()
     torch.set_num_threads(2)
     text = arguments.shared / "data" / "text" / "wikitext2-test.txt"
-    header = ["prompt", "equal tokens", "with float32 weights", "with rounded activations", "our gap",
-              "llama.cpp's gap"]
+    header = ["prompt", "equal tokens", "the same in float32", "our gap where they part", "llama.cpp's logits from ours",
+              "ours with rounded activations"]
     for name in arguments.greedy:
         rows = compare_greedy(arguments.models / name, arguments.peer, arguments.new)
-        print(json.dumps(rows, indent=1))
-        show(f"{name}: equal greedy tokens of {arguments.new}", header,
-             [[repr(r["prompt"]), *(r.get(k, "") for k in header[1:])] for r in rows])
+        show(f"{name}: equal greedy tokens of {arguments.new}", header, rows)
     rows = [compare_perplexity(arguments.models / name, text, arguments.peer, arguments.chunks, arguments.length)
             for name in arguments.perplexity]
     show("Perplexity, transformers (float32) and llama.cpp on our 16-bit GGUF",

@@ -85,10 +85,20 @@ def tokenizer_json(metadata: Mapping[str, Value]) -> bytes:
     return json.dumps(spec, ensure_ascii=False).encode()
 
 
+TYPES = {"STRING": ("model", "pre"), "BOOL": ("add_bos_token", "add_eos_token", "add_space_prefix"),
+         "ARRAY STRING": ("tokens", "merges"), "ARRAY FLOAT32": ("scores",), "ARRAY INT32": ("token_type",),
+         "UINT32": tuple(SPECIAL.values())}
+EXPECTED = {key: kind for kind, keys in TYPES.items() for key in keys}
+
+
 def _getter(metadata: Mapping[str, Value]) -> Any:
     def get(key: str, default: Any = None) -> Any:
         value = metadata.get(KEY + key)
-        return default if value is None else value.value
+        if value is None:
+            return default
+        if f"{value.type} {value.items}".strip().replace("UINT32", "INT32") != EXPECTED[key].replace("UINT32", "INT32"):
+            raise FewbitsError(f"{KEY}{key} is of type {value.type} {value.items}; {EXPECTED[key]} is expected")
+        return value.value
     return get
 
 
@@ -128,7 +138,7 @@ def _llama(get: Any, tokens: list[str], types: np.ndarray) -> Json:
             "decoder": {"type": "Sequence", "decoders": decoders + (
                 [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else [])},
             "model": _model(tokens, merges_from_scores(tokens, types, scores),
-                            tokens[unknown] if unknown < len(tokens) else None, True, False)}
+                            tokens[unknown] if 0 <= unknown < len(tokens) else None, True, False)}
 
 
 def _model(tokens: list[str], merges: list[list[str]], unknown: str | None, byte_fallback: bool,
@@ -160,6 +170,9 @@ def _template(get: Any, tokens: list[str]) -> Json | None:
     add_bos = get("add_bos_token", get("model") == "llama" or _pre_name(get) in ADD_BOS)
     add_eos = get("add_eos_token", False)
     ends = [get("bos_token_id", 1) if add_bos else None, get("eos_token_id", 2) if add_eos else None]
+    for name, i in zip(("bos", "eos"), ends, strict=True):
+        if i is not None and not 0 <= i < len(tokens):
+            raise FewbitsError(f"{KEY}{name}_token_id is {i}, of {len(tokens)} tokens")
     bos, eos = ([] if i is None else [{"SpecialToken": {"id": tokens[i], "type_id": 0}}] for i in ends)
     if not (bos or eos):
         return None
@@ -179,7 +192,7 @@ def tokenizer_config(metadata: Mapping[str, Value]) -> bytes:
     config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, key in SPECIAL.items():
         token = get(key)
-        if token is not None and token < len(tokens):
+        if token is not None and 0 <= token < len(tokens):
             config[name] = tokens[token]
     template = metadata.get("tokenizer.chat_template")
     named = [{"name": k.rpartition(".")[2], "template": v.value} for k, v in metadata.items()
