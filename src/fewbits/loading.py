@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fewbits import containers
+from fewbits import containers, hub
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
+from fewbits.planning import available_bytes
 from fewbits.runtime.build import decoded, empty_model, parameter_of, tokenizer_of
 from fewbits.runtime.dispatch import choose
 from fewbits.runtime.linear import QEmbedding, QLinear
@@ -31,7 +31,7 @@ def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
     Raises:
         FewbitsError: nothing readable there, tensors missing or misshapen.
     """
-    checkpoint = model if isinstance(model, Checkpoint) else containers.open(model)
+    checkpoint = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
     net = empty_model(checkpoint.config)
     if kernel is None:
         needed = sum(e.parameters for e in checkpoint.entries.values()) * dtype.itemsize
@@ -77,16 +77,4 @@ def _tie(net: transformers.PreTrainedModel, checkpoint: Checkpoint, prepared: di
 
 
 def _generation_config(checkpoint: Checkpoint) -> transformers.GenerationConfig:
-    import json
-
     return transformers.GenerationConfig.from_dict(json.loads(checkpoint.files["generation_config.json"]))
-
-
-def available_bytes() -> int:
-    """Memory that can be had without swapping."""
-    try:
-        with open("/proc/meminfo") as info:
-            fields: dict[str, Any] = dict(line.split(":") for line in info)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

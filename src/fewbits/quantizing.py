@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits import containers, solvers
+from fewbits import containers, hub, solvers
 from fewbits.calibrate import Statistics, Walk, sample_tokens
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Codec
@@ -60,7 +60,7 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
         FewbitsError: anything that cannot be done as asked, before work begins where it can be known.
     """
     began = time.monotonic()
-    source = model if isinstance(model, Checkpoint) else containers.open(model)
+    source = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
     recipe = get_recipe(to) if isinstance(to, str) else to
     target = containers.by_name(container or recipe.container)
     out = Path(out).resolve()

@@ -1,0 +1,37 @@
+"""`fewbits info PATH`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fewbits.cli.common import console, emit, size
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A path in any format, or a hub id.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+) -> None:
+    """Say what a model file holds, from its header alone."""
+    from fewbits.inspection import inspect
+
+    found = inspect(model)
+    if json:
+        emit(found.to_json())
+        return
+    console.print(f"{found.path}: {found.architecture} ({found.container}), {found.parameters / 1e6:.1f} M parameters, "
+                  f"{size(found.nbytes)}, {found.bits_per_weight:.3f} bits a weight", highlight=False, soft_wrap=True)
+    console.print(f"tokenizer: {'yes' if found.tokenizer else 'no'}, chat template: "
+                  f"{'yes' if found.chat_template else 'no'}", highlight=False)
+    kinds = Table("codec", "tensors", "parameters", "size", box=None)
+    for kind in found.codecs:
+        kinds.add_row(kind.codec, str(kind.tensors), f"{kind.parameters / 1e6:.2f} M", size(kind.nbytes))
+    console.print(kinds)
+    if tensors:
+        listing = Table("tensor", "shape", "codec", "size", box=None)
+        for tensor in found.tensors:
+            listing.add_row(tensor.name, " x ".join(map(str, tensor.shape)), tensor.codec, size(tensor.nbytes))
+        console.print(listing)

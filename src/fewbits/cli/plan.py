@@ -1,0 +1,55 @@
+"""`fewbits plan MODEL --memory 6GB`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Optional
+
+import typer
+from rich.table import Table
+
+from fewbits.cli.common import console, emit, log, size
+from fewbits.errors import FewbitsError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def memory_bytes(text: str) -> int:
+    """`6GB`, `512MiB`, `800000` in bytes."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?)B?\s*", text.upper())
+    try:
+        return int(float(found[1]) * UNITS[found[2]])  # type: ignore[index]
+    except (TypeError, KeyError, ValueError):
+        raise FewbitsError(f"--memory {text!r} is no size", "for example 6GB or 512MiB") from None
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A path (config.json is enough), or a hub id.")],
+    memory: Annotated[Optional[str], typer.Option(help="Memory to fit into, e.g. 6GB; default: what is free here.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context.")] = 4096,
+    recipe: Annotated[Optional[list[str]], typer.Option(help="Only these recipes; may be repeated.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
+) -> None:
+    """Say what a model would take in every recipe, and which to take."""
+    from fewbits.planning import plan
+
+    found = plan(model, memory_bytes(memory) if memory else None, context, recipe)
+    if json:
+        emit(found.to_json())
+        return
+    console.print(f"{found.model}: {found.architecture}, {found.parameters / 1e6:.1f} M parameters", highlight=False,
+                  soft_wrap=True)
+    console.print(f"context {found.context}: KV cache {size(found.kv_bytes)}, working memory {size(found.working_bytes)}; "
+                  f"{size(found.memory_bytes)} {'free here' if found.memory_is_this_machines else 'given'}", highlight=False)
+    table = Table("recipe", "container", "file", "bits/weight", "in memory", "fits", box=None)
+    for row in found.rows:
+        if not row.reason:
+            table.add_row(row.recipe, row.container, size(row.file_bytes), f"{row.bits_per_weight:.2f}",
+                          size(row.total_bytes), "yes" if row.fits else "no")
+    console.print(table)
+    for row in found.rows:
+        for note in row.notes:
+            log.print(f"note: {row.recipe}: {note}", highlight=False, markup=False, soft_wrap=True)
+        if row.reason:
+            log.print(f"note: {row.recipe}: not possible: {row.reason}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"take {found.take}: {found.why}" if found.take else found.why, highlight=False, soft_wrap=True)
