@@ -2,9 +2,9 @@
 
 Greedy: published files, decoded by us into transformers' model class in float32, against llama.cpp on the same file: 64
 tokens on each of 10 prompts. llama.cpp rounds activations to 8 bits wherever weights are quantized, so texts part where
-two tokens are close; therefore also with the same weights in a float32 GGUF of ours. Where texts part: how far apart the
-two tokens are, how far llama.cpp's logits are from ours (root mean square), and how far ours move when activations are
-rounded to 8 bits on our side.
+two tokens are close; therefore also with the same weights in a float32 GGUF of ours. Where texts part: how far apart
+the two tokens are, how far llama.cpp's logits are from ours (root mean square), and how far ours move when activations
+are rounded to 8 bits on our side.
 
 Perplexity: Transformers directory -> our GGUF (16 bits, as the directory) -> llama.cpp, against transformers on the
 directory: same tokens, same positions.
@@ -214,8 +214,8 @@ def main() -> None:
     arguments = p.parse_args()
     torch.set_num_threads(2)
     text = arguments.shared / "data" / "text" / "wikitext2-test.txt"
-    header = ["prompt", "equal tokens", "the same in float32", "our gap where they part", "llama.cpp's logits from ours",
-              "ours with rounded activations"]
+    header = ["prompt", "equal tokens", "the same in float32", "our gap where they part",
+              "llama.cpp's logits from ours", "ours with rounded activations"]
     for name in arguments.greedy:
         rows = compare_greedy(arguments.models / name, arguments.peer, arguments.new)
         show(f"{name}: equal greedy tokens of {arguments.new}", header, rows)
