@@ -10,7 +10,7 @@ are subtracted from small ones, so float32 does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Sequence
 
 from fewbits.codecs.base import Params
@@ -64,6 +64,10 @@ class Piece:
     def kept(self, s: torch.Tensor) -> torch.Tensor:
         """Normalised scales after rounding to storage."""
         return self.stored(s).float() / self.step
+
+    def unrounded(self) -> Piece:
+        """The same weights, without rounding of scales."""
+        return replace(self, peak=torch.ones_like(self.peak[:1]), dtype=torch.float32)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """`[units * subs, 1]`."""

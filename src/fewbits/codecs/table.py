@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fewbits.codecs import base, search
 from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
@@ -67,34 +67,36 @@ class Table(Codec):
     def rows_apart(self, shape: Shape) -> bool:
         return not self.nested and shape[-1] % self.block == 0
 
-    def begin(self, w: torch.Tensor, importance: torch.Tensor | None) -> Any:
-        """Where absmax is nested: its offset and nested absmax, one for the whole tensor, so that any unit may come first."""
+    def begin(self, w: torch.Tensor, importance: torch.Tensor | None) -> Params | None:
+        """Where absmax is nested: the tensor's mean absmax, and the largest distance from it in every 256 blocks."""
         if not self.nested:
             return None
         peaks = []
         for cols, _, width in base.spans(w.shape[1], self.unit(w.shape[1])):
             low, high = w[:, cols].unflatten(1, (-1, width)).aminmax(dim=-1)
-            peaks.append(torch.maximum(high, -low).float().reshape(-1))
-        absmax = torch.cat(peaks)
+            peaks.append(torch.maximum(high, -low).float())
+        absmax = torch.cat(peaks, 1)
         offset = absmax.mean()
-        # the search may widen the largest absmax a little, and narrow the others
-        spread = torch.maximum(absmax.max() * search.TABLE_FACTORS[-1] - offset,
-                               offset - absmax.min() * search.TABLE_FACTORS[0])
-        return {"nested_absmax": spread.reshape(1), "offset": offset.reshape(1)}
+        most = torch.stack([(part - offset).abs().amax() for part in absmax.reshape(-1).split(NESTED_BLOCK)])
+        nested = most.repeat_interleave(NESTED_BLOCK)[:absmax.numel()].view(*absmax.shape, 1)
+        return {"nested_absmax": nested, "offset": offset.expand(nested.shape)}
 
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        if self.nested and state is None:
-            raise ValueError(f"{self.name}: nested absmax needs the state that begin() returns")
-        return search.fit_pieces(lambda p: self._fit(p, state), w, importance, torch.float32)
-
-    def _fit(self, p: search.Piece, state: Params | None) -> Params:
-        levels_ = table(self.kind)
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Params | None = None) -> Params:
+        if not self.nested:
+            return search.fit_pieces(self._fit, w, importance, torch.float32)
         if state is None:
-            s = search.search_table(p, levels_, signed=self.kind == "nf4")
-            return {"absmax": p.stored(s)}
+            raise ValueError(f"{self.name}: nested absmax needs the state that begin() returns")
+        return search.fit_pieces(self._fit_nested, w, importance, torch.float32,
+                                 more=(state["nested_absmax"], state["offset"]))
+
+    def _fit(self, p: search.Piece) -> Params:
+        return {"absmax": p.stored(search.search_table(p, table(self.kind), signed=self.kind == "nf4"))}
+
+    def _fit_nested(self, p: search.Piece) -> Params:
+        levels_ = table(self.kind)
+        nested = dict(zip(("nested_absmax", "offset"), p.more, strict=True))
         wanted = search.search_table(p, levels_, signed=False) * p.peak
-        nested = {k: v.expand(wanted.shape).contiguous() for k, v in state.items()}
-        codes = self._absmax_codes(wanted, state)
+        codes = self._absmax_codes(wanted, nested)
         near = [(codes.int() + i).clamp(0, 255).to(torch.uint8) for i in (-1, 0, 1)]
         errors = [search.table_error(p, self._absmax({"absmax_code": c, **nested}) / p.step, levels_) for c in near]
         best = torch.stack(errors).argmin(0, keepdim=True)
