@@ -58,13 +58,17 @@ def test_a_fallback_is_reported_with_its_cost():
     assert choice.note == "Q4_K does not divide 576: Q5_0, +1.00 bits"
 
 
-def test_a_type_that_cannot_be_written_is_refused_by_name():
-    with pytest.raises(FewbitsError, match=r"Q4_K_S wants Q5_K for model.layers.0.mlp.down_proj.weight"):
-        get("Q4_K_S").resolve(facts())
-    with pytest.raises(FewbitsError, match="Q4_0 wants Q4_1"):
-        get("Q4_0").resolve(facts(), has_importance=True)
-    forced = get("Q4_0").resolve(facts(), ["*.mlp.down_proj.weight=Q4_0"], has_importance=True)
-    assert {c.codec.name for c in forced} == {"Q4_0", "Q6_K", "F32"}
+def test_a_type_that_cannot_be_written_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(llama.MIXES, "Q4_K_M", llama.Mix(15, "Q4_K", (("ffn_down", "Q3_K", llama.first_eighth),)))
+    with pytest.raises(FewbitsError, match=r"Q4_K_M wants Q3_K for model.layers.0.mlp.down_proj.weight"):
+        get("Q4_K_M").resolve(facts())
+    forced = get("Q4_K_M").resolve(facts(), ["*.mlp.down_proj.weight=Q4_0"])
+    assert {c.codec.name for c in forced} == {"Q4_0", "Q4_K", "Q6_K", "F32"}
+
+
+def test_importances_protect_the_first_down_projections():
+    got, plain = types("Q4_0", facts(), has_importance=True), types("Q4_0", facts())
+    assert {k: got[k] for k in got if got[k] != plain[k]} == {f"blk.{i}.ffn_down.weight": "Q4_1" for i in (0, 1)}
 
 
 def test_70b_and_8_experts():
@@ -81,7 +85,7 @@ def test_a_matrix_of_one_row_counts_as_a_vector():
     assert types("Q8_0", one)["blk.0.attn_k.weight"] == "F32"
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0", "Q6_K", "Q4_K_M", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("name", sorted(llama.MIXES))
 def test_every_mix_has_the_number_of_its_file_type(name):
     from gguf.constants import LlamaFileType
 
@@ -105,8 +109,8 @@ def test_unknown_recipes_and_wrong_containers():
         get("Q9_X")
     with pytest.raises(FewbitsError, match="nf4 does not go to gguf"):
         get("nf4", "gguf")
-    with pytest.raises(FewbitsError, match="Q5_K is read and not written"):
-        get("Q5_K")
+    with pytest.raises(FewbitsError, match="IQ4_XS is read and not written"):
+        get("IQ4_XS")
     assert get("F16", "gguf").file_type == 1 and get("F16").file_type is None
 
 
@@ -195,7 +199,7 @@ def test_overrides_to_floats_are_not_quantized():
     ("blk.99.*=Q8_0", r"override blk.99.\*=Q8_0: matches no tensor"),
     ("*.norm.weight=Q8_0", "model.norm.weight .512. cannot take Q8_0: it is a vector"),
     ("nonsense", "not PATTERN=CODEC"), ("a=Q9", "unknown codec"), ("re:(=Q8_0", "not a regular expression"),
-    ("*=Q5_K", "Q5_K is read and not written")])
+    ("*=Q3_K", "Q3_K is read and not written")])
 def test_overrides_that_cannot_be(override, message):
     with pytest.raises(FewbitsError, match=message):
         get("Q4_K_M").resolve(facts(), [override])

@@ -113,7 +113,7 @@ def test_types_are_llama_cpps(peer, tmp_path):
         assert not differ, f"{shape} {name} {weighted}: tensor: (llama.cpp, ours): {differ}"
         assert file_type == get(name, "gguf").file_type
         checked += len(types)
-    assert checked > 30_000
+    assert checked > 40_000
 
 
 def assigned(name: str, facts: ModelFacts, weighted: bool) -> dict:

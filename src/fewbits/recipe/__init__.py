@@ -19,8 +19,8 @@ from fewbits.recipe.patterns import Override, Overrides
 __all__ = ["Choice", "Fact", "ModelFacts", "PRESETS", "Overrides", "Recipe", "get"]
 
 # shown in lists, from few bits to many; any codec's name is a recipe too
-PRESETS = ("int3-g32-asym", "Q4_K_M", "Q4_0", "int4-g128", "nf4", "nf4-dq", "nf4-b128", "fp4", "Q5_0", "Q6_K", "Q8_0",
-           "int8", "f16", "bf16", "f32")
+PRESETS = ("int3-g32-asym", "Q4_K_M", "Q4_0", "int4-g128", "nf4", "nf4-dq", "nf4-b128", "fp4", "Q5_0", "Q5_K_M", "Q6_K",
+           "Q8_0", "int8", "f16", "bf16", "f32")
 CONTAINERS = {"ggml": ("gguf",), "int": ("gptq",), "table": ("bitsandbytes",), "int8": ("bitsandbytes",),
               "float": ("transformers", "gguf")}  # by family; the first is the default
 DEFAULT_SOLVER = "search"
@@ -115,7 +115,7 @@ def get(name: str, container: str | None = None) -> Recipe:
         raise FewbitsError(f"unknown recipe {name!r}", "a mix of llama.cpp: " + ", ".join(llama.MIXES)
                            + "; or any codec: int4-g128, int3-g32-asym, int8, nf4, nf4-dq, fp4, Q4_K, f16") from None
     if isinstance(codec, DecodeOnly):
-        raise FewbitsError(f"{codec.name} is read and not written here", "Q4_0, Q5_0, Q8_0, Q4_K and Q6_K are")
+        raise FewbitsError(f"{codec.name} is read and not written here", "Q4_0, Q5_0, Q8_0, Q4_K, Q5_K and Q6_K are")
     able = CONTAINERS[codec.family] if codec else CONTAINERS["ggml"]
     target = container or able[0]
     if target not in able:

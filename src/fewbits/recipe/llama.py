@@ -74,12 +74,16 @@ MIXES: dict[str, Mix] = {
     "BF16": Mix(32, "BF16"),
     "Q8_0": Mix(7, "Q8_0"),
     "Q4_0": Mix(2, "Q4_0", (("ffn_down", "Q4_1", first_eighth_weighted),)),
+    "Q4_1": Mix(3, "Q4_1"),
     "Q5_0": Mix(8, "Q5_0", (("ffn_down", "Q5_1", first_eighth_weighted),)),
+    "Q5_1": Mix(9, "Q5_1"),
     "Q6_K": Mix(18, "Q6_K"),
     "Q4_K_S": Mix(14, "Q4_K", (("attn_v", "Q5_K", first_4), ("ffn_down", "Q5_K", first_eighth),
                                ("attn_output", "Q5_K", eight_experts))),
     "Q4_K_M": Mix(15, "Q4_K", (("attn_v", "Q6_K", more_bits), ("ffn_down", "Q6_K", more_bits),
                                ("attn_output", "Q5_K", eight_experts))),
+    "Q5_K_S": Mix(16, "Q5_K"),
+    "Q5_K_M": Mix(17, "Q5_K", (("attn_v", "Q6_K", more_bits), ("ffn_down", "Q6_K", more_bits))),
 }
 
 FILE_TYPE = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11,
