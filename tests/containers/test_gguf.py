@@ -256,7 +256,8 @@ def test_a_header_is_read_without_torch_and_transformers(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m.Q4_K_M.gguf"])
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct.Q4_1.gguf",
+                                  pytest.param("gemma-3-270m.Q4_K_M.gguf", marks=pytest.mark.slow)])
 def test_published_files_come_back_with_the_same_metadata_and_bytes(name, model, tmp_path):
     path = model(name)
     source = GGUF.read(path)
@@ -266,7 +267,7 @@ def test_published_files_come_back_with_the_same_metadata_and_bytes(name, model,
     assert a.metadata.keys() == b.metadata.keys()
     for key, value in a.metadata.items():
         assert (value.type, value.items) == (b.metadata[key].type, b.metadata[key].items)
-        assert np.array_equal(value.value, b.metadata[key].value)
+        assert list(value.value) == list(b.metadata[key].value) if value.items else value == b.metadata[key], key
     for tensor in a.tensors.values():
         assert np.array_equal(a.data(tensor), b.data(b.tensors[tensor.name]))
     assert arch.by_gguf(a.metadata["general.architecture"].value).architectures[0] == source.architecture
