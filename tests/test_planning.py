@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fewbits import plan
+from fewbits import plan, quantize
 from fewbits.errors import FewbitsError
 from fewbits.inspection import size_on_disk
 from fewbits.planning import kv_bytes, windows
@@ -53,6 +53,18 @@ def test_what_to_take(config_only):
     assert all(r.total_bytes > 1_300_000_000 for r in tight.rows if not r.fits)
     none = plan(path, memory_bytes=10**8)
     assert none.take is None and "nothing fits into 0.10 GB" in none.why
+
+
+def test_a_source_in_float32_may_become_float16(config_only):
+    path = config_only(LLAMA | {"dtype": "float32"})
+    assert plan(path, 10**11).take == "f32" and plan(path, 4 * 10**9).take == "f16"
+
+
+def test_a_quantized_source_is_left_alone(tmp_path, shared):
+    out = quantize(shared("models/stories260k"), tmp_path / "x.gguf", "Q4_0").path
+    got = plan(out, 10**9)
+    assert got.take is None and "quantized already" in got.why
+    assert {r.recipe: r.file_bytes for r in got.rows}["Q4_0"] == pytest.approx(out.stat().st_size, rel=0.001)
 
 
 def test_more_context_takes_more_memory(config_only):

@@ -19,6 +19,7 @@ from fewbits.recipe.facts import LINEAR
 from fewbits.sizes import Sizes
 
 PROMPT = 512  # tokens of a prompt that are computed together
+FLOATS = ("F32", "F16", "BF16")
 KV_BYTES = 2  # a key or value in the cache, float16
 
 
@@ -71,6 +72,8 @@ def plan(model: str | Path | Checkpoint, memory_bytes: int | None = None, contex
     if context < 1:
         raise FewbitsError(f"context is {context}; at least 1 token is needed")
     source = model if isinstance(model, Checkpoint) else _open(hub.locate(model, weights=False))
+    if not source.entries:
+        raise FewbitsError(f"{source.path}: holds no weights")
     facts = ModelFacts.of(source)
     kv, working = kv_bytes(facts, context), working_bytes(facts, context)
     memory = memory_bytes if memory_bytes is not None else available_bytes()
@@ -78,7 +81,7 @@ def plan(model: str | Path | Checkpoint, memory_bytes: int | None = None, contex
     rows = [_row(name, source, facts, overrides, sizes, memory - kv - working) for name in recipes or PRESETS]
     rows.sort(key=lambda r: (bool(r.reason), r.linear_bits, r.weight_bytes))
     rows = [r if r.reason else replace(r, total_bytes=r.weight_bytes + kv + working) for r in rows]
-    take, why = _take(rows, source, memory)
+    take, why = _take(rows, source, facts, memory, kv + working)
     return Plan(str(source.path), source.architecture, facts.parameters, context, memory, memory_bytes is None, kv,
                 working, tuple(rows), take, why)
 
@@ -112,10 +115,8 @@ def _row(name: str, source: Checkpoint, facts: ModelFacts, overrides: Overrides,
         size = sizes.of(container, goal)
     except FewbitsError as error:
         return Row(recipe.name, recipe.container, reason=str(error))
-    linear = [goal.entries[f.name] for f in facts.tensors if f.role in LINEAR] or list(goal.entries.values())
-    linear_bits = 8 * sum(e.nbytes for e in linear) / max(1, sum(e.parameters for e in linear))
-    return Row(recipe.name, recipe.container, size, goal.nbytes, goal.nbytes * 8 / max(1, goal.parameters), linear_bits,
-               fits=goal.nbytes <= room, notes=_notes(choices))
+    return Row(recipe.name, recipe.container, size, goal.nbytes, goal.nbytes * 8 / max(1, goal.parameters),
+               _linear(goal, facts)[0], fits=goal.nbytes <= room, notes=_notes(choices))
 
 
 def _goal(source: Checkpoint, choices: list[Choice]) -> Checkpoint:
@@ -178,30 +179,39 @@ def available_bytes() -> int:
 
 
 # choosing -------------------------------------------------------------------------------------------------------------
-def _take(rows: list[Row], source: Checkpoint, memory: int) -> tuple[str | None, str]:
-    """The recipe of most bits in its linear layers that fits; the smaller of two that are equal. No more bits than the
-    source has, and no other float type: they would hold nothing new."""
-    most = source.nbytes * 8 / max(1, source.parameters)
-    kinds = Counter({e.codec.name: e.parameters for e in source.entries.values()})
-    own = kinds.most_common(1)[0][0] if kinds else ""
-    useful = [r for r in rows if not r.reason and r.linear_bits <= most + 0.01 and _float(r.recipe) in (None, own)]
+def _take(rows: list[Row], source: Checkpoint, facts: ModelFacts, memory: int, beside: int) -> tuple[str | None, str]:
+    """The recipe of most bits in its linear layers that fits; the smaller of two that are equal.
+
+    No more bits than the source has, and no other float type of as many: they would hold nothing new.
+    """
+    bits, own = _linear(source, facts)
+    total = source.nbytes + beside
+    if own not in FLOATS and total <= memory:
+        return None, (f"it is quantized already, to {bits:.2f} bits in its linear layers, and takes {_gb(total)} of "
+                      f"{_gb(memory)} as it is: quantizing again would only add error")
+    useful = [r for r in rows if not r.reason and (r.linear_bits < bits - 0.01 or _float(r.recipe) == own)]
     fitting = [r for r in useful if r.fits]
+    if not useful:
+        return None, "no recipe takes this model" if rows[0].reason else f"none has less than its {bits:.2f} bits"
     if not fitting:
-        able = [r for r in rows if not r.reason]
-        if not able:
-            return None, "no recipe takes this model"
-        least = min(able, key=lambda r: r.total_bytes)
-        if not least.fits:
-            return None, (f"nothing fits into {_gb(memory)}: the smallest, {least.recipe}, takes "
-                          f"{_gb(least.total_bytes)}")
-        return least.recipe, f"the smallest, and all hold more bits than the source's {most:.2f} a weight"
+        least = min(useful, key=lambda r: r.total_bytes)
+        return None, f"nothing fits into {_gb(memory)}: the smallest, {least.recipe}, takes {_gb(least.total_bytes)}"
     best = max(fitting, key=lambda r: (r.linear_bits, -r.total_bytes))
     above = [r for r in useful if r.linear_bits > best.linear_bits]
     why = f"{best.linear_bits:.2f} bits in the linear layers, {_gb(best.total_bytes)} of {_gb(memory)}"
     if above:
         following = min(above, key=lambda r: r.linear_bits)
         return best.recipe, f"{why}; the next better, {following.recipe}, takes {_gb(following.total_bytes)}"
-    return best.recipe, f"{why}; nothing is better for this source"
+    return best.recipe, f"{why}; nothing asked for is better for this source"
+
+
+def _linear(checkpoint: Checkpoint, facts: ModelFacts) -> tuple[float, str]:
+    """Bits per weight of the linear layers (of all tensors where none is known to be one), and their main codec."""
+    found = [checkpoint.entries[f.name] for f in facts.tensors if f.role in LINEAR] or list(checkpoint.entries.values())
+    kinds: Counter[str] = Counter()
+    for entry in found:
+        kinds[entry.codec.name] += entry.parameters
+    return 8 * sum(e.nbytes for e in found) / max(1, kinds.total()), kinds.most_common(1)[0][0]
 
 
 def _float(recipe: str) -> str | None:
