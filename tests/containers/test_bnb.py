@@ -271,17 +271,9 @@ def test_what_it_cannot_hold(tmp_path):
     assert "embeddings" in reason("model.embed_tokens.weight", "nf4")
     assert "tied" in reason("lm_head.weight", "nf4", tie_word_embeddings=True)
     assert "nf4, fp4 and int8 only" in reason(NAME, "int4-g32")
-    assert "blocks of 32, 64" in reason(NAME, "nf4-b16") if _exists("nf4-b16") else True
+    assert "blocks of 32, 64" in reason(NAME, "nf4-b16")
     first = {"a.weight": nearest(random((4, 64)), codecs.get("int8"))}
     assert "either in 4 or in 8 bits" in reason(NAME, "nf4", first)
-
-
-def _exists(name):
-    try:
-        codecs.get(name)
-    except FewbitsError:
-        return False
-    return True
 
 
 def test_opening_needs_no_torch(tmp_path):

@@ -195,7 +195,8 @@ def test_asymmetric_weights_are_written_in_version_2(tmp_path):
     zeros[0, 0] = 0
     source = checkpoint(tmp_path / "source", {NAME: qtensor(codecs.get("int4-g16-asym"), codes, zeros, scales)})
     base.write(Gptq(), tmp_path / "out", source)
-    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    written = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert written["checkpoint_format"] == "gptq_v2" and written["sym"] is False
     with pytest.raises(FewbitsError, match=f"{NAME}.*zero points of 0, which version 1"):
         base.write(Gptq("gptq"), tmp_path / "out1", source)
     zeros[0, 0] = 1

@@ -34,28 +34,29 @@ def dump(model, path):
     save_file({k: v.contiguous() for k, v in found.items()}, path)
 """
 LOAD = DUMP + """
-import sys, torch
+import sys, json, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map="cpu").eval()
-dump(model, sys.argv[2])
-with torch.no_grad():
-    assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+for source, target in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(source, device_map="cpu")
+    dump(model, target)
+    with torch.no_grad():  # in training mode: in the other one it refuses widths that its AVX-512 kernel does not take
+        assert torch.isfinite(model.train()(torch.arange(8)[None]).logits).all()
 """
 QUANTIZE = DUMP + """
 import sys, json, torch
+import bitsandbytes as bnb
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-config = json.loads(sys.argv[3])
-after_forward = config.pop("after_forward", False)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=BitsAndBytesConfig(**config),
-                                             dtype=torch.float16, device_map="cpu").eval()
-dump(model, sys.argv[4])
-if after_forward:
-    import bitsandbytes as bnb
-    if not bnb.functional.has_avx512bf16():
-        sys.exit(3)
-    with torch.no_grad():
-        model(torch.arange(8)[None])
-model.save_pretrained(sys.argv[2])
+for target, config in json.loads(sys.argv[2]).items():
+    after_forward = config.pop("after_forward", False)
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=BitsAndBytesConfig(**config),
+                                                 dtype=torch.float16, device_map="cpu").eval()
+    dump(model, target + ".values")
+    if after_forward:
+        if not bnb.functional.has_avx512bf16():
+            sys.exit(3)
+        with torch.no_grad():
+            model(torch.arange(8)[None])
+    model.save_pretrained(target)
 """
 FUNCTIONS = """
 import sys, json, torch, bitsandbytes as bnb
@@ -72,7 +73,7 @@ for i, (kind, block, nested, shape, dtype) in enumerate(json.loads(sys.argv[2]))
 def run(python: str, script: str, *args: object) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([python, "-c", script, *map(str, args)], capture_output=True, text=True,
                           env={"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"})
-    assert done.returncode in (0, 3), done.stderr[-3000:]
+    assert done.returncode in (0, 3), done.stderr[-1500:]
     return done
 
 
@@ -115,15 +116,18 @@ def quantized(path, kind) -> Checkpoint:
     return checkpoint
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "fp4", "fp4-dq", "nf4-b32", "nf4-b128-dq", "int8"])
-def test_they_read_ours(peer, tiny, tmp_path, kind):
-    base.write(BitsAndBytes(), tmp_path / "out", quantized(tiny, kind))
-    run(peer("bnb"), LOAD, tmp_path / "out", tmp_path / "theirs")
-    theirs = safetensors.torch.load_file(tmp_path / "theirs")
-    ours = BitsAndBytes().read(tmp_path / "out")
-    assert len(theirs) == 7
-    for name, meant in theirs.items():
-        assert torch.equal(ours.entries[name].load().dequantize(meant.dtype), meant), name
+def test_they_read_ours(peer, tiny, tmp_path):
+    """One process for all: importing takes longer than reading."""
+    kinds = ["nf4", "nf4-dq", "fp4", "fp4-dq", "nf4-b32", "nf4-b128-dq", "int8"]
+    for kind in kinds:
+        base.write(BitsAndBytes(), tmp_path / kind, quantized(tiny, kind))
+    run(peer("bnb"), LOAD, json.dumps([(str(tmp_path / kind), str(tmp_path / f"{kind}.values")) for kind in kinds]))
+    for kind in kinds:
+        theirs = safetensors.torch.load_file(tmp_path / f"{kind}.values")
+        ours = BitsAndBytes().read(tmp_path / kind)
+        assert len(theirs) == 7
+        for name, meant in theirs.items():
+            assert torch.equal(ours.entries[name].load().dequantize(meant.dtype), meant), (kind, name)
 
 
 CONFIGS = {
@@ -136,32 +140,33 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_we_read_theirs_and_write_the_same_bytes(peer, tiny, tmp_path, kind):
-    run(peer("bnb"), QUANTIZE, tiny, tmp_path / "theirs", json.dumps(CONFIGS[kind]), tmp_path / "values")
-    source = BitsAndBytes().read(tmp_path / "theirs")
-    meant = safetensors.torch.load_file(tmp_path / "values")
-    assert len(meant) == 7
-    for name, value in meant.items():
-        assert source.entries[name].codec == codecs.get(kind)
-        assert torch.equal(source.entries[name].load().dequantize(value.dtype), value), name
-    base.write(BitsAndBytes(), tmp_path / "ours", source)
-    a, b = ((tmp_path / x / "model.safetensors").read_bytes() for x in ("theirs", "ours"))
-    assert a == b
-    a, b = (json.loads((tmp_path / x / "config.json").read_text())["quantization_config"] for x in ("theirs", "ours"))
-    assert a.pop("llm_int8_skip_modules") is None and b.pop("llm_int8_skip_modules") == ["lm_head"]
-    assert a == b
+def test_we_read_theirs_and_write_the_same_bytes(peer, tiny, tmp_path):
+    run(peer("bnb"), QUANTIZE, tiny, json.dumps({str(tmp_path / kind): config for kind, config in CONFIGS.items()}))
+    for kind in CONFIGS:
+        source = BitsAndBytes().read(tmp_path / kind)
+        meant = safetensors.torch.load_file(tmp_path / f"{kind}.values")
+        assert len(meant) == 7
+        for name, value in meant.items():
+            assert source.entries[name].codec == codecs.get(kind)
+            assert torch.equal(source.entries[name].load().dequantize(value.dtype), value), (kind, name)
+        base.write(BitsAndBytes(), tmp_path / f"{kind}.ours", source)
+        pair = [tmp_path / kind, tmp_path / f"{kind}.ours"]
+        a, b = ((path / "model.safetensors").read_bytes() for path in pair)
+        assert a == b, kind
+        a, b = (json.loads((path / "config.json").read_text())["quantization_config"] for path in pair)
+        assert a.pop("llm_int8_skip_modules") is None and b.pop("llm_int8_skip_modules") == ["lm_head"]
+        assert a == b, kind
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
-def test_what_a_forward_pass_destroys_is_recognised(peer, tiny, tmp_path, kind):
-    """Only layers whose rows come in 32s and whose columns divide by the block survive that forward pass at all."""
-    config = json.dumps(CONFIGS[kind] | {"after_forward": True, "llm_int8_skip_modules": ["mlp", "lm_head"]})
-    done = run(peer("bnb"), QUANTIZE, tiny, tmp_path / "theirs", config, tmp_path / "values")
-    if done.returncode == 3:
+def test_what_a_forward_pass_destroys_is_recognised(peer, tiny, tmp_path):
+    """The attention layers only: the others' widths make that forward pass fail by itself."""
+    more = {"after_forward": True, "llm_int8_skip_modules": ["gate_proj", "up_proj", "down_proj", "lm_head"]}
+    jobs = {str(tmp_path / kind): CONFIGS[kind] | more for kind in ("nf4", "nf4-dq")}
+    if run(peer("bnb"), QUANTIZE, tiny, json.dumps(jobs)).returncode == 3:
         pytest.skip("this processor has no AVX-512 BF16")
-    with pytest.raises(FewbitsError, match="in a forward pass"):
-        BitsAndBytes().read(tmp_path / "theirs")
+    for kind in ("nf4", "nf4-dq"):
+        with pytest.raises(FewbitsError, match="in a forward pass"):
+            BitsAndBytes().read(tmp_path / kind)
 
 
 def test_every_block_and_shape(peer, tmp_path):
@@ -171,7 +176,7 @@ def test_every_block_and_shape(peer, tmp_path):
                                   (512, (2, 1024)), (1024, (3, 700)), (4096, (5, 1000)), (64, (1, 1)))
              for dtype in ("float32", "float16", "bfloat16")]
     run(peer("bnb"), FUNCTIONS, tmp_path, json.dumps(cases))
-    for i, (kind, block, nested, shape, dtype) in enumerate(cases):
+    for i, (*_, dtype) in enumerate(cases):
         path = tmp_path / f"case{i}"
         path.mkdir()
         files = safetensors.torch.load_file(tmp_path / f"{i}.safetensors")

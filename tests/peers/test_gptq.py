@@ -72,7 +72,7 @@ for i, (bits, group, symmetric, rows, columns, act_order, version) in enumerate(
 def run(python: str, script: str, *args: object) -> None:
     done = subprocess.run([python, "-c", script, *map(str, args)], capture_output=True, text=True,
                           env={"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"})
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]
 
 
 @pytest.fixture(scope="module")
