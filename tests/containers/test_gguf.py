@@ -195,6 +195,7 @@ def _refused(source: Checkpoint, tmp_path, message: str) -> None:
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
     ({"num_hidden_layers": 1}, r"model.layers.1.*no tensor of that name"),
     ({"num_hidden_layers": 3}, "model.layers.2.* is missing"),
+    ({"intermediate_size": None}, "config.json has intermediate_size = None"),
 ])
 def test_what_gguf_cannot_say_is_refused(change, message, tmp_path):
     source = checkpoint(tiny(CONFIGS["llama"]), tmp_path)
@@ -225,6 +226,7 @@ def _rewritten(tmp_path, metadata=None, drop=(), specs=None):
     ({"metadata": {"general.architecture": Value("STRING", "mamba")}}, "general.architecture is 'mamba'"),
     ({"metadata": {"general.architecture": Value("UINT32", 3)}}, "general.architecture is of type UINT32"),
     ({"drop": ["general.architecture"]}, "general.architecture is None"),
+    ({"metadata": {"split.count": Value("UINT16", 3)}}, "one of 3 parts of a split model"),
     ({"drop": ["llama.embedding_length"]}, "llama.embedding_length is missing"),
     ({"metadata": {"llama.block_count": Value("STRING", "2")}}, "llama.block_count is of type STRING"),
     ({"metadata": {"llama.block_count": Value("UINT32", 10**6)}}, "block_count is 1000000"),

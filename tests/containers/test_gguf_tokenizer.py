@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from fewbits.containers import gguf_tokenizer as gt
 from fewbits.containers import sentencepiece
 from fewbits.containers.gguf_file import Value
+from fewbits.containers.gguf_pretokenizer import WORDS
 from fewbits.errors import FewbitsError
 
 CORPUS = ["The quick brown fox can't jump over 12 lazy dogs, they'll see 3456.", "Les élèves étaient là — voilà!",
@@ -25,10 +26,10 @@ PRE = {
     "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False), None, False),
     "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]), None, False),
     "llama-bpe": (pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(gt.WORDS % "{1,3}"), "isolated"),
+        pre_tokenizers.Split(Regex(WORDS % "{1,3}"), "isolated"),
         pre_tokenizers.ByteLevel(False, use_regex=False)]), None, True),
     "qwen2": (pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(gt.WORDS % ""), "isolated"),
+        pre_tokenizers.Split(Regex(WORDS % ""), "isolated"),
         pre_tokenizers.ByteLevel(False, use_regex=False)]), normalizers.NFC(), False),
 }
 

@@ -1,8 +1,7 @@
 """Tokenizers between GGUF metadata and `tokenizer.json`: byte-level BPE ("gpt2") and SentencePiece BPE ("llama").
 
-GGUF names a pre-tokenizer, `tokenizer.json` spells it out: one table here holds both. SentencePiece merges whichever
-neighbours make the piece of highest score, `tokenizer.json` lists pairs by rank: ranks follow from scores, and scores
-from ranks where every pair that makes a piece is listed.
+SentencePiece merges whichever neighbours make the piece of highest score, `tokenizer.json` lists pairs by rank: ranks
+follow from scores, and scores from ranks where every pair that makes a piece is listed.
 """
 
 from __future__ import annotations
@@ -16,49 +15,15 @@ import numpy as np
 
 from fewbits.containers import sentencepiece
 from fewbits.containers.gguf_file import Value
+from fewbits.containers.gguf_pretokenizer import ADD_BOS, ALIASES, PRE, SPACE, pre_name, space_prefix
 from fewbits.errors import FewbitsError
 
 Json = dict[str, Any]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-SPACE = "▁"  # what SentencePiece writes for a space
 KEY = "tokenizer.ggml."
 # names in tokenizer_config.json <-> keys in GGUF (whose spelling of "separator" is this)
 SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
            "pad_token": "padding_token_id", "sep_token": "seperator_token_id", "mask_token": "mask_token_id"}
-
-# pre-tokenizers -----------------------------------------------------------------------------------------------------
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")
-
-
-def _bytes(use_regex: bool) -> Json:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _split(regex: str) -> Json:
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-def _sequence(*steps: Json) -> Json:
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
-# GGUF's name -> (pre_tokenizer, ignore_merges, normalizer); a file is written with the first name that fits
-PRE: dict[str, tuple[Json, bool, Json | None]] = {
-    "gpt-2": (_bytes(True), False, None),
-    "smollm": (_sequence({"type": "Digits", "individual_digits": True}, _bytes(True)), False, None),
-    "llama-bpe": (_sequence(_split(WORDS % "{1,3}"), _bytes(False)), True, None),
-    "qwen2": (_sequence(_split(WORDS % ""), _bytes(False)), False, {"type": "NFC"}),
-    "stablelm2": (_sequence(_split(WORDS % ""), _bytes(False)), False, None),
-    "default": (_sequence(_split(r"[\p{P}\$\+<=>\^~\|]+"), _split(GPT2), _split(r"\p{N}+"), _split("[0-9][0-9][0-9]"),
-                          _bytes(False)), False, None),
-}
-ALIASES = {"phi-2": "gpt-2", "exaone4": "gpt-2", "olmo": "gpt-2", "mpt": "gpt-2", "llama3": "llama-bpe",
-           "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "lfm2": "llama-bpe", "deepseek-r1-qwen": "qwen2",
-           "megrez": "qwen2", "": "default"}
-ADD_BOS = {"llama-bpe"}  # what readers of GGUF take where add_bos_token is missing
-
 
 # GGUF -> tokenizer.json ---------------------------------------------------------------------------------------------
 def tokenizer_json(metadata: Mapping[str, Value]) -> bytes:
@@ -229,7 +194,7 @@ def to_metadata(files: Mapping[str, bytes], config: Json, rows: int) -> dict[str
     out = {KEY + "model": Value("STRING", "llama" if spm else "gpt2")}
     if spm:
         out[KEY + "pre"] = Value("STRING", "default")
-        out[KEY + "add_space_prefix"] = Value("BOOL", _space_prefix(spec))
+        out[KEY + "add_space_prefix"] = Value("BOOL", space_prefix(spec))
     else:
         out[KEY + "pre"] = Value("STRING", pre_name(spec))
     out[KEY + "tokens"] = Value("ARRAY", tokens, "STRING")
@@ -242,48 +207,6 @@ def to_metadata(files: Mapping[str, bytes], config: Json, rows: int) -> dict[str
     if not spm:
         out[KEY + "merges"] = Value("ARRAY", [" ".join(m) for m in model["merges"]], "STRING")
     return out | _special(spec, settings, config, tokens) | _templates(files, settings)
-
-
-def pre_name(spec: Json) -> str:
-    """GGUF's name of a tokenizer.json's pre-tokenizer."""
-    found = (_plain(spec.get("pre_tokenizer")), bool(spec["model"].get("ignore_merges", False)),
-             _plain(spec.get("normalizer")))
-    for name, (pre, ignore_merges, normalizer) in PRE.items():
-        if found == (_plain(pre), ignore_merges, _plain(normalizer)):
-            return name
-    raise FewbitsError(f"GGUF has no name known here for the pre-tokenizer {json.dumps(found[0])[:200]} "
-                       f"(ignore_merges {found[1]}, normalizer {found[2]})",
-                       f"known: {', '.join(PRE)}; another container keeps tokenizer.json as it is")
-
-
-def _plain(part: Any) -> Any:
-    """A component without what does not matter to its tokens; a sequence of one is that one."""
-    if not isinstance(part, dict):
-        return part
-    steps = part.get("pretokenizers") or part.get("normalizers")
-    if part.get("type") == "Sequence" and steps is not None:
-        return _plain(steps[0]) if len(steps) == 1 else {"type": "Sequence", "steps": [_plain(s) for s in steps]}
-    if part.get("type") == "ByteLevel":
-        return {"type": "ByteLevel", "prefix": part.get("add_prefix_space", True), "regex": part.get("use_regex", True)}
-    return part
-
-
-def _space_prefix(spec: Json) -> bool:
-    """Whether a SentencePiece-like tokenizer.json puts a space before the text."""
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    normalizer, pre = _plain(spec.get("normalizer")), _plain(spec.get("pre_tokenizer"))
-    # after the replacement no space is left, so splitting on spaces does nothing
-    if isinstance(pre, dict) and pre.get("type") == "Split" and pre.get("pattern") == {"String": " "}:
-        pre = None if normalizer is not None else pre
-    if normalizer == {"type": "Sequence", "steps": [{"type": "Prepend", "prepend": SPACE}, replace]} and pre is None:
-        return True
-    if normalizer == replace and pre is None:
-        return False
-    if normalizer is None and isinstance(pre, dict) and pre.get("type") == "Metaspace" and not pre.get("split", True):
-        return bool(pre.get("prepend_scheme", "always") != "never")
-    raise FewbitsError(f"GGUF cannot say normalizer {json.dumps(normalizer)[:120]} with pre-tokenizer "
-                       f"{json.dumps(pre)[:120]} of a SentencePiece model",
-                       "another container keeps tokenizer.json as it is")
 
 
 def _tokens(spec: Json, rows: int, spm: bool) -> tuple[list[str], list[int]]:
