@@ -17,17 +17,22 @@ from fewbits import FewbitsError, plan, quantize
 from fewbits.inspection import size_on_disk
 
 RECIPES = ("Q4_K_M", "Q8_0", "Q4_0", "Q6_K", "nf4", "nf4-dq", "int8", "int4-g128", "int3-g32-asym", "f16")
+SOME = ("f16", "int8", "int4-g128", "nf4-dq", "Q8_0", "Q4_0")
+PUBLISHED = (("smollm2-135m", "Q4_1", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+             ("gemma3-270m", "Q4_K_M", "gemma-3-270m.Q4_K_M.gguf"))  # a directory, and a file that others made of it
 LIMIT = 2.0  # percent
+Line = tuple[str, str, int, int, float, float]
 
 
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--quick", action="store_true", help="the smallest model only")
     options = p.parse_args()
-    models = [(options.shared / "data/models/stories260k", RECIPES)]
+    models: list[tuple[Path, tuple[str, ...]]] = [(options.shared / "data/models/stories260k", RECIPES)]
     if not options.quick:
-        models += [(options.models / "smollm2-135m", RECIPES), (options.models / "gemma3-270m", ("Q8_0", "nf4")),
-                   (options.models / "gemma-3-270m.Q4_K_M.gguf", ("nf4-dq",)), (options.models / "minilm", ("int8",))]
+        models += [(options.models / "minilm", ("int8", "int4-g128")), (options.models / "smollm2-135m", SOME),
+                   (options.models / "gemma3-270m", ("nf4", "Q8_0")),
+                   (options.models / "gemma-3-270m.Q4_K_M.gguf", ("nf4-dq", "f16"))]
     options.work.mkdir(parents=True, exist_ok=True)
     rows = []
     for path, recipes in models:
@@ -35,6 +40,10 @@ def main() -> None:
             print(f"skipped: no {path}", file=sys.stderr)
             continue
         rows += list(compare(path, recipes, options.work))
+    for name, recipe, file in PUBLISHED:
+        if (options.models / file).exists() and (options.models / name).exists():
+            planned = plan(options.models / name, recipes=[recipe]).rows[0].file_bytes
+            rows.append(line(f"{name}, published", recipe, planned, (options.models / file).stat().st_size, 0.0))
     header = ("model", "recipe", "planned bytes", "real bytes", "difference %", "plan seconds")
     show("Sizes that plan names, and those of the files", header, rows, options.json)
     worst = max(abs(row[4]) for row in rows)
@@ -42,7 +51,13 @@ def main() -> None:
     sys.exit(worst > LIMIT)
 
 
-def compare(path: Path, recipes: tuple[str, ...], work: Path) -> Iterator[tuple[str, str, int, int, float, float]]:
+def line(name: str, recipe: str, planned: int, real: int, seconds: float) -> Line:
+    found = name, recipe, planned, real, 100 * (planned / real - 1), seconds
+    print(*found, file=sys.stderr)
+    return found
+
+
+def compare(path: Path, recipes: tuple[str, ...], work: Path) -> Iterator[Line]:
     for recipe in recipes:
         out = work / "planned.gguf" if "_" in recipe else work / "planned"
         shutil.rmtree(out, ignore_errors=True)
@@ -55,8 +70,7 @@ def compare(path: Path, recipes: tuple[str, ...], work: Path) -> Iterator[tuple[
         except FewbitsError as error:
             print(f"{path.name} {recipe}: {error}; planned: {row.reason or row.file_bytes}", file=sys.stderr)
             continue
-        real = size_on_disk(out)
-        yield path.name, recipe, row.file_bytes, real, 100 * (row.file_bytes / real - 1), seconds
+        yield line(path.name, recipe, row.file_bytes, size_on_disk(out), seconds)
         shutil.rmtree(out, ignore_errors=True)
         out.unlink(missing_ok=True)
 

@@ -165,6 +165,14 @@ def test_names_without_the_prefix_of_the_base_model():
     assert [bool(c.solver) for c in chosen] == [True, False]
 
 
+def test_names_with_a_prefix_that_the_model_lacks():
+    named = {"bert.encoder.layer.0.attention.self.query.weight": (32, 32), "bert.unrelated.weight": (32, 32)}
+    entries = {n: Entry(n, s, F32, lambda: None) for n, s in named.items()}
+    chosen = get("nf4").resolve(ModelFacts.of(Checkpoint("bert", "transformers", BERT, entries)))
+    assert [bool(c.solver) for c in chosen] == [True, False]
+    assert chosen[1].note == "not a linear layer: F32"
+
+
 def test_gguf_needs_the_table():
     with pytest.raises(FewbitsError, match="no names here for the tensors of BertModel"):
         get("Q4_K_M").resolve(ModelFacts.from_config(BERT))

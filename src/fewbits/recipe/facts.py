@@ -66,8 +66,9 @@ class ModelFacts:
         if family is None:
             from fewbits.recipe import targets
 
-            roles, shapes = targets.roles(config, name), targets.shapes(config, name)
-            return cls(config, tuple(Fact(n, s, codec, roles.get(n, "")) for n, s in shapes.items()))
+            model = targets.meta_model(config, name)
+            roles = targets.roles(model)
+            return cls(config, tuple(Fact(n, s, codec, roles.get(n, "")) for n, s in targets.shapes(model).items()))
         try:
             whole = arch.complete(family, config)
             facts = tuple(Fact(t.hf, _shape(t, whole), codec, t.role, t.layer, t.gguf)
@@ -134,7 +135,7 @@ def _complete(family: arch.Architecture, checkpoint: Checkpoint) -> dict[str, An
 def _roles(config: dict[str, Any], path: Any, names: set[str]) -> dict[str, str]:
     from fewbits.recipe import targets
 
-    return targets.match(targets.roles(config, str(path)), names)
+    return targets.match(targets.roles(targets.meta_model(config, str(path))), names)
 
 
 def _shape(tensor: arch.Tensor, config: dict[str, Any]) -> Shape:

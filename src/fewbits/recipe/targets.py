@@ -9,8 +9,12 @@ from fewbits.errors import FewbitsError
 from fewbits.lazy import torch, transformers
 
 
-def _meta_model(config: dict[str, Any], path: str) -> Any:
-    """The model without its weights."""
+def meta_model(config: dict[str, Any], path: str) -> Any:
+    """The model without its weights.
+
+    Raises:
+        FewbitsError: Transformers does not know it.
+    """
     from accelerate import init_empty_weights
 
     named = config.get("architectures") or []
@@ -27,9 +31,8 @@ def _meta_model(config: dict[str, Any], path: str) -> Any:
         return cls.from_config(parsed) if cls is transformers.AutoModel else cls(parsed)
 
 
-def roles(config: dict[str, Any], path: str) -> dict[str, str]:
-    """Name of a weight -> "linear", "conv1d" (GPT-2's, `[in, out]`), "token_embd", "output", of those that are one."""
-    model = _meta_model(config, path)
+def roles(model: Any) -> dict[str, str]:
+    """Name of a weight -> "linear", "conv1d" (GPT-2's, `[in, out]`), "embedding", "output", of those that are one."""
     out = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -37,24 +40,27 @@ def roles(config: dict[str, Any], path: str) -> dict[str, str]:
         elif isinstance(module, transformers.pytorch_utils.Conv1D):
             out[f"{name}.weight"] = "conv1d"
         elif isinstance(module, torch.nn.Embedding):
-            out[f"{name}.weight"] = "token_embd"
+            out[f"{name}.weight"] = "embedding"
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     out |= {f"{n}.weight": "output" for n, m in model.named_modules() if head is not None and m is head}
     return out
 
 
-def shapes(config: dict[str, Any], path: str) -> dict[str, Shape]:
+def shapes(model: Any) -> dict[str, Shape]:
     """Names and shapes of the parameters; those of tied weights once."""
-    return {n: tuple(p.shape) for n, p in _meta_model(config, path).named_parameters()}
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}
 
 
 def match(roles: dict[str, str], names: set[str]) -> dict[str, str]:
     """Roles under the names of a file, which may have or lack the base model's prefix (`transformer.`)."""
     if names & roles.keys():
         return roles
-    for name in roles:
+    for name in sorted(roles):
         prefix, _, rest = name.partition(".")
         if rest in names:
             return {n.removeprefix(f"{prefix}."): r for n, r in roles.items()}
-    any_name = next(iter(names), "")
-    return {f"{any_name.partition('.')[0]}.{n}": r for n, r in roles.items()}
+    for name in sorted(names):
+        prefix, _, rest = name.partition(".")
+        if rest in roles:
+            return {f"{prefix}.{n}": r for n, r in roles.items()}
+    return {}
