@@ -13,7 +13,7 @@ from fewbits import containers, hub
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers.directory import CARRIED, read_json
 from fewbits.errors import FewbitsError
-from fewbits.qtensor import QTensor
+from fewbits.qtensor import CHUNK, QTensor
 from fewbits.recipe import PRESETS, Choice, ModelFacts, Overrides, get
 from fewbits.recipe.facts import LINEAR
 from fewbits.sizes import Sizes
@@ -159,14 +159,15 @@ def windows(facts: ModelFacts) -> list[int | None]:
 
 
 def working_bytes(facts: ModelFacts, context: int) -> int:
-    """Activations of 512 tokens through the widest layer, their attention scores, one decoded weight and the logits of
-    one token, all in float32."""
+    """Activations of 512 tokens through the widest layer, their attention scores, the largest weight decoded (often
+    the output head), what decoding it holds besides, and the logits of one token, all in float32."""
     tokens = min(PROMPT, context)
     inner = max([f.shape[0] for f in facts.tensors if f.role.startswith("ffn")] or [4 * facts.hidden])
     queries = (facts.heads + 2 * facts.kv_heads) * facts.head_dim
     activations = tokens * (3 * facts.hidden + max(queries + facts.heads * context, 3 * inner))
-    largest = max([f.shape[0] * f.shape[-1] for f in facts.tensors if f.role in LINEAR] or [0])
-    return 4 * (activations + largest + facts.number("vocab_size"))
+    head = "output" if facts.has_output else "token_embd"
+    largest = max([f.shape[0] * f.shape[-1] for f in facts.tensors if f.role in LINEAR or f.role == head] or [0])
+    return 4 * (activations + largest + 4 * CHUNK + facts.number("vocab_size"))
 
 
 def available_bytes() -> int:
