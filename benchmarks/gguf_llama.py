@@ -38,7 +38,7 @@ import numpy as np
 from llama_cpp import Llama
 job = json.load(open(sys.argv[1]))
 llama = Llama(job["model"], n_ctx=job["context"], n_batch=512, logits_all=True, type_k=0, type_v=0, flash_attn=False,
-              n_threads=2, verbose=False)
+              n_threads=1, n_threads_batch=1, verbose=False)
 def logits(tokens):
     llama.reset()
     llama.eval(tokens)
@@ -212,7 +212,7 @@ def main() -> None:
     p.add_argument("--length", type=int, default=512, help="tokens of a chunk")
     p.add_argument("--peer", default=str(ROOT / ".peers" / "llama" / "bin" / "python"))
     arguments = p.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     text = arguments.shared / "data" / "text" / "wikitext2-test.txt"
     header = ["prompt", "equal tokens", "the same in float32", "our gap where they part",
               "llama.cpp's logits from ours", "ours with rounded activations"]

@@ -25,8 +25,8 @@ import numpy as np
 from llama_cpp import Llama
 path, tokens, out = sys.argv[1:]
 tokens = json.loads(tokens)
-llama = Llama(path, n_ctx=len(tokens), n_batch=64, logits_all=True, type_k=0, type_v=0, flash_attn=False, n_threads=2,
-              verbose=False)
+llama = Llama(path, n_ctx=len(tokens), n_batch=64, logits_all=True, type_k=0, type_v=0, flash_attn=False, n_threads=1,
+              n_threads_batch=1, verbose=False)
 llama.eval(tokens)
 np.save(out, llama.scores[:len(tokens)])
 """
