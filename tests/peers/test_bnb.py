@@ -23,11 +23,18 @@ pytestmark = pytest.mark.peer
 DUMP = """
 def dump(model, path):
     import bitsandbytes as bnb
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
     from safetensors.torch import save_file
     found = {}
     for name, m in model.named_modules():
         if isinstance(m, bnb.nn.Linear4bit):
-            found[name + ".weight"] = bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state)
+            state = m.weight.quant_state
+            plain = state.absmax
+            if state.nested:
+                plain = bnb.functional.dequantize_blockwise(plain, state.state2) + state.offset
+            # not the CPU kernel: it takes other scales where a multiple of 32 columns is no multiple of the block
+            found[name + ".weight"] = _dequantize_4bit_compute(
+                m.weight.data.reshape(-1), plain, state.code, state.blocksize, state.shape, state.dtype)
         elif isinstance(m, bnb.nn.Linear8bitLt):
             scale = m.weight.SCB if m.weight.SCB is not None else m.state.SCB
             found[name + ".weight"] = bnb.functional.int8_vectorwise_dequant(m.weight.data, scale)

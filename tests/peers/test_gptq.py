@@ -8,6 +8,8 @@ import subprocess
 import pytest
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from fewbits import codecs
 from fewbits.checkpoint import Checkpoint, Entry
@@ -27,15 +29,16 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from transformers import AutoModelForCausalLM, GPTQConfig
 for way, source, target in json.loads(sys.argv[1]):
     if way == "gptqmodel":
-        model = GPTQModel.load(source, device="cpu", backend=BACKEND.GPTQ_TORCH).model
+        model = GPTQModel.load(source, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
     else:
         model = AutoModelForCausalLM.from_pretrained(source, device_map={"": "cpu"}, dtype=torch.float16,
                                                      quantization_config=GPTQConfig(bits=4, backend="gptq_torch"))
     found = {n + ".weight": m.dequantize_weight().t().contiguous() for n, m in model.named_modules()
              if isinstance(m, BaseQuantLinear)}
     save_file(found, target)
-    with torch.no_grad():
-        assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+    if source.endswith("int4-g64"):  # its forward pass compiles for seconds
+        with torch.no_grad():
+            assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 """
 PACK = """
 import sys, json, torch
@@ -94,6 +97,10 @@ def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny"
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
+    words = {f"w{i}": i for i in range(vocab)}  # GPTQModel wants a tokenizer
+    Tokenizer(WordLevel(words, unk_token="w0")).save(str(path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0", "eos_token": "w1", "pad_token": "w2"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
     safetensors.torch.save_file({f"{k}.weight": (torch.randn(s, generator=generator) / 8).half()
                                  for k, s in shapes.items()}, path / "model.safetensors", {"format": "pt"})
     return path
