@@ -10,6 +10,7 @@ from fewbits.codecs import base, search
 from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.codecs.grids import UniformGrid
 from fewbits.codecs.packing import pack_bits, packed_bytes, unpack_bits
+from fewbits.codecs.pieces import Piece, fit_pieces
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 
@@ -53,18 +54,19 @@ class IntK(Codec):
         return max(1, columns if self.group == -1 else min(self.group, columns))
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return search.fit_pieces(self._fit, w, importance, self.dtype)
+        return fit_pieces(self._fit, w, importance, self.dtype)
 
-    def _fit(self, p: search.Piece) -> Params:
+    def _fit(self, p: Piece) -> Params:
         if self.symmetric:
-            s, _ = search.search_scale(p, -self.middle, self.middle - 1, search.symmetric_starts(self.bits), -self.middle)
+            s = search.search_scale(p, -self.middle, self.middle - 1, search.symmetric_starts(self.bits), -self.middle)
             zero = torch.full_like(s, self.middle)
         else:
-            s, zero = search.search_zero(p, self.top, search.SHRINKS[self.bits], (0, -1, 1))
+            s, zero = search.search_zero(p, self.top, search.SHRINKS[self.bits])
         return {"scale": p.stored(s), "zero": zero.to(torch.uint8)}
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
-        return search.refit_scale(w, codes, params["scale"], params["zero"], importance) | {"zero": params["zero"]}
+        scale = search.refit_scale(w, codes, params["scale"], params["zero"], importance)
+        return {"scale": scale, "zero": params["zero"]}
 
     def grid(self, params: Params, columns: int) -> Grid:
         return UniformGrid(params["scale"].float(), self.top, columns, zero=params["zero"].float())
@@ -108,10 +110,10 @@ class Int8(Codec):
         return max(1, columns)
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return search.fit_pieces(self._fit, w, importance, torch.float32)
+        return fit_pieces(self._fit, w, importance, torch.float32)
 
-    def _fit(self, p: search.Piece) -> Params:
-        s, _ = search.search_scale(p, -127, 127, search.ROWWISE_STARTS, 127)
+    def _fit(self, p: Piece) -> Params:
+        s = search.search_scale(p, -127, 127, search.ROWWISE_STARTS, 127)
         return {"absmax": p.stored(s.abs() * 127)}
 
     def grid(self, params: Params, columns: int) -> Grid:

@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 from fewbits.codecs import search
 from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.codecs.grids import UniformGrid
+from fewbits.codecs.lines import fit_line
 from fewbits.codecs.packing import join_fields, pack_bits, split_fields, unpack_bits
+from fewbits.codecs.pieces import Piece, fit_pieces
 from fewbits.lazy import torch
 
 
@@ -90,20 +92,19 @@ class Simple(Blocks):
         return 1 << (self.bits - 1)
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return search.fit_pieces(self._fit, w, importance, torch.float16)
+        return fit_pieces(self._fit, w, importance, torch.float16)
 
-    def _fit(self, p: search.Piece) -> Params:
+    def _fit(self, p: Piece) -> Params:
         if self.minimum:
-            line = search.fit_line(p, (1 << self.bits) - 1)
-            return {"d": p.stored(line.s), "m": p.stored(line.offset)}
+            return fit_line(p, (1 << self.bits) - 1)
         plain = 127 if self.bits == 8 else -self.zero
-        s, _ = search.search_scale(p, -self.zero, self.zero - 1, search.symmetric_starts(self.bits), plain)
+        s = search.search_scale(p, -self.zero, self.zero - 1, search.symmetric_starts(self.bits), plain)
         return {"d": p.stored(s)}
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         if self.minimum:
             return search.refit_line(w, codes, params["d"], params["m"], importance)
-        return {"d": search.refit_scale(w, codes, params["d"], None, importance, self.zero)["scale"]}
+        return {"d": search.refit_scale(w, codes, params["d"], float(self.zero), importance)}
 
     def grid(self, params: Params, columns: int) -> Grid:
         top = (1 << self.bits) - 1

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fewbits.codecs import search
 from fewbits.codecs.base import Codec, Grid, Params
 from fewbits.codecs.ggml import Blocks, join_halves, split_halves
 from fewbits.codecs.grids import UniformGrid
 from fewbits.codecs.packing import join_fields, split_fields
+from fewbits.codecs.pieces import Piece, fit_pieces
 from fewbits.codecs.subscales import fit_lines, fit_scales, refit_lines, refit_scales
 from fewbits.lazy import torch
 
@@ -47,11 +47,11 @@ class WithMinimum(_K):
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
         top = (1 << self.bits) - 1
-        return search.fit_pieces(lambda p: fit_lines(p, top), w, importance, torch.float16, self.subs)
+        return fit_pieces(lambda p: fit_lines(p, top), w, importance, torch.float16, self.subs)
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         more = [codes, params["d"], params["dmin"], params["scales"], params["mins"]]
-        return search.fit_pieces(refit_lines, w, importance, torch.float16, self.subs, more)
+        return fit_pieces(refit_lines, w, importance, torch.float16, self.subs, more)
 
     def grid(self, params: Params, columns: int) -> Grid:
         offset = -(params["dmin"].float() * params["mins"])
@@ -82,11 +82,11 @@ class Q6_K(_K):
     block_bytes: ClassVar[int] = 210
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return search.fit_pieces(fit_scales, w, importance, torch.float16, self.subs)
+        return fit_pieces(fit_scales, w, importance, torch.float16, self.subs)
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         more = [codes, params["d"], params["scales"]]
-        return search.fit_pieces(refit_scales, w, importance, torch.float16, self.subs, more)
+        return fit_pieces(refit_scales, w, importance, torch.float16, self.subs, more)
 
     def grid(self, params: Params, columns: int) -> Grid:
         return UniformGrid(params["d"].float() * params["scales"], 63, columns, zero=32.0)

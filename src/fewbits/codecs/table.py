@@ -11,6 +11,7 @@ from typing import ClassVar
 from fewbits.codecs import base, search
 from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.codecs.grids import Levels, TableGrid, levels
+from fewbits.codecs.pieces import Piece, fit_pieces
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 
@@ -83,16 +84,16 @@ class Table(Codec):
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Params | None = None) -> Params:
         if not self.nested:
-            return search.fit_pieces(self._fit, w, importance, torch.float32)
+            return fit_pieces(self._fit, w, importance, torch.float32)
         if state is None:
             raise ValueError(f"{self.name}: nested absmax needs the state that begin() returns")
-        return search.fit_pieces(self._fit_nested, w, importance, torch.float32,
+        return fit_pieces(self._fit_nested, w, importance, torch.float32,
                                  more=(state["nested_absmax"], state["offset"]))
 
-    def _fit(self, p: search.Piece) -> Params:
+    def _fit(self, p: Piece) -> Params:
         return {"absmax": p.stored(search.search_table(p, table(self.kind), signed=self.kind == "nf4"))}
 
-    def _fit_nested(self, p: search.Piece) -> Params:
+    def _fit_nested(self, p: Piece) -> Params:
         levels_ = table(self.kind)
         nested = dict(zip(("nested_absmax", "offset"), p.more, strict=True))
         wanted = search.search_table(p, levels_, signed=False) * p.peak
