@@ -40,7 +40,7 @@ def test_search_never_loses_to_nearest(name: str, weight: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", ["Q4_0", "int4-g128", "nf4"])
 def test_chunks_do_not_matter(name: str, weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = solve(weight, codecs.get(name))
-    monkeypatch.setattr(solvers, "CHUNK", 3 * 512)
+    monkeypatch.setattr(solvers, "PART", 3 * 512)
     parts = solve(weight, codecs.get(name))
     assert not torch.equal(whole.dequantize(), torch.zeros_like(weight))
     # sums run in another order: a scale may round to its neighbour, no more

@@ -6,17 +6,19 @@ params `[rows, units, k]`. It sees only the codec interface.
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from fewbits.calibrate import Statistics
-from fewbits.codecs.base import Codec, Params
+from fewbits.codecs.base import Codec, Params, Planes
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
-from fewbits.qtensor import CHUNK, QTensor
+from fewbits.qtensor import QTensor
 from fewbits.solvers.gptq import gptq
 from fewbits.solvers.gptq import refuses as gptq_refuses
 from fewbits.solvers.nearest import nearest, search
 
+PART = 1 << 18  # weights that a worker solves at a time
 Solver = Callable[..., "tuple[torch.Tensor, Params]"]
 SOLVERS: dict[str, Solver] = {"nearest": nearest, "search": search, "gptq": gptq}
 NEEDS_STATISTICS = {"gptq"}
@@ -45,20 +47,18 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Sta
         raise FewbitsError(f"solver {solver} needs calibration text", "give one with --calibration FILE")
     rows, columns = codec.matrix(shape)
     matrix = w.reshape(rows, columns)
-    state = begin(matrix, codec)
+    state = codec.begin(matrix, None)
     importance = statistics.importance(shape, (rows, columns)) if statistics is not None else None
     if solver == "gptq":
         return QTensor.pack(codec, shape, *gptq(matrix.float(), codec, statistics, state))
     if not codec.rows_apart(shape):
         return QTensor.pack(codec, shape, *SOLVERS[solver](matrix.float(), codec, importance, state))
-    step = max(1, CHUNK // max(1, columns))
-    parts = []
-    for at in range(0, rows, step):
-        part = matrix[at:at + step].float()
-        parts.append(codec.pack(*SOLVERS[solver](part, codec, importance, state), (len(part), columns)))
+
+    def pack_rows(part: torch.Tensor) -> Planes:
+        return codec.pack(*SOLVERS[solver](part.float(), codec, importance, state), (len(part), columns))
+
+    # the same parts on every machine, so that the same input gives the same file; workers share the cores
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        parts = list(pool.map(pack_rows, matrix.split(max(1, PART // max(1, columns)))))
     return QTensor(codec, shape, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
 
-
-def begin(matrix: torch.Tensor, codec: Codec) -> object:
-    """The codec's state of the whole tensor."""
-    return codec.begin(matrix, None)
