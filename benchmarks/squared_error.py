@@ -1,8 +1,8 @@
 """Squared error of our fits beside llama.cpp's own quantizers, on the matrices of real models.
 
-Both get the same float32 weights; in the weighted case also the same importances, by which the error is weighted. A ratio
-is our error over llama.cpp's, each summed over all matrices relative to their squared weights. The importances are seeded
-and lognormal (sigma 1.5), like second moments of activations: a few inputs count a hundred times the median.
+Both get the same float32 weights; in the weighted case also the same importances, by which the error is weighted. A
+ratio is our error over llama.cpp's, each summed over all matrices relative to their squared weights. The importances
+are seeded and lognormal (sigma 1.5), like second moments of activations: a few inputs count a hundred times the median.
 
     python benchmarks/squared_error.py [--peer-python .peers/llama/bin/python] [--types Q4_0 ...] [--rows 256]
 """
@@ -58,7 +58,8 @@ class Peer:
 
     def __init__(self, python: Path, folder: str):
         self.folder = folder
-        self.process = subprocess.Popen([str(python), "-c", PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([str(python), "-c", PEER], stdin=pipe, stdout=pipe, text=True)
 
     def quantize(self, codec: Codec, w: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, float]:
         """Decoded values, and CPU seconds."""

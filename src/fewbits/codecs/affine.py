@@ -88,8 +88,9 @@ class IntK(Codec):
     def planes(self, shape: Shape) -> dict[str, tuple[str, Shape]]:
         rows, columns = self.matrix(shape)
         units = base.units(columns, self.unit(columns))
-        planes = {"codes": ("uint8", (rows, packed_bytes(columns, self.bits))),
-                  "scales": (SCALE_DTYPES[self.scale_kind], (rows, units))}
+        planes: dict[str, tuple[str, Shape]] = {
+            "codes": ("uint8", (rows, packed_bytes(columns, self.bits))),
+            "scales": (SCALE_DTYPES[self.scale_kind], (rows, units))}
         if not self.symmetric:
             planes["zeros"] = ("uint8", (rows, packed_bytes(units, self.bits)))
         return planes

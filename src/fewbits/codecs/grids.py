@@ -55,15 +55,20 @@ class UniformGrid:
         subs = self.scale.shape[-1]
         if subs == 1:
             return self
+        run = self.width // subs
+        which: torch.Tensor | slice
         if isinstance(index, slice):
             start, stop, step = index.indices(self.width)
-            which = torch.arange(start, stop, step, device=self.scale.device)
+            if stop - start == step == 1:  # GPTQ asks for one column after the other: no copies then
+                which, count = slice(start // run, start // run + 1), 1
+            else:
+                which = torch.arange(start, stop, step, device=self.scale.device) // run
+                count = len(which)
         else:
-            which = index.to(self.scale.device)
-        which = which // (self.width // subs)
-        pick = [None if t is None else t if isinstance(t, float) else t[..., which]
-                for t in (self.scale, self.zero, self.offset)]
-        return UniformGrid(pick[0], self.high, len(which), zero=pick[1], offset=pick[2], low=self.low,
+            which, count = index.to(self.scale.device) // run, len(index)
+        zero = self.zero[..., which] if isinstance(self.zero, torch.Tensor) else self.zero
+        offset = None if self.offset is None else self.offset[..., which]
+        return UniformGrid(self.scale[..., which], self.high, count, zero=zero, offset=offset, low=self.low,
                            factor=self.factor)
 
 

@@ -1,7 +1,7 @@
 """K-quants of ggml: super-blocks of 256 columns whose sub-blocks have small integer scales under float16 ones.
 
-Byte layouts are in docs/concepts/formats.md. Q4_K and Q5_K: `(d * scale) * code - dmin * minimum`, eight sub-blocks of 32
-columns. Q6_K: `(d * scale) * (code - 32)`, sixteen of 16.
+Byte layouts are in docs/concepts/formats.md. Q4_K and Q5_K: `(d * scale) * code - dmin * minimum`, eight sub-blocks of
+32 columns. Q6_K: `(d * scale) * (code - 32)`, sixteen of 16.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fewbits.codecs.base import Codec, Grid, Params
 from fewbits.codecs.ggml import Blocks, join_halves, split_halves
 from fewbits.codecs.grids import UniformGrid
 from fewbits.codecs.packing import join_fields, split_fields
-from fewbits.codecs.pieces import Piece, fit_pieces
+from fewbits.codecs.pieces import fit_pieces
 from fewbits.codecs.subscales import fit_lines, fit_scales, refit_lines, refit_scales
 from fewbits.lazy import torch
 
@@ -42,7 +42,7 @@ class WithMinimum(_K):
         return self.bits
 
     @property
-    def block_bytes(self) -> int:  # type: ignore[override]
+    def block_bytes(self) -> int:
         return 16 + 32 * self.bits
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
@@ -79,7 +79,10 @@ class WithMinimum(_K):
 class Q6_K(_K):
     integer_bits: ClassVar[int] = 6
     subs: ClassVar[int] = 16
-    block_bytes: ClassVar[int] = 210
+
+    @property
+    def block_bytes(self) -> int:
+        return 210
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
         return fit_pieces(fit_scales, w, importance, torch.float16, self.subs)

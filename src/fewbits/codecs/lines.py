@@ -42,6 +42,14 @@ def moments(p: Piece, q: torch.Tensor) -> Moments:
     return Moments(*fixed_moments(p), *code_moments(p, q))
 
 
+def stacked_moments(p: Piece, fixed: tuple[torch.Tensor, torch.Tensor, torch.Tensor], s: torch.Tensor,
+                    offset: torch.Tensor, top: int) -> Moments:
+    """With the nearest codes on each of the stacked lines."""
+    inverse = invert(s)
+    sums = [code_moments(p, codes_on(p, inverse[i], offset[i], top)) for i in range(len(s))]
+    return Moments(*fixed, *(torch.stack(t) for t in zip(*sums, strict=True)))
+
+
 def codes_on(p: Piece, inverse: torch.Tensor, offset: torch.Tensor, top: int) -> torch.Tensor:
     """Nearest codes at scale 1/inverse, as float32."""
     return rounded((p.x - offset).mul_(inverse), 0, top)
@@ -81,9 +89,7 @@ def search_line(p: Piece, top: int, below_zero: bool, rounds: int = 2) -> tuple[
         offset = offset.clamp_(max=0)
     found = []
     for _ in range(rounds):
-        inverse = invert(s)
-        sums = [code_moments(p, codes_on(p, inverse[i], offset[i], top)) for i in range(len(s))]
-        s, offset, error = least_squares(Moments(*fixed, *(torch.stack(t) for t in zip(*sums, strict=True))), below_zero)
+        s, offset, error = least_squares(stacked_moments(p, fixed, s, offset, top), below_zero)
         found.append((error, s, offset))
     _, s, offset = pick(*(torch.cat(t) for t in zip(*found, strict=True)))
     return s, offset
@@ -93,13 +99,12 @@ def fit_line(p: Piece, top: int) -> Params:
     """`search_line` rounded to storage; never worse than the line from smallest to largest value."""
     low, high = p.x.amin(-1, True), p.x.amax(-1, True)
     fixed = fixed_moments(p)
-    s, offset = (torch.stack(t) for t in zip(((high - low) / top, low), search_line(p, top, below_zero=False), strict=True))
+    lines = ((high - low) / top, low), search_line(p, top, below_zero=False)
+    s, offset = (torch.stack(t) for t in zip(*lines, strict=True))
     found = []
     for _ in range(2):
         s, offset = p.kept(s), p.kept(offset)
         found.append((line_errors(p, s, offset, top), s, offset))
-        inverse = invert(s)
-        sums = [code_moments(p, codes_on(p, inverse[i], offset[i], top)) for i in range(2)]
-        s, offset, _ = least_squares(Moments(*fixed, *(torch.stack(t) for t in zip(*sums, strict=True))), below_zero=False)
+        s, offset, _ = least_squares(stacked_moments(p, fixed, s, offset, top), below_zero=False)
     _, s, offset = pick(*(torch.cat(t) for t in zip(*found, strict=True)))
     return {"d": p.stored(s), "m": p.stored(offset)}

@@ -1,8 +1,8 @@
 """The search for scales: many starts, each improved by least squares, the best by (weighted) squared error kept.
 
-For values `s * (q - zero)` with codes q let r = x/s - (q - zero), the error in steps. With R = sum(r^2), C = sum(r * q),
-B = sum(q^2) (all weighted), the best scale for these codes is s * (1 + C/B), and its error s^2 * (R - C^2/B): small numbers
-are subtracted from small ones, so float32 does. Starts are stacked: `[starts, units, 1]`.
+For values `s * q` with codes q let r = x/s - q, the error in steps. With R = sum(r^2), C = sum(r * q) and B = sum(q^2)
+(all weighted), the best scale for these codes is s * (1 + C/B), and its error s^2 * (R - C^2/B): small numbers are
+subtracted from small ones, so float32 does. Starts are stacked: `[starts, units, 1]`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def search_scale(p: Piece, low: float, high: float, starts: Sequence[float], pla
 
 
 def polish(p: Piece, low: Bound, high: Bound, s: torch.Tensor, total: torch.Tensor,
-           rounds: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+           rounds: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """The best, as stored, of the scales `s` and of what repeated least squares makes of each; and its error."""
     tries, errors = [], []
     for _ in range(rounds):

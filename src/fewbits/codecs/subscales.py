@@ -1,16 +1,17 @@
 """Fits of super-blocks: real scales of sub-blocks first, then rounded together, their neighbours tried, d refitted.
 
-A piece has `subs` sub-blocks a unit. Tensors are `[units * subs, 1]` where they meet weights, `[units, subs]` where they
-are stored, and `[units, 1]` for what a super-block has once; tries are stacked in front.
+A piece has `subs` sub-blocks a unit. Tensors are `[units * subs, 1]` where they meet weights, `[units, subs]` where
+they are stored, and `[units, 1]` for what a super-block has once; tries are stacked in front.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
 from fewbits.codecs.base import Params
-from fewbits.codecs.lines import Moments, codes_on, fixed_moments, line_errors, moments, search_line
+from fewbits.codecs.lines import Moments, codes_on, line_errors, moments, search_line
 from fewbits.codecs.pieces import TINY, Piece, invert, pick, rounded
 from fewbits.codecs.search import energy, extremes, probe, search_scale, symmetric_starts
 from fewbits.lazy import torch
@@ -55,8 +56,8 @@ def fit_lines(p: Piece, top: int) -> Params:
     return {"d": p.stored(d), "dmin": p.stored(dmin), "scales": scales.to(torch.uint8), "mins": mins.to(torch.uint8)}
 
 
-def _pick_units(tries: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-    """Super-block by super-block the try of least error; each a tuple of the error `[units, 1]` and `[units, k]` tensors."""
+def _pick_units(tries: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    """Super-block by super-block the try of least error; a try is its error `[units, 1]` and tensors `[units, k]`."""
     best = tries[0]
     for other in tries[1:]:
         better = other[0] < best[0]
@@ -75,7 +76,7 @@ def _round_lines(p: Piece, top: int, s: torch.Tensor, offset: torch.Tensor) -> _
 def _best_pair(p: Piece, m: Moments, scales: torch.Tensor, mins: torch.Tensor) -> dict[str, torch.Tensor]:
     """d and dmin by least squares for given codes, as stored."""
     w, x, _, q, qq, qx = (_table(p, t) for t in m)
-    dd, mm, dm = ((t).sum(-1, True) for t in (scales * scales * qq, mins * mins * w, scales * mins * q))
+    dd, mm, dm = (t.sum(-1, True) for t in (scales * scales * qq, mins * mins * w, scales * mins * q))
     dx, mx = (scales * qx).sum(-1, True), (mins * x).sum(-1, True)
     det = dd * mm - dm * dm
     ok = det > 1e-6 * dd * mm

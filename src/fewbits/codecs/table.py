@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import ClassVar
 
 from fewbits.codecs import base, search
@@ -26,12 +26,12 @@ TABLES = {  # by code
 NESTED_BLOCK = 256  # absmax values that share a nested absmax
 
 
-@lru_cache(maxsize=None)
+@cache
 def table(kind: str) -> Levels:
     return levels(torch.tensor(TABLES[kind], dtype=torch.float32))
 
 
-@lru_cache(maxsize=None)
+@cache
 def dynamic_map() -> Levels:
     """bitsandbytes' signed 8-bit map for nested absmax: seven decades, the upper ones cut more finely.
 
