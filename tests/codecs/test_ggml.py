@@ -1,0 +1,162 @@
+"""ggml types: bit for bit as gguf-py decodes them, one block of each by hand, every byte string there and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewbits import codecs
+from fewbits.codecs import ggml, kquants
+from fewbits.qtensor import QTensor
+
+TYPES = (*ggml.TYPES, *kquants.TYPES)
+
+
+def decode(name: str, blocks: np.ndarray) -> np.ndarray:
+    columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    shape = (len(blocks), blocks.shape[1] // size * columns)
+    return QTensor(codecs.get(name), shape, {"blocks": torch.from_numpy(blocks)}).dequantize().numpy()
+
+
+@pytest.mark.parametrize("name", TYPES)
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2 ** 32 - 1), rows=st.integers(1, 4), blocks=st.integers(1, 3))
+def test_any_bytes(name, seed, rows, blocks):
+    """Random bytes hold negative, zero, denormal, infinite and NaN scales."""
+    columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    data = np.random.default_rng(seed).integers(0, 256, (rows, blocks * size), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        want = quants.dequantize(data, GGMLQuantizationType[name])
+    got = decode(name, data)
+    nan = np.isnan(want)
+    assert np.array_equal(np.isnan(got), nan)
+    assert np.array_equal(got.view(np.uint32)[~nan], want.view(np.uint32)[~nan])
+    codec, shape = codecs.get(name), (rows, blocks * columns)
+    back = codec.pack(*codec.unpack({"blocks": torch.from_numpy(data)}, shape), shape)["blocks"].numpy()
+    assert np.array_equal(back, data)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("bits", [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00])
+def test_odd_scales(name, bits):
+    """Zero, minus zero, denormal, largest and infinite fp16 scales."""
+    codec = codecs.get(name)
+    _, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    data = np.random.default_rng(bits).integers(0, 256, (3, size), dtype=np.uint8)
+    at = size - 2 if name == "Q6_K" else 0
+    data[:, at:at + 2] = np.array([bits], dtype="<u2").view(np.uint8)
+    if codec.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
+        data[:, 2:4] = np.array([0x2E66], dtype="<u2").view(np.uint8)
+    with np.errstate(all="ignore"):
+        want = quants.dequantize(data, GGMLQuantizationType[name])
+    assert np.array_equal(decode(name, data), want, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_sizes_are_ggmls(name):
+    columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    codec = codecs.get(name)
+    assert codec.unit(4096) == columns
+    assert codec.nbytes((5, 3 * columns)) == 15 * size
+    reason = codec.check((4, columns + 32))
+    assert (reason is None) == (columns == 32)
+    reason = codec.check((4, columns - 1))
+    assert reason == f"{columns - 1} columns are not a multiple of {columns}, the block of {name}"
+
+
+HALF = {1.0: b"\x00\x3c", 0.5: b"\x00\x38", -2.0: b"\x00\xc0", 2.0: b"\x00\x40"}
+
+
+def one(name: str, data: bytes) -> list[float]:
+    return decode(name, np.frombuffer(data, dtype=np.uint8)[None].copy())[0].tolist()
+
+
+def test_q4_0_by_hand():
+    """d = 0.5; byte 0 is 0x1F: column 0 has code 15, column 16 code 1; the rest are 8, which is zero."""
+    got = one("Q4_0", HALF[0.5] + b"\x1f" + b"\x88" * 15)
+    assert got[0] == 0.5 * (15 - 8)
+    assert got[16] == 0.5 * (1 - 8)
+    assert [v for i, v in enumerate(got) if i not in (0, 16)] == [0.0] * 30
+
+
+def test_q4_1_by_hand():
+    """d = 0.5, m = -2: value 0.5 * code - 2."""
+    got = one("Q4_1", HALF[0.5] + HALF[-2.0] + b"\x1f" + b"\x44" * 15)
+    assert got[0] == 5.5
+    assert got[16] == -1.5
+    assert set(got[1:16]) == {0.0}
+
+
+def test_q5_0_by_hand():
+    """d = -2; fifth bits 0b11 at columns 0 and 1, nibbles 1 and 0 there: codes 17 and 16; elsewhere 0."""
+    got = one("Q5_0", HALF[-2.0] + b"\x03\x00\x00\x80" + b"\x01" + b"\x00" * 15)
+    assert got[:3] == [-2.0, -0.0, 32.0]
+    assert got[30:] == [32.0, -0.0]  # bit 31 is column 31's
+
+
+def test_q5_1_by_hand():
+    got = one("Q5_1", HALF[1.0] + HALF[0.5] + b"\x01\x00\x00\x00" + b"\x32" + b"\x00" * 15)
+    assert got[0] == 18.5
+    assert got[16] == 3.5
+    assert got[1] == 0.5
+
+
+def test_q8_0_by_hand():
+    got = one("Q8_0", HALF[0.5] + bytes([127, 0x80, 0xFF]) + bytes(29))
+    assert got[:4] == [63.5, -64.0, -0.5, 0.0]
+
+
+def test_q4_k_by_hand():
+    """Sub-block 0: scale 3, minimum 2; sub-block 4: scale 0x21 = 33 and minimum 0x12 = 18, cut in 4 and 2 bits."""
+    first = bytes([3 | (33 >> 4 << 6), 0, 0, 0])
+    second = bytes([2 | (18 >> 4 << 6), 0, 0, 0])
+    third = bytes([(33 & 15) | (18 & 15) << 4, 0, 0, 0])
+    codes = bytearray(128)
+    codes[0] = 0x0A  # column 0: code 10
+    codes[64] = 0x05  # column 128, the first of sub-block 4
+    got = one("Q4_K", HALF[0.5] + HALF[2.0] + first + second + third + bytes(codes))
+    assert got[0] == 0.5 * 3 * 10 - 2 * 2
+    assert got[1] == -4.0
+    assert got[128] == 0.5 * 33 * 5 - 2 * 18
+    assert got[129] == -36.0
+    assert got[32] == 0.0
+
+
+def test_q5_k_by_hand():
+    fifth = bytearray(32)
+    fifth[0] = 0b10  # bit 1 of byte 0: column 32
+    codes = bytearray(128)
+    codes[0] = 0x70  # column 32: low bits 7
+    got = one("Q5_K", HALF[0.5] + HALF[2.0] + bytes([0, 4, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]) + bytes(fifth) + bytes(codes))
+    assert got[32] == 0.5 * 4 * (16 + 7) - 2 * 1
+    assert got[33] == -2.0
+    assert got[0] == 0.0
+
+
+def test_q6_k_by_hand():
+    """Column 64 has its low bits in the high nibble of byte 0 and its high bits in bits 4 and 5 of byte 0 of the second
+    field; sub-block 4 is its."""
+    low, high, scales = bytearray(128), bytearray(64), bytearray(16)
+    low[0] = 0x90
+    high[0] = 0b110000
+    scales[4] = 0xFE  # -2
+    got = one("Q6_K", bytes(low) + bytes(high) + bytes(scales) + HALF[0.5])
+    assert got[64] == 0.5 * -2 * (0x39 - 32)
+    assert got[65] == 0.5 * -2 * -32
+    assert got[0] == 0.0
+
+
+def test_a_matrix_on_the_grid_comes_back():
+    """Values that Q8_0 can hold exactly are found again."""
+    codec = codecs.get("Q8_0")
+    q = torch.randint(-127, 128, (4, 64), generator=torch.Generator().manual_seed(0))
+    q[:, ::32] = 127
+    w = q * 0.03125
+    w = w.reshape(8, 32)
+    grid = codec.grid(codec.fit(w, None), 32)
+    assert torch.equal(grid.decode(grid.encode(w)), w)
