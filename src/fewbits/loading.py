@@ -26,7 +26,7 @@ def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
 
     Quantized matrices become `QLinear` and `QEmbedding` modules; everything else is decoded to `dtype`. `kernel` names
     the kernel; by default weights are decoded once where that fits into half of the free memory, else at every product.
-    `model.checkpoint` and `model.tokenizer()` give what came with it.
+    `checkpoint_of(model)` and `tokenizer(model)` give what came with it.
 
     Raises:
         FewbitsError: nothing readable there, tensors missing or misshapen.
@@ -59,9 +59,23 @@ def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
         raise FewbitsError(f"{checkpoint.path}: {missing[0]} is missing ({len(missing)} of the model's tensors are)")
     if net.can_generate() and "generation_config.json" in checkpoint.files:
         net.generation_config = _generation_config(checkpoint)
-    net.checkpoint = checkpoint  # type: ignore[assignment]
-    net.tokenizer = lambda: tokenizer_of(checkpoint)  # type: ignore[assignment]
+    vars(net)["checkpoint"] = checkpoint
     return net
+
+
+def checkpoint_of(model: nn.Module) -> Checkpoint:
+    """The checkpoint that `load` made the model from."""
+    checkpoint: Checkpoint = vars(model)["checkpoint"]
+    return checkpoint
+
+
+def tokenizer(model: nn.Module) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that came with a loaded model.
+
+    Raises:
+        FewbitsError: none did.
+    """
+    return tokenizer_of(checkpoint_of(model))
 
 
 def _tie(net: transformers.PreTrainedModel, checkpoint: Checkpoint, prepared: dict[str, Prepared]) -> None:
@@ -69,9 +83,10 @@ def _tie(net: transformers.PreTrainedModel, checkpoint: Checkpoint, prepared: di
     embedding = net.get_input_embeddings()
     if isinstance(embedding, QEmbedding):
         for name, module in list(net.named_modules()):
-            if isinstance(module, nn.Linear) and module.weight.is_meta and name + ".weight" not in checkpoint.entries:
-                if tuple(module.weight.shape) == tuple(embedding.q.shape):
-                    net.set_submodule(name, QLinear(embedding.q, module.bias, embedding.prepared))
+            if not isinstance(module, nn.Linear) or f"{name}.weight" in checkpoint.entries:
+                continue
+            if module.weight.is_meta and tuple(module.weight.shape) == tuple(embedding.q.shape):
+                net.set_submodule(name, QLinear(embedding.q, module.bias, embedding.prepared))
     else:
         net.tie_weights()
 

@@ -53,8 +53,8 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
              progress: Progress | None = None) -> Result:
     """Quantize `model` (a path in any format or a hub id) by the recipe `to` into `out`.
 
-    With `calibration`, a UTF-8 text of which `samples` sequences of `length` tokens are taken, the solver is GPTQ unless
-    named; without, a search of the parameters of least squared error. A killed run resumes when called again.
+    With `calibration`, a UTF-8 text of which `samples` sequences of `length` tokens are taken, the solver is GPTQ
+    unless named; without, a search of the parameters of least squared error. A killed run resumes when called again.
 
     Raises:
         FewbitsError: anything that cannot be done as asked, before work begins where it can be known.
@@ -154,7 +154,8 @@ class _Job:
         again = [n for n, c in self.choices.items() if c.solver and source.entries[n].codec.family != "float"]
         if again:
             kinds = sorted({source.entries[n].codec.name for n in again})
-            self.notes.append(f"{len(again)} tensors were quantized before ({', '.join(kinds)}): their error adds to this one")
+            self.notes.append(f"{len(again)} tensors were quantized before ({', '.join(kinds)}): their error adds to "
+                              "this one")
 
     def open(self, folder: Path, tokens: torch.Tensor | None) -> None:
         stat = os.stat(self.source.path)

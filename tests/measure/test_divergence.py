@@ -10,6 +10,7 @@ import transformers
 
 import fewbits
 from fewbits.errors import FewbitsError
+from fewbits.loading import tokenizer
 from fewbits.measure.divergence import cut, read_text
 
 
@@ -18,7 +19,7 @@ def test_figures_follow_their_definitions(tiny: Path, tmp_path: Path, english: P
     found = fewbits.evaluate(out, tiny, text=english, chunks=3, context=64)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     quantized = fewbits.load(out)
-    windows = cut(read_text(english), quantized.tokenizer(), 64, 3, "text", None)
+    windows = cut(read_text(english), tokenizer(quantized), 64, 3, "text", None)
     p_all, q_all, targets = [], [], []
     with torch.inference_mode():
         for w in windows:
@@ -56,7 +57,7 @@ def test_text_that_is_missing_or_binary(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_windows_begin_with_the_models_first_token(tiny: Path, english: Path) -> None:
-    tokenizer = fewbits.load(tiny).tokenizer()
-    plain, marked = (cut(read_text(english), tokenizer, 32, 4, "text", bos) for bos in (None, 1))
+    words = tokenizer(fewbits.load(tiny))
+    plain, marked = (cut(read_text(english), words, 32, 4, "text", bos) for bos in (None, 1))
     assert plain.shape == marked.shape == (4, 32)
     assert (marked[:, 0] == 1).all() and torch.equal(marked[0, 1:], plain[0, :31])

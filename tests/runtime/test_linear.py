@@ -28,7 +28,7 @@ def test_linear_equals_linear_on_decoded_weight(name: str, kernel: str) -> None:
     want = torch.autograd.grad(y.square().sum(), [x, bias])
     torch.testing.assert_close(layer(x), y)
     got = torch.autograd.grad(layer(x).square().sum(), [x, bias])
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
     assert layer.weight.dtype != torch.float32, "the weight holds packed codes"
     assert isinstance(layer, nn.Linear) and (layer.out_features, layer.in_features) == (24, 96)

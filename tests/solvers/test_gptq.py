@@ -55,10 +55,11 @@ def naive(w: torch.Tensor, codec, statistics: Statistics) -> torch.Tensor:
 @pytest.mark.parametrize("name", CODECS)
 def test_equals_naive_float64(name: str) -> None:
     codec = codecs.get(name)
-    w, statistics = correlated(3, 256)
+    w, statistics = correlated(3, 256 if codec.unit(256) == 256 and codec.family == "ggml" else 128)
     codes, params = gptq(w.double(), codec, statistics, codec.begin(w, None))
     # a scale may round to the neighbouring half-precision number; another code would be a hundredth at least
-    torch.testing.assert_close(decode_units(codes, codec, params).double(), naive(w, codec, statistics), rtol=0, atol=4e-3)
+    got = decode_units(codes, codec, params).double()
+    torch.testing.assert_close(got, naive(w, codec, statistics), rtol=0, atol=4e-3)
 
 
 @pytest.mark.parametrize("name", CODECS)

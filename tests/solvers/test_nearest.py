@@ -24,7 +24,8 @@ def test_search_with_importance_has_the_lower_weighted_error(name: str, weight: 
     statistics = Statistics(torch.diag(importance), 1)
 
     def error(solver: str, given: Statistics | None) -> float:
-        return float(((weight - solve(weight, codecs.get(name), solver, given).dequantize()).square() * importance).sum())
+        got = solve(weight, codecs.get(name), solver, given).dequantize()
+        return float(((weight - got).square() * importance).sum())
 
     assert error("search", statistics) <= error("nearest", None)
 

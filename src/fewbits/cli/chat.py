@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,11 +12,11 @@ from fewbits.cli.common import log, quiet_libraries
 
 def command(
     model: Annotated[str, typer.Argument(help="A path in any format, or a hub id.")],
-    system: Annotated[Optional[str], typer.Option(help="What the model should be.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the model should be.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    kernel: Annotated[Optional[str], typer.Option(help="decoded (fast) or decode (small).")] = None,
+    kernel: Annotated[str | None, typer.Option(help="decoded (fast) or decode (small).")] = None,
 ) -> None:
     """Talk to a model; an empty line or end of file ends it."""
     from fewbits.generate import Session

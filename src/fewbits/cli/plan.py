@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -25,9 +25,9 @@ def memory_bytes(text: str) -> int:
 
 def command(
     model: Annotated[str, typer.Argument(help="A path (config.json is enough), or a hub id.")],
-    memory: Annotated[Optional[str], typer.Option(help="Memory to fit into, e.g. 6GB; default: what is free here.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory to fit into, as 6GB; default: what is free.")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of context.")] = 4096,
-    recipe: Annotated[Optional[list[str]], typer.Option(help="Only these recipes; may be repeated.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Only these recipes; may be repeated.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
 ) -> None:
     """Say what a model would take in every recipe, and which to take."""
@@ -37,10 +37,11 @@ def command(
     if json:
         emit(found.to_json())
         return
-    console.print(f"{found.model}: {found.architecture}, {found.parameters / 1e6:.1f} M parameters", highlight=False,
-                  soft_wrap=True)
-    console.print(f"context {found.context}: KV cache {size(found.kv_bytes)}, working memory {size(found.working_bytes)}; "
-                  f"{size(found.memory_bytes)} {'free here' if found.memory_is_this_machines else 'given'}", highlight=False)
+    memory_is = "free here" if found.memory_is_this_machines else "given"
+    console.print(f"{found.model}: {found.architecture}, {found.parameters / 1e6:.1f} M parameters\n"
+                  f"context {found.context}: KV cache {size(found.kv_bytes)}, working memory "
+                  f"{size(found.working_bytes)}; {size(found.memory_bytes)} {memory_is}",
+                  highlight=False, soft_wrap=True)
     table = Table("recipe", "container", "file", "bits/weight", "in memory", "fits", box=None)
     for row in found.rows:
         if not row.reason:

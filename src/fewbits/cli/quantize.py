@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -14,12 +14,12 @@ def command(
     model: Annotated[str, typer.Argument(help="A path in any format, or a hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File or directory to write.")],
     to: Annotated[str, typer.Option("--to", help="Recipe: Q4_K_M, Q8_0, nf4, int8, int4-g128, …")],
-    solver: Annotated[Optional[str], typer.Option(help="nearest, search or gptq.")] = None,
-    calibration: Annotated[Optional[Path], typer.Option(help="UTF-8 text to calibrate on.")] = None,
+    solver: Annotated[str | None, typer.Option(help="nearest, search or gptq.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate on.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 64,
     length: Annotated[int, typer.Option(min=2, help="Tokens a calibration sequence.")] = 512,
-    override: Annotated[Optional[list[str]], typer.Option(help="PATTERN=CODEC, may be repeated.")] = None,
-    container: Annotated[Optional[str], typer.Option(help="Write this layout instead of the recipe's own.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="PATTERN=CODEC, may be repeated.")] = None,
+    container: Annotated[str | None, typer.Option(help="Another layout than the recipe's own.")] = None,
     keep_nonfinite: Annotated[bool, typer.Option(help="Leave tensors with NaN or infinities unquantized.")] = False,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
@@ -36,4 +36,5 @@ def command(
     for note in result.notes:
         log.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"{result.path}: {result.recipe} ({result.container}), {size(result.nbytes)}, "
-                  f"{result.bits_per_weight:.3f} bits a weight, {result.seconds:.1f} s", highlight=False, soft_wrap=True)
+                  f"{result.bits_per_weight:.3f} bits a weight, {result.seconds:.1f} s",
+                  highlight=False, soft_wrap=True)

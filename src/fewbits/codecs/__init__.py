@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from fewbits.codecs import affine, decode_only, floats, ggml, kquants, table
 from fewbits.codecs.base import Codec
@@ -11,7 +11,7 @@ from fewbits.errors import FewbitsError
 FAMILIES = (floats, ggml, kquants, affine, table, decode_only)  # each parses the names of its own codecs
 
 
-@lru_cache(maxsize=None)
+@cache
 def get(name: str) -> Codec:
     """The codec called `name` (case does not matter).
 

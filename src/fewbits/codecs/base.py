@@ -8,8 +8,9 @@ are chosen together: the group of int-k, a block of Q4_0, the super-block of a K
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Iterator, Protocol
+from typing import ClassVar, Protocol
 
 from fewbits.lazy import torch
 
@@ -75,12 +76,13 @@ class Codec:
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Params | None = None) -> Params:
         """Parameters of the units `w` `[..., unit]`, minimising the (importance-weighted) squared error.
 
-        `importance` broadcasts to `w`; `state` is what `begin` said of these units, `[..., k]`; a ragged last unit comes
-        alone, in a call of its own.
+        `importance` broadcasts to `w`; `state` is what `begin` said of these units, `[..., k]`; a ragged last unit
+        comes alone, in a call of its own.
         """
         raise NotImplementedError
 
-    def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
+    def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params,
+              importance: torch.Tensor | None) -> Params:
         """Better parameters for fixed codes; the default keeps them."""
         return params
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, ClassVar
+from typing import ClassVar
 
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.errors import FewbitsError

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -67,22 +68,23 @@ def evaluate(model: str | Path | Checkpoint | Any, against: str | Path | Checkpo
     Raises:
         FewbitsError: text shorter than a window, tokenizers that differ, logits that are not finite.
     """
-    from fewbits.loading import load
+    from fewbits.loading import checkpoint_of, load
+    from fewbits.loading import tokenizer as tokenizer_of
     from fewbits.runtime.build import bos_of
 
     began = time.monotonic()
     net = load(model, kernel=kernel) if isinstance(model, (str, Path, Checkpoint)) else model
     reference = load(against, kernel=kernel) if isinstance(against, (str, Path, Checkpoint)) else against
-    tokenizer = net.tokenizer()
+    tokenizer = tokenizer_of(net)
     windows = cut(read_text(text), tokenizer, context, chunks, str(text), bos_of(tokenizer))
     if reference is not None:
-        _same_tokens(tokenizer, reference.tokenizer(), Path(text))
+        _same_tokens(tokenizer, tokenizer_of(reference), Path(text))
     sums = _Sums()
     with torch.inference_mode():
         for i, window in enumerate(windows):
             logits = net(input_ids=window[None], use_cache=False).logits[0, :-1]
             if not bool(logits.isfinite().all()):
-                raise FewbitsError(f"logits of {net.checkpoint.path} are not finite in chunk {i}",
+                raise FewbitsError(f"logits of {checkpoint_of(net).path} are not finite in chunk {i}",
                                    "the model is broken: fewbits info names its tensors")
             other = None if reference is None else reference(input_ids=window[None], use_cache=False).logits[0, :-1]
             sums.add(logits, other, window[1:])
@@ -127,7 +129,8 @@ def cut(text: str, tokenizer: Any, context: int, chunks: int | None, source: str
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = min(len(ids) // body, chunks or len(ids))
     if not count:
-        raise FewbitsError(f"{source}: {len(ids)} tokens, one chunk needs {body}", "give more text or a smaller --context")
+        raise FewbitsError(f"{source}: {len(ids)} tokens, one chunk needs {body}",
+                           "give more text or a smaller --context")
     windows = torch.tensor(ids[:count * body]).view(count, body)
     return windows if bos is None else torch.cat([torch.full((count, 1), bos), windows], dim=1)
 
@@ -136,6 +139,6 @@ def _same_tokens(one: Any, other: Any, text: Path) -> None:
     sample = read_text(text)[:20000]
     a, b = (t(sample, add_special_tokens=False, verbose=False)["input_ids"] for t in (one, other))
     if a != b:
-        at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
         raise FewbitsError(f"the two models' tokenizers differ: token {at} of {text.name}",
                            "compare a model with the original it was made from")

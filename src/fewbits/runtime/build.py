@@ -28,7 +28,7 @@ def model_config(config: dict[str, Any]) -> transformers.PreTrainedConfig:
         FewbitsError: Transformers doesn't know the model type.
     """
     known = {k: v for k, v in config.items() if k not in ("quantization_config", "model_type")}
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     try:
         return transformers.AutoConfig.for_model(kind, **known)
     except ValueError as error:
@@ -105,7 +105,8 @@ def parameter_of(model: nn.Module, checkpoint: Checkpoint, entry: Entry) -> tupl
     if isinstance(owner, Conv1D) and len(shape) == 2 and entry.codec.family != "float":
         shape = shape[::-1]
     if shape != tuple(entry.shape):
-        raise FewbitsError(f"{checkpoint.path}: {entry.name} is {list(entry.shape)}, the configuration wants {list(shape)}")
+        raise FewbitsError(f"{checkpoint.path}: {entry.name} is {list(entry.shape)}, the configuration wants "
+                           f"{list(shape)}")
     return owner, leaf
 
 

@@ -15,7 +15,7 @@ class _Product(torch.autograd.Function):
     """Product with a frozen weight; the gradient flows to the input and the bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, prepared: Prepared) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bias: nn.Parameter | None, prepared: Prepared) -> torch.Tensor:
         ctx.prepared = prepared
         return prepared.matmul(x, bias)
 
@@ -36,13 +36,13 @@ def _packed(q: QTensor) -> tuple[str, nn.Parameter, dict[str, torch.Tensor]]:
 class QLinear(nn.Linear):
     """`nn.Linear` on a quantized tensor `[out, in]`; `weight` is its plane of codes, never a decoded view."""
 
-    def __init__(self, q: QTensor, bias: torch.Tensor | None, prepared: Prepared):
+    def __init__(self, q: QTensor, bias: nn.Parameter | None, prepared: Prepared):
         nn.Module.__init__(self)
         self.out_features, self.in_features = q.shape[-2:]
         first, self.weight, others = _packed(q)
         for name, plane in others.items():
             self.register_buffer(f"plane_{name}", plane)
-        self.bias = bias
+        self.register_parameter("bias", bias)
         self.q, self.prepared = q, prepared
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

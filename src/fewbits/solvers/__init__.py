@@ -49,7 +49,7 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Sta
     matrix = w.reshape(rows, columns)
     state = codec.begin(matrix, None)
     importance = statistics.importance(shape, (rows, columns)) if statistics is not None else None
-    if solver == "gptq":
+    if solver == "gptq" and statistics is not None:
         return QTensor.pack(codec, shape, *gptq(matrix.float(), codec, statistics, state))
     if not codec.rows_apart(shape):
         return QTensor.pack(codec, shape, *SOLVERS[solver](matrix.float(), codec, importance, state))

@@ -23,7 +23,8 @@ def refuses(codec: Codec, shape: Shape) -> str | None:
     return None
 
 
-def gptq(w: torch.Tensor, codec: Codec, statistics: Statistics, state: Params | None = None) -> tuple[torch.Tensor, Params]:
+def gptq(w: torch.Tensor, codec: Codec, statistics: Statistics,
+         state: Params | None = None) -> tuple[torch.Tensor, Params]:
     """Codes `[rows, columns]` and params of `w`, minimising tr((W - Q) H (W - Q)^T) column by column.
 
     Raises:

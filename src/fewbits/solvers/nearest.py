@@ -48,4 +48,5 @@ def _unit_errors(w: torch.Tensor, codec: Codec, codes: torch.Tensor, params: Par
 
 def _per_column(flags: torch.Tensor, codec: Codec, columns: int) -> torch.Tensor:
     """`[rows, units]` -> `[rows, columns]`."""
-    return torch.cat([flags[:, us].repeat_interleave(width, 1) for _, us, width in spans(columns, codec.unit(columns))], 1)
+    return torch.cat([flags[:, us].repeat_interleave(width, 1)
+                      for _, us, width in spans(columns, codec.unit(columns))], 1)
