@@ -11,8 +11,8 @@ import fewbits
 from fewbits.cli.common import progress, quiet_libraries
 from fewbits.containers.base import remove
 
-RECIPES = ("int4-g128", "int4-g128-asym", "int4-g32", "int3-g128", "int3-g32-asym", "nf4", "nf4-dq", "fp4", "Q4_0",
-           "Q4_K", "Q5_0", "Q6_K", "Q8_0", "int8")
+RECIPES = ("int4-g128", "int4-g128-asym", "int3-g32", "int3-g32-asym", "nf4", "nf4-dq", "fp4", "Q4_0", "Q4_K", "Q5_0",
+           "Q6_K", "Q8_0", "int8")
 
 
 def main() -> None:

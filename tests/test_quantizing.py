@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import fewbits
@@ -65,18 +66,33 @@ def test_shares_the_inputs_of_queries_keys_and_values(tiny: Path, english: Path)
     assert {s.count for s in found.values()} == {64}
 
 
-def test_walk_equals_the_model(tiny: Path, english: Path) -> None:
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
+    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM,
+               {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}),
+    "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM, {}),  # outside the table
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_walk_equals_the_model(family: str, tmp_path: Path) -> None:
     """Hidden states carried block by block are those of the model run as a whole."""
-    source = containers.open(tiny)
-    tokens = quantizing._tokens(source, english, 2, 32)
-    walk = quantizing.Walk(source, tokens)
-    for _ in walk:
-        pass
-    whole = fewbits.load(tiny)
+    config, model, more = FAMILIES[family]
+    torch.manual_seed(0)
+    whole = model(config(vocab_size=90, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                         initializer_range=0.2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=64, **more)).eval()
+    whole.save_pretrained(tmp_path / "m")
+    tokens = torch.randint(0, 90, (2, 24))
+    walk = quantizing.Walk(containers.open(tmp_path / "m"), tokens)
+    counts = [len(block.statistics()) for block in walk]
+    assert counts == [4, 4] if family == "gpt_neox" else [7, 7]
+    last = [m for m in whole.base_model.children() if "Norm" in type(m).__name__][-1]
     with torch.inference_mode():
-        states = whole(input_ids=tokens, output_hidden_states=True).hidden_states
-        for got, want in zip(walk.inputs, states[-1], strict=True):
-            torch.testing.assert_close(whole.model.norm(got[0]), want, rtol=1e-4, atol=1e-4)
+        want = whole.base_model(input_ids=tokens).last_hidden_state
+        got = torch.cat([last(x) for x in walk.inputs])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_killed_run_resumes_and_ends_equal(tiny: Path, tmp_path: Path, english: Path,

@@ -17,7 +17,6 @@ from fewbits.planning import available_bytes
 from fewbits.runtime.build import decoded, empty_model, parameter_of, tokenizer_of
 from fewbits.runtime.dispatch import choose
 from fewbits.runtime.linear import QEmbedding, QLinear
-from fewbits.runtime.reference import Prepared
 
 
 def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
@@ -36,24 +35,23 @@ def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
     if kernel is None:
         needed = sum(e.parameters for e in checkpoint.entries.values()) * dtype.itemsize
         kernel = "decoded" if needed < available_bytes() / 2 else "decode"
-    prepared: dict[str, Prepared] = {}
     for entry in checkpoint.entries.values():
         owner, leaf = parameter_of(net, checkpoint, entry)
         if entry.codec.family != "float" and leaf == "weight" and isinstance(owner, (nn.Linear, Conv1D, nn.Embedding)):
             q = entry.load()
-            prepared[entry.name] = choose(q, torch.device("cpu"), kernel).prepare(q, dtype)
-            name = entry.name.rpartition(".")[0]
+            prepared = choose(q, torch.device("cpu"), kernel).prepare(q, dtype)
+            name = next(n for n, m in net.named_modules() if m is owner)
             if isinstance(owner, nn.Embedding):
-                net.set_submodule(name, QEmbedding(q, owner, prepared[entry.name]))
+                net.set_submodule(name, QEmbedding(q, owner, prepared))
             else:
-                net.set_submodule(name, QLinear(q, owner.bias, prepared[entry.name]))
+                net.set_submodule(name, QLinear(q, owner.bias, prepared))
         else:
             value = decoded(entry, owner, dtype)
             if leaf in owner._parameters:
                 setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
             else:
                 owner.register_buffer(leaf, value)
-    _tie(net, checkpoint, prepared)
+    _tie(net)
     missing = [n for n, p in net.named_parameters() if p.is_meta]
     if missing:
         raise FewbitsError(f"{checkpoint.path}: {missing[0]} is missing ({len(missing)} of the model's tensors are)")
@@ -78,14 +76,13 @@ def tokenizer(model: nn.Module) -> transformers.PreTrainedTokenizerBase:
     return tokenizer_of(checkpoint_of(model))
 
 
-def _tie(net: transformers.PreTrainedModel, checkpoint: Checkpoint, prepared: dict[str, Prepared]) -> None:
+def _tie(net: transformers.PreTrainedModel) -> None:
     """Let the head use the embedding's tensor where the file holds only one of the two."""
     embedding = net.get_input_embeddings()
     if isinstance(embedding, QEmbedding):
         for name, module in list(net.named_modules()):
-            if not isinstance(module, nn.Linear) or f"{name}.weight" in checkpoint.entries:
-                continue
-            if module.weight.is_meta and tuple(module.weight.shape) == tuple(embedding.q.shape):
+            waits = isinstance(module, nn.Linear) and module.weight.is_meta
+            if waits and tuple(module.weight.shape) == tuple(embedding.q.shape):
                 net.set_submodule(name, QLinear(embedding.q, module.bias, embedding.prepared))
     else:
         net.tie_weights()

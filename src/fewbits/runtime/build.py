@@ -95,12 +95,16 @@ def load_floats(model: nn.Module, checkpoint: Checkpoint, names: Iterable[str],
 
 def parameter_of(model: nn.Module, checkpoint: Checkpoint, entry: Entry) -> tuple[nn.Module, str]:
     """The module and attribute that an entry belongs to, its shape checked."""
-    owner_name, _, leaf = entry.name.rpartition(".")
-    try:
-        owner = model.get_submodule(owner_name)
-        meant = getattr(owner, leaf)
-    except AttributeError as error:
-        raise FewbitsError(f"{checkpoint.path}: {type(model).__name__} has no parameter {entry.name}") from error
+    for name in (entry.name, _renamed(model, entry.name)):
+        owner_name, _, leaf = name.rpartition(".")
+        try:
+            owner = model.get_submodule(owner_name)
+            meant = getattr(owner, leaf)
+            break
+        except AttributeError:
+            continue
+    else:
+        raise FewbitsError(f"{checkpoint.path}: {type(model).__name__} has no parameter {entry.name}")
     shape = tuple(meant.shape)
     if isinstance(owner, Conv1D) and len(shape) == 2 and entry.codec.family != "float":
         shape = shape[::-1]
@@ -108,6 +112,16 @@ def parameter_of(model: nn.Module, checkpoint: Checkpoint, entry: Entry) -> tupl
         raise FewbitsError(f"{checkpoint.path}: {entry.name} is {list(entry.shape)}, the configuration wants "
                            f"{list(shape)}")
     return owner, leaf
+
+
+def _renamed(model: nn.Module, name: str) -> str:
+    """What Transformers calls a tensor that files know under another name: an older one, or without a prefix."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    assert isinstance(model, transformers.PreTrainedModel)
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    return rename_source_key(name, renamings, [], model.base_model_prefix, dict(model.named_parameters()))[0]
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> transformers.PreTrainedTokenizerBase:
