@@ -79,30 +79,13 @@ def run(python: str, script: str, *args: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory, little_llama):
     """A Llama of one block in which every width divides as the peer wants it."""
-    hidden, width, heads, kv, vocab = 64, 192, 4, 2, 96
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float16", "vocab_size": vocab,
-              "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": 1,
-              "num_attention_heads": heads, "num_key_value_heads": kv, "max_position_embeddings": 64,
-              "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
-    layer, kv_width = "model.layers.0.", hidden // heads * kv
-    shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden), "model.norm": (hidden,),
-              layer + "input_layernorm": (hidden,), layer + "post_attention_layernorm": (hidden,),
-              layer + "self_attn.q_proj": (hidden, hidden), layer + "self_attn.k_proj": (kv_width, hidden),
-              layer + "self_attn.v_proj": (kv_width, hidden), layer + "self_attn.o_proj": (hidden, hidden),
-              layer + "mlp.gate_proj": (width, hidden), layer + "mlp.up_proj": (width, hidden),
-              layer + "mlp.down_proj": (hidden, width)}
-    generator = torch.Generator().manual_seed(0)
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    words = {f"w{i}": i for i in range(vocab)}  # GPTQModel wants a tokenizer
+    path = little_llama(tmp_path_factory.mktemp("models") / "tiny", 192)
+    words = {f"w{i}": i for i in range(96)}  # GPTQModel wants a tokenizer
     Tokenizer(WordLevel(words, unk_token="w0")).save(str(path / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0", "eos_token": "w1", "pad_token": "w2"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    safetensors.torch.save_file({f"{k}.weight": (torch.randn(s, generator=generator) / 8).half()
-                                 for k, s in shapes.items()}, path / "model.safetensors", {"format": "pt"})
     return path
 
 

@@ -8,7 +8,7 @@ are chosen together: the group of int-k, a block of Q4_0, the super-block of a K
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -141,17 +141,18 @@ def refit_units(w: torch.Tensor, codes: torch.Tensor, codec: Codec, params: Para
 
 def encode_units(w: torch.Tensor, codec: Codec, params: Params) -> torch.Tensor:
     """Nearest codes of `w` `[rows, columns]`."""
-    parts = []
-    for cols, us, width in spans(w.shape[1], codec.unit(w.shape[1])):
-        grid = codec.grid({k: p[:, us] for k, p in params.items()}, width)
-        parts.append(grid.encode(w[:, cols].reshape(w.shape[0], -1, width)).reshape(w.shape[0], -1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return _by_units(w, codec, params, lambda grid, part: grid.encode(part))
 
 
 def decode_units(codes: torch.Tensor, codec: Codec, params: Params) -> torch.Tensor:
     """Values of `codes` `[rows, columns]`."""
+    return _by_units(codes, codec, params, lambda grid, part: grid.decode(part))
+
+
+def _by_units(x: torch.Tensor, codec: Codec, params: Params,
+              apply: Callable[[Grid, torch.Tensor], torch.Tensor]) -> torch.Tensor:
     parts = []
-    for cols, us, width in spans(codes.shape[1], codec.unit(codes.shape[1])):
+    for cols, us, width in spans(x.shape[1], codec.unit(x.shape[1])):
         grid = codec.grid({k: p[:, us] for k, p in params.items()}, width)
-        parts.append(grid.decode(codes[:, cols].reshape(codes.shape[0], -1, width)).reshape(codes.shape[0], -1))
+        parts.append(apply(grid, x[:, cols].reshape(x.shape[0], -1, width)).reshape(x.shape[0], -1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
