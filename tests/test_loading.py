@@ -80,7 +80,7 @@ def test_unknown_model_type_is_named(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "m")
     config = json.loads((tiny / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "model_type": "zorblax", "architectures": ["Z"]}))
-    with pytest.raises(FewbitsError, match="zorblax"):
+    with pytest.raises(FewbitsError, match="zorblax.* is not known to transformers"):
         fewbits.load(tmp_path / "m")
 
 

@@ -56,7 +56,7 @@ class Walk:
         from fewbits.runtime.build import blocks_of, empty_model, load_floats
 
         self.checkpoint, self.tokens = checkpoint, tokens  # tokens [samples, length]
-        self.model = empty_model(checkpoint.config)
+        self.model = empty_model(checkpoint.config, checkpoint.path)
         self.prefix, self.modules = blocks_of(self.model)
         outside = [n for n in checkpoint.entries if not n.startswith(self.prefix)]
         load_floats(self.model, checkpoint, outside)

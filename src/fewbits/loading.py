@@ -31,7 +31,7 @@ def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
         FewbitsError: nothing readable there, tensors missing or misshapen.
     """
     checkpoint = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
-    net = empty_model(checkpoint.config)
+    net = empty_model(checkpoint.config, checkpoint.path)
     if kernel is None:
         needed = sum(e.parameters for e in checkpoint.entries.values()) * dtype.itemsize
         kernel = "decoded" if needed < available_bytes() / 2 else "decode"

@@ -65,8 +65,9 @@ class ModelFacts:
         family = arch.lookup(config)
         if family is None:
             from fewbits.recipe import targets
+            from fewbits.runtime.build import empty_model
 
-            model = targets.meta_model(config, name)
+            model = empty_model(config, name)
             roles = targets.roles(model)
             return cls(config, tuple(Fact(n, s, codec, roles.get(n, "")) for n, s in targets.shapes(model).items()))
         try:
@@ -134,8 +135,9 @@ def _complete(family: arch.Architecture, checkpoint: Checkpoint) -> dict[str, An
 
 def _roles(config: dict[str, Any], path: Any, names: set[str]) -> dict[str, str]:
     from fewbits.recipe import targets
+    from fewbits.runtime.build import empty_model
 
-    return targets.match(targets.roles(targets.meta_model(config, str(path))), names)
+    return targets.match(targets.roles(empty_model(config, str(path))), names)
 
 
 def _shape(tensor: arch.Tensor, config: dict[str, Any]) -> Shape:

@@ -5,30 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fewbits.codecs.base import Shape
-from fewbits.errors import FewbitsError
 from fewbits.lazy import torch, transformers
-
-
-def meta_model(config: dict[str, Any], path: str) -> Any:
-    """The model without its weights.
-
-    Raises:
-        FewbitsError: Transformers does not know it.
-    """
-    from accelerate import init_empty_weights
-
-    named = config.get("architectures") or []
-    cls = getattr(transformers, named[0], None) if named else transformers.AutoModel
-    try:
-        parsed = transformers.AutoConfig.for_model(**config)
-    except (KeyError, TypeError, ValueError) as e:
-        raise FewbitsError(f"{path}: model_type {config.get('model_type')!r} is not known to transformers "
-                           f"{transformers.__version__}: {str(e).splitlines()[0]}") from None
-    if cls is None:
-        raise FewbitsError(f"{path}: architecture {named[0]!r} is not known to transformers {transformers.__version__}",
-                           "without its model class nobody knows which tensors are linear layers")
-    with init_empty_weights(include_buffers=False):
-        return cls.from_config(parsed) if cls is transformers.AutoModel else cls(parsed)
 
 
 def roles(model: Any) -> dict[str, str]:

@@ -21,31 +21,29 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def model_config(config: dict[str, Any]) -> transformers.PreTrainedConfig:
-    """The Transformers configuration object of a config.json.
+def empty_model(config: dict[str, Any], source: str | Path = "config.json") -> transformers.PreTrainedModel:
+    """The model of a config.json, its parameters without memory; buffers are real. In evaluation mode.
 
     Raises:
-        FewbitsError: Transformers doesn't know the model type.
+        FewbitsError: Transformers doesn't know it; `source` is named.
     """
-    known = {k: v for k, v in config.items() if k not in ("quantization_config", "model_type")}
-    kind = str(config.get("model_type"))
-    try:
-        return transformers.AutoConfig.for_model(kind, **known)
-    except ValueError as error:
-        raise FewbitsError(f"transformers {transformers.__version__} does not know the model type {kind!r}",
-                           "a newer transformers may; models with code of their own are not run") from error
-
-
-def empty_model(config: dict[str, Any]) -> transformers.PreTrainedModel:
-    """A model whose parameters have shapes but no memory; buffers are real. In evaluation mode."""
     from accelerate import init_empty_weights
 
-    settings = model_config(config)
+    named = config.get("architectures") or []
+    kind: Any = getattr(transformers, named[0], None) if named else transformers.AutoModel
+    version = f"is not known to transformers {transformers.__version__}"
+    try:
+        settings = transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
+    except (KeyError, TypeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise FewbitsError(f"{source}: model_type {config.get('model_type')!r} {version}: {first}",
+                           "a newer transformers may; models with code of their own are not run") from None
+    if kind is None:
+        raise FewbitsError(f"{source}: architecture {named[0]!r} {version}",
+                           "without its model class nobody knows which tensors are linear layers")
     settings.dtype = torch.float32
-    name = (config.get("architectures") or [""])[0]
-    kind = getattr(transformers, name, None)
     with init_empty_weights(include_buffers=False):
-        model = kind(settings) if kind else transformers.AutoModelForCausalLM.from_config(settings)
+        model = kind.from_config(settings) if kind is transformers.AutoModel else kind(settings)
     return model.eval()
 
 
