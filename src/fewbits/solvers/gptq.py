@@ -7,13 +7,15 @@ loop arrives at it, on weights that already carry the corrections of the columns
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 from fewbits.calibrate import Statistics
 from fewbits.codecs.base import Codec, Params, Shape
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 
-BLOCK = 128  # columns between two updates of all that follow
+BLOCK = 32  # columns between two updates of all that follow: so few that corrections inside a block stay in the cache
+ROWS = 512  # of the weight that a worker solves at a time
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the mean diagonal, tried in turn
 
 
@@ -38,7 +40,22 @@ def gptq(w: torch.Tensor, codec: Codec, statistics: Statistics,
     order = unit_order(diagonal, codec.unit(columns))
     permutation = torch.cat(order)
     upper = inverse_factor(moment[permutation][:, permutation])
-    work = w[:, permutation].clone()
+
+    def some(rows: slice) -> tuple[torch.Tensor, Params]:
+        known = None if state is None else {k: s[rows] for k, s in state.items()}
+        return _rows(w[rows], codec, order, upper, diagonal, known)
+
+    # rows don't see each other: the same parts on every machine, small enough for a core's cache, shared by the cores
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        parts = list(pool.map(some, (slice(at, at + ROWS) for at in range(0, len(w), ROWS))))
+    return torch.cat([c for c, _ in parts]), {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]}
+
+
+def _rows(w: torch.Tensor, codec: Codec, order: list[torch.Tensor], upper: torch.Tensor, diagonal: torch.Tensor,
+          state: Params | None) -> tuple[torch.Tensor, Params]:
+    """Some rows of the weight, all columns in `order`; `upper` is the factor for that order."""
+    columns, permutation = w.shape[1], torch.cat(order)
+    work = w.T[permutation].contiguous()  # [columns, rows]: a column lies in one piece
     codes: torch.Tensor | None = None
     fitted: dict[int, Params] = {}
     at = 0
@@ -47,28 +64,27 @@ def gptq(w: torch.Tensor, codec: Codec, statistics: Statistics,
         natural, place = unit.sort()  # the unit's columns as the file orders them, and where the loop keeps them
         position = torch.empty_like(place)
         position[place] = torch.arange(width)
-        known = None if state is None else {k: s[:, int(natural[0]) // codec.unit(columns)] for k, s in state.items()}
-        params = codec.fit(work[:, at:end][:, place], diagonal[natural], known)
+        first = int(natural[0])
+        known = None if state is None else {k: s[:, first // codec.unit(columns)] for k, s in state.items()}
+        params = codec.fit(work[at:end][place].T, diagonal[natural], known)
         grid = codec.grid(params, width)
         for start in range(at, end, BLOCK):
             stop = min(start + BLOCK, end)
-            errors = torch.empty(len(w), stop - start, dtype=w.dtype)
-            for j in range(start, stop):
-                column = int(position[j - at])
+            errors = torch.empty(stop - start, len(w), dtype=w.dtype)
+            for j, column in zip(range(start, stop), position[start - at:stop - at].tolist(), strict=True):
                 only = grid.columns(slice(column, column + 1))
-                code = only.encode(work[:, j:j + 1])
+                code = only.encode(work[j, :, None])
                 if codes is None:
-                    codes = torch.empty(w.shape, dtype=code.dtype)
-                codes[:, permutation[j]] = code[:, 0]
-                error = (work[:, j] - only.decode(code)[:, 0]) / upper[j, j]
-                work[:, j + 1:stop] -= error[:, None] * upper[j, j + 1:stop]
-                errors[:, j - start] = error
-            work[:, stop:] -= errors @ upper[start:stop, stop:]
-        fitted[int(natural[0])] = params
+                    codes = torch.empty(w.shape[::-1], dtype=code.dtype)
+                codes[permutation[j]] = code[:, 0]
+                error = errors[j - start] = (work[j] - only.decode(code)[:, 0]) / upper[j, j]
+                work[j + 1:stop] -= upper[j, j + 1:stop, None] * error
+            work[stop:] -= upper[start:stop, stop:].T @ errors
+        fitted[first] = params
         at = end
     assert codes is not None
     units = [fitted[k] for k in sorted(fitted)]
-    return codes, {k: torch.stack([u[k] for u in units], dim=1) for k in units[0]}
+    return codes.T.contiguous(), {k: torch.stack([u[k] for u in units], dim=1) for k in units[0]}
 
 
 def unit_order(importance: torch.Tensor, unit: int) -> list[torch.Tensor]:
