@@ -147,7 +147,7 @@ def test_fit_is_never_worse_than_plain(name, weighted):
     got = ((registry.values(codec, w, importance) - w).double().square() * scale).reshape(12, -1, unit).sum(-1)
     want = ((plain(codec, w) - w).double().square() * scale).reshape(12, -1, unit).sum(-1)
     assert (got <= want * (1 + 1e-5)).all(), f"worst unit: {float((got / want).max())} times the plain error"
-    assert got.sum() < want.sum() * 0.99
+    assert got.sum() < want.sum() * (0.995 if codec.family == "int8" else 0.99)
 
 
 @pytest.mark.parametrize("name", ["nf4-dq", "fp4-dq", "nf4-b128-dq"])

@@ -58,7 +58,8 @@ class IntK(Codec):
 
     def _fit(self, p: Piece) -> Params:
         if self.symmetric:
-            s = search.search_scale(p, -self.middle, self.middle - 1, search.symmetric_starts(self.bits), -self.middle)
+            s = search.search_scale(p, -self.middle, self.middle - 1, search.symmetric_starts(p, self.bits),
+                                    -self.middle)
             zero = torch.full_like(s, self.middle)
         else:
             s, zero = search.search_zero(p, self.top, search.SHRINKS[self.bits])

@@ -101,7 +101,7 @@ class Simple(Blocks):
         if self.minimum:
             return fit_line(p, (1 << self.bits) - 1)
         plain = 127 if self.bits == 8 else -self.zero
-        s = search.search_scale(p, -self.zero, self.zero - 1, search.symmetric_starts(self.bits), plain)
+        s = search.search_scale(p, -self.zero, self.zero - 1, search.symmetric_starts(p, self.bits), plain)
         return {"d": p.stored(s)}
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:

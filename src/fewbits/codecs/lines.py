@@ -11,8 +11,8 @@ from fewbits.codecs.base import Params
 from fewbits.codecs.pieces import TINY, Piece, invert, pick, rounded
 from fewbits.lazy import torch
 
-STRETCHES = (0.72, 0.78, 0.83, 0.88, 0.93, 0.98, 1.03)  # parts of a unit's range that starts cover
-SHIFTS = (0.0, 0.33, -0.33)  # of its middle, in steps
+STRETCHES = (0.6, 0.69, 0.78, 0.87, 0.96, 1.05)  # parts of a unit's range that starts cover
+SHIFTS = (0.0, 0.25, -0.25, 0.5, -0.5)  # of its middle, in steps
 
 
 class Moments(NamedTuple):

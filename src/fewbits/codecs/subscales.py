@@ -110,7 +110,7 @@ def fit_scales(p: Piece, bits: int = 6) -> Params:
 
     d, scales = _round_scales(p, extremes(p) / low)
     tries: list[tuple[torch.Tensor, ...]] = [(errors(d, scales[None])[0].sum(-1, True), d, scales)]
-    d, scales = _round_scales(p, search_scale(p.unrounded(), low, high, symmetric_starts(bits), low))
+    d, scales = _round_scales(p, search_scale(p.unrounded(), low, high, symmetric_starts(p, bits), low))
     near = d.new_tensor(NEAR_SCALES).view(-1, 1, 1)
     for _ in range(ROUNDS):
         wanted = (scales + near).clamp_(-128, 127)
