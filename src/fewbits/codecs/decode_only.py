@@ -10,7 +10,7 @@ from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 
-TYPES = ("Q4_1", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
+TYPES = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
          "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0")
 
 
