@@ -22,6 +22,8 @@ def main() -> None:
     p.add_argument("--solvers", nargs="*", default=("nearest", "search", "gptq"))
     p.add_argument("--samples", type=int, default=32)
     p.add_argument("--chunks", type=int, default=8)
+    p.add_argument("--calibrate-on", default="c4")
+    p.add_argument("--measure-on", default="wikitext2-test")
     args = p.parse_args()
     quiet_libraries()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -33,15 +35,17 @@ def main() -> None:
             for solver in args.solvers:
                 out = args.work / f"gptq-{recipe}-{solver}.any"
                 remove(out)
+                calibration = None if solver == "nearest" else texts / f"{args.calibrate_on}.txt"
                 result = fewbits.quantize(model, out, recipe, solver=solver, samples=args.samples, progress=report,
-                                          calibration=None if solver == "nearest" else texts / "c4.txt")
-                found = fewbits.evaluate(out, reference, text=texts / "wikitext2-test.txt", chunks=args.chunks,
-                                         progress=report)
+                                          calibration=calibration)
+                found = fewbits.evaluate(out, reference, text=texts / f"{args.measure_on}.txt",
+                                         chunks=args.chunks, progress=report)
                 remove(out)
                 rows.append([recipe, solver, result.bits_per_weight, found.kl_mean, found.kl_99, found.top1,
                              found.perplexity, result.seconds])
                 print(*rows[-1], flush=True)
-    show(f"Solvers on {args.model}: {args.samples} x 512 tokens of c4, {args.chunks} x 512 of wikitext2-test",
+    show(f"Solvers on {args.model}: {args.samples} x 512 tokens of {args.calibrate_on}, "
+         f"{args.chunks} x 512 of {args.measure_on}",
          ["recipe", "solver", "bits/weight", "KL mean", "KL 99 %", "top-1", "perplexity", "seconds"], rows, args.json)
     best = {(r[0], r[1]): r[3] for r in rows}
     for recipe in args.recipes:
