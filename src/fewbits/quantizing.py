@@ -185,15 +185,17 @@ class _Job:
                 continue
             if choice.solver and not self.store.has(name):
                 self._solve_one(name, None)
-            else:
-                self._check(name) if not choice.solver else None
-                self._skip(name)
+                continue
+            if not choice.solver:
+                self._check(name)
+            self._skip(name)
 
     def _solve_one(self, name: str, statistics: Statistics | None) -> None:
         choice = self.choices[name]
         solver = choice.solver or "search"
         if solver in solvers.NEEDS_STATISTICS and statistics is None:
-            solver = "search"  # embeddings and heads: nothing is multiplied with them inside a block
+            solver = "search"
+            self.notes.append(f"{name}: search instead of {choice.solver}: no calibration input reached it")
         if self._check(name):
             weight = self._weight(name)
             self.store.put(name, solvers.solve(weight, choice.codec, solver, statistics))
