@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits import codecs
-from fewbits.codecs import ggml, kquants
+from fewbits.codecs import ggml, kquants, mxfp4
 from fewbits.qtensor import QTensor
 
-TYPES = (*ggml.TYPES, *kquants.TYPES)
+TYPES = (*ggml.TYPES, *kquants.TYPES, *mxfp4.TYPES)
+HALF_SCALE = [name for name in TYPES if name != "MXFP4"]  # those whose scale is fp16
 
 
 def decode(name: str, blocks: np.ndarray) -> np.ndarray:
@@ -41,17 +42,17 @@ def test_any_bytes(name, seed, rows, blocks):
     assert np.array_equal(back, data)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", HALF_SCALE)
 @pytest.mark.parametrize("bits", [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00])
 def test_odd_scales(name, bits):
     """Zero, minus zero, denormal, largest and infinite fp16 scales."""
     codec = codecs.get(name)
     _, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
     data = np.random.default_rng(bits).integers(0, 256, (3, size), dtype=np.uint8)
-    at = size - 2 if name == "Q6_K" else 0
+    at = {"Q2_K": size - 4, "Q3_K": size - 2, "Q6_K": size - 2}.get(name, 0)
     data[:, at:at + 2] = np.array([bits], dtype="<u2").view(np.uint8)
-    if codec.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
-        data[:, 2:4] = np.array([0x2E66], dtype="<u2").view(np.uint8)
+    if codec.name in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"):
+        data[:, at + 2:at + 4] = np.array([0x2E66], dtype="<u2").view(np.uint8)
     with np.errstate(all="ignore"):
         want = quants.dequantize(data, GGMLQuantizationType[name])
     assert np.array_equal(decode(name, data), want, equal_nan=True)
@@ -111,6 +112,36 @@ def test_q8_0_by_hand():
     assert got[:4] == [63.5, -64.0, -0.5, 0.0]
 
 
+def test_q2_k_by_hand():
+    """Sub-block 9 (columns 144 to 159) has scale 3 and minimum 4, sub-block 10 scale 2 and minimum 1."""
+    scales, codes = bytearray(16), bytearray(64)
+    scales[9], scales[10] = 0x43, 0x12
+    codes[32 + 16] = 0b0010  # column 128 + 16, in the lowest bits
+    codes[32] = 0b1100  # column 128 + 32, above that of column 128
+    got = one("Q2_K", bytes(scales) + bytes(codes) + HALF[0.5] + HALF[2.0])
+    assert got[144] == 0.5 * 3 * 2 - 2 * 4
+    assert got[145] == -8.0
+    assert got[160] == 0.5 * 2 * 3 - 2 * 1
+    assert got[161] == -2.0
+    assert got[0] == 0.0
+
+
+def test_q3_k_by_hand():
+    """Sub-block 0 has scale 33 - 32, sub-block 9 (columns 144 to 159) 21 - 32; all others 0 - 32."""
+    third, low, scales = bytearray(32), bytearray(64), bytearray(12)
+    scales[0] = 33 & 15
+    scales[8] = 33 >> 4  # sub-blocks 0, 4, 8, 12 from bit 0 up
+    scales[1] = (21 & 15) << 4  # sub-block 9 above sub-block 1
+    scales[9] = (21 >> 4) << 4  # sub-blocks 1, 5, 9, 13
+    third[16] = 1 << 4  # column 4 * 32 + 16 = 144
+    low[32 + 16] = 0b01
+    got = one("Q3_K", bytes(third) + bytes(low) + bytes(scales) + HALF[0.5])
+    assert got[144] == 0.5 * -11 * (4 + 1 - 4)
+    assert got[145] == 0.5 * -11 * -4
+    assert got[0] == 0.5 * 1 * -4
+    assert got[16] == 0.5 * -32 * -4
+
+
 def test_q4_k_by_hand():
     """Sub-block 0: scale 3, minimum 2; sub-block 4: scale 0x21 = 33 and minimum 0x12 = 18, cut in 4 and 2 bits."""
     first = bytes([3 | (33 >> 4 << 6), 0, 0, 0])
@@ -149,6 +180,39 @@ def test_q6_k_by_hand():
     assert got[64] == 0.5 * -2 * (0x39 - 32)
     assert got[65] == 0.5 * -2 * -32
     assert got[0] == 0.0
+
+
+def test_mxfp4_by_hand():
+    """Exponent 128 is 2^(128 - 128) = 1; byte 0 is 0x9F: column 0 has code 15, -12, column 16 code 9, -1."""
+    got = one("MXFP4", b"\x80" + b"\x9f" + b"\x02" * 15)
+    assert got[0] == -12.0
+    assert got[16] == -1.0
+    assert got[1:16] == [2.0] * 15
+    assert got[17:] == [0.0] * 15
+
+
+def test_every_exponent_of_mxfp4():
+    data = np.random.default_rng(0).integers(0, 256, (256, 17), dtype=np.uint8)
+    data[:, 0] = np.arange(256)
+    with np.errstate(over="ignore"):
+        want = quants.dequantize(data, GGMLQuantizationType.MXFP4)
+    assert np.array_equal(decode("MXFP4", data).view(np.uint32), want.view(np.uint32))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", [0.02, 1e-38, 3e37])
+def test_mxfp4_takes_the_best_of_all_exponents(weighted, size):
+    codec, generator = codecs.get("MXFP4"), torch.Generator().manual_seed(0)
+    w = (torch.randn(200, 32, generator=generator) * size).clamp(-3.3e38, 3.3e38)
+    importance = torch.randn(32, generator=generator).mul(3).exp() if weighted else None
+
+    def errors(params):
+        grid = codec.grid(params, 32)
+        wrong = (grid.decode(grid.encode(w)).double() - w) / size
+        return (wrong.square() * (1 if importance is None else importance)).sum(1)
+
+    every = torch.stack([errors({"exponent": torch.full((200, 1), e, dtype=torch.uint8)}) for e in range(253)])
+    assert torch.allclose(errors(codec.fit(w, importance)), every.amin(0), rtol=1e-5)
 
 
 def test_a_matrix_on_the_grid_comes_back():

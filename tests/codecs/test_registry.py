@@ -98,16 +98,18 @@ def plain(codec: Codec, w: torch.Tensor) -> torch.Tensor:
     if codec.family == "ggml" and codec.name.endswith("K"):
         subs = codec.subs
         x = w.reshape(rows, -1, subs, 256 // subs)
-        if codec.name == "Q6_K":
-            extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0] / -32
-            d = (extreme.gather(-1, extreme.abs().argmax(-1, keepdim=True)) / -128).half()
-            params: Params = {"d": d, "scales": (extreme / d.float()).round().clamp(-128, 127).to(torch.int8)}
+        if codec.name in ("Q3_K", "Q6_K"):
+            extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0] / -(1 << (codec.bits - 1))
+            least = -32 if codec.name == "Q3_K" else -128
+            d = (extreme.gather(-1, extreme.abs().argmax(-1, keepdim=True)) / least).half()
+            params: Params = {"d": d, "scales": (extreme / d.float()).round().clamp(least, -1 - least).to(torch.int8)}
         else:
             low, high = x.amin(-1).clamp(max=0), x.amax(-1)
             s = (high - low) / ((1 << codec.integer_bits) - 1)
-            d, dmin = (s.amax(-1, True) / 63).half(), (-low.amin(-1, True) / 63).half()
-            params = {"d": d, "dmin": dmin, "scales": (s / d.float()).round().clamp(0, 63).to(torch.uint8),
-                      "mins": (-low / dmin.float()).round().clamp(0, 63).to(torch.uint8)}
+            most = 15 if codec.name == "Q2_K" else 63
+            d, dmin = (s.amax(-1, True) / most).half(), (-low.amin(-1, True) / most).half()
+            params = {"d": d, "dmin": dmin, "scales": (s / d.float()).round().clamp(0, most).to(torch.uint8),
+                      "mins": (-low / dmin.float()).round().clamp(0, most).to(torch.uint8)}
         return decode_units(encode_units(w, codec, params), codec, params)
     parts = []
     unit, bits = codec.unit(columns), codec.integer_bits
@@ -118,6 +120,8 @@ def plain(codec: Codec, w: torch.Tensor) -> torch.Tensor:
         middle = 1 << (bits - 1)
         if codec.family in ("table", "int8"):
             params = {"absmax": peak}
+        elif codec.name == "MXFP4":
+            params = {"exponent": (peak.log2().floor() + 125).to(torch.uint8)}
         elif codec.name in ("Q4_1", "Q5_1"):
             low = x.amin(1, True)
             params = {"d": ((x.amax(1, True) - low) / ((1 << bits) - 1)).half(), "m": low.half()}

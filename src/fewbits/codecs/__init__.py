@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
-from fewbits.codecs import affine, decode_only, floats, ggml, kquants, table
+from fewbits.codecs import affine, decode_only, floats, ggml, kquants, mxfp4, table
 from fewbits.codecs.base import Codec
 from fewbits.errors import FewbitsError
 
-FAMILIES = (floats, ggml, kquants, affine, table, decode_only)  # each parses the names of its own codecs
+FAMILIES = (floats, ggml, kquants, mxfp4, affine, table, decode_only)  # each parses the names of its own codecs
 
 
 @cache

@@ -82,6 +82,7 @@ class Levels(NamedTuple):
 
 def levels(table: torch.Tensor) -> Levels:
     ranked, order = torch.sort(table, stable=True)
+    order = order[torch.searchsorted(ranked, ranked)]  # of codes with the same level the first is chosen
     return Levels(table, (ranked[1:] + ranked[:-1]) / 2, order)
 
 
