@@ -1,7 +1,7 @@
 """K-quants of ggml: super-blocks of 256 columns whose sub-blocks have small integer scales under float16 ones.
 
-Byte layouts are in docs/concepts/formats.md. Q4_K and Q5_K: `(d * scale) * code - dmin * minimum`, eight sub-blocks of
-32 columns. Q6_K: `(d * scale) * (code - 32)`, sixteen of 16.
+Byte layouts are in docs/formats/k-quants.md. With minimum: `(d * scale) * code - dmin * minimum`, in Q4_K and Q5_K
+eight sub-blocks of 32 columns, in Q2_K sixteen of 16. Symmetric: `(d * scale) * (code - middle)`, sixteen of 16.
 """
 
 from __future__ import annotations
@@ -18,20 +18,11 @@ from fewbits.codecs.subscales import fit_lines, fit_scales, refit_lines, refit_s
 from fewbits.lazy import torch
 
 
-class _K(Blocks):
-    columns: ClassVar[int] = 256
-
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
-
 @dataclass(frozen=True)
-class WithMinimum(_K):
-    """Q4_K and Q5_K."""
-
+class _K(Blocks):
     bits: int
-    subs: ClassVar[int] = 8
+    columns: ClassVar[int] = 256
+    subs: ClassVar[int]
 
     @property
     def name(self) -> str:
@@ -41,13 +32,20 @@ class WithMinimum(_K):
     def integer_bits(self) -> int:  # type: ignore[override]
         return self.bits
 
+
+@dataclass(frozen=True)
+class WithMinimum(_K):
+    """Q4_K and Q5_K."""
+
+    subs: ClassVar[int] = 8
+    scale_bits: ClassVar[int] = 6
+
     @property
     def block_bytes(self) -> int:
         return 16 + 32 * self.bits
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        top = (1 << self.bits) - 1
-        return fit_pieces(lambda p: fit_lines(p, top), w, importance, torch.float16, self.subs)
+        return fit_pieces(lambda p: fit_lines(p, self.bits, self.scale_bits), w, importance, torch.float16, self.subs)
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         more = [codes, params["d"], params["dmin"], params["scales"], params["mins"]]
@@ -76,23 +74,73 @@ class WithMinimum(_K):
 
 
 @dataclass(frozen=True)
-class Q6_K(_K):
-    integer_bits: ClassVar[int] = 6
+class Q2_K(WithMinimum):
+    bits: int = 2
     subs: ClassVar[int] = 16
+    scale_bits: ClassVar[int] = 4
+
+    @property
+    def block_bytes(self) -> int:
+        return 84
+
+    def join(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
+        nibbles = params["scales"] | (params["mins"] << 4)
+        return join_fields(nibbles, join_planes(codes, 2, 128), params["d"], params["dmin"])
+
+    def split(self, blocks: torch.Tensor) -> tuple[torch.Tensor, Params]:
+        nibbles, codes, d, dmin = split_fields(blocks, (16, torch.uint8), (64, torch.uint8), (2, torch.float16),
+                                               (2, torch.float16))
+        return split_planes(codes, 2, 128), {"d": d, "dmin": dmin, "scales": nibbles & 15, "mins": nibbles >> 4}
+
+
+@dataclass(frozen=True)
+class Symmetric(_K):
+    """Q3_K and Q6_K: signed scales."""
+
+    subs: ClassVar[int] = 16
+    scale_bits: ClassVar[int]
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
+        return fit_pieces(lambda p: fit_scales(p, self.bits, self.scale_bits), w, importance, torch.float16, self.subs)
+
+    def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
+        more = [codes, params["d"], params["scales"]]
+        return fit_pieces(lambda p: refit_scales(p, self.bits), w, importance, torch.float16, self.subs, more)
+
+    def grid(self, params: Params, columns: int) -> Grid:
+        top, middle = (1 << self.bits) - 1, 1 << (self.bits - 1)
+        return UniformGrid(params["d"].float() * params["scales"], top, columns, zero=float(middle))
+
+
+@dataclass(frozen=True)
+class Q3_K(Symmetric):
+    bits: int = 3
+    scale_bits: ClassVar[int] = 6
+
+    @property
+    def block_bytes(self) -> int:
+        return 110
+
+    def join(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
+        scales = (params["scales"] + 32).to(torch.uint8)
+        packed = [join_halves(scales & 15, 8), join_planes(scales >> 4, 2, 16, 4)]
+        return join_fields(join_planes(codes >> 2, 1, 256), join_planes(codes & 3, 2, 128), *packed, params["d"])
+
+    def split(self, blocks: torch.Tensor) -> tuple[torch.Tensor, Params]:
+        third, low, nibbles, high, d = split_fields(blocks, (32, torch.uint8), (64, torch.uint8), (8, torch.uint8),
+                                                    (4, torch.uint8), (2, torch.float16))
+        scales = (split_halves(nibbles, 8) | (split_planes(high, 2, 16, 4) << 4)).to(torch.int8) - 32
+        return split_planes(low, 2, 128) | (split_planes(third, 1, 256) << 2), {"d": d, "scales": scales}
+
+
+@dataclass(frozen=True)
+class Q6_K(Symmetric):
+    bits: int = 6
+    scale_bits: ClassVar[int] = 8
 
     @property
     def block_bytes(self) -> int:
         return 210
-
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return fit_pieces(fit_scales, w, importance, torch.float16, self.subs)
-
-    def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
-        more = [codes, params["d"], params["scales"]]
-        return fit_pieces(refit_scales, w, importance, torch.float16, self.subs, more)
-
-    def grid(self, params: Params, columns: int) -> Grid:
-        return UniformGrid(params["d"].float() * params["scales"], 63, columns, zero=32.0)
 
     def join(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
         return join_fields(join_halves(codes & 15, 64), join_planes(codes >> 4, 2, 128), params["scales"], params["d"])
@@ -103,19 +151,20 @@ class Q6_K(_K):
         return split_halves(low, 64) | (split_planes(high, 2, 128) << 4), {"d": d, "scales": scales}
 
 
-def join_planes(high: torch.Tensor, bits: int, span: int) -> torch.Tensor:
-    """High bits of codes: in every `span` columns, byte j holds those of columns j, j + 32, j + 64 …, lowest first."""
-    parts = high.unflatten(-1, (-1, span // 32, 32))
+def join_planes(codes: torch.Tensor, bits: int, span: int, run: int = 32) -> torch.Tensor:
+    """A few bits of each code: in every `span` columns, byte j holds those of columns j, j + run, j + 2 run …, lowest
+    first."""
+    parts = codes.unflatten(-1, (-1, span // run, run))
     packed = parts[..., 0, :].clone()
-    for i in range(1, span // 32):
+    for i in range(1, span // run):
         packed |= parts[..., i, :] << (i * bits)
     return packed.flatten(-2)
 
 
-def split_planes(data: torch.Tensor, bits: int, span: int) -> torch.Tensor:
+def split_planes(data: torch.Tensor, bits: int, span: int, run: int = 32) -> torch.Tensor:
     """The inverse of `join_planes`."""
-    runs = data.unflatten(-1, (-1, 32))
-    return torch.stack([(runs >> (i * bits)) & ((1 << bits) - 1) for i in range(span // 32)], -2).flatten(-3)
+    runs = data.unflatten(-1, (-1, run))
+    return torch.stack([(runs >> (i * bits)) & ((1 << bits) - 1) for i in range(span // run)], -2).flatten(-3)
 
 
 def join_sixes(scales: torch.Tensor, mins: torch.Tensor) -> torch.Tensor:
@@ -132,7 +181,7 @@ def split_sixes(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             torch.cat([second & 63, (third >> 4) | (second >> 6 << 4)], -1))
 
 
-TYPES: dict[str, Codec] = {c.name: c for c in (WithMinimum(4), WithMinimum(5), Q6_K())}
+TYPES: dict[str, Codec] = {c.name: c for c in (Q2_K(), Q3_K(), WithMinimum(4), WithMinimum(5), Q6_K())}
 
 
 def parse(name: str) -> Codec | None:

@@ -38,14 +38,15 @@ class _Lines(NamedTuple):
     mins: torch.Tensor
 
 
-def fit_lines(p: Piece, top: int) -> Params:
-    """Q4_K, Q5_K. Never worse than each sub-block's line from its smallest (at most 0) to its largest value."""
+def fit_lines(p: Piece, bits: int, scale_bits: int) -> Params:
+    """Q2_K, Q4_K, Q5_K. Never worse than each sub-block's line from its smallest (at most 0) to its largest value."""
+    top, most = (1 << bits) - 1, (1 << scale_bits) - 1
     low, high = p.x.amin(-1, True).clamp_(max=0), p.x.amax(-1, True)
-    tries = [_round_lines(p, top, (high - low).clamp_(min=0) / top, low)]
-    now = _round_lines(p, top, *search_line(p, top, below_zero=True))
+    tries = [_round_lines(p, top, most, (high - low).clamp_(min=0) / top, low)]
+    now = _round_lines(p, top, most, *search_line(p, top, below_zero=True))
     near = now.d.new_tensor(NEAR_LINES).view(-1, 2, 1, 1)
     for last in (False,) * (ROUNDS - 1) + (True,):
-        scales, mins = (now.scales + near[:, 0]).clamp_(0, 63), (now.mins + near[:, 1]).clamp_(0, 63)
+        scales, mins = (now.scales + near[:, 0]).clamp_(0, most), (now.mins + near[:, 1]).clamp_(0, most)
         errors = _table(p, line_errors(p, _flat(now.d * scales), _flat(-(now.dmin * mins)), top))
         error, scales, mins = pick(errors, scales, mins)
         tries.append(_Lines(error.sum(-1, True), now.d, now.dmin, scales, mins))
@@ -65,10 +66,10 @@ def _pick_units(tries: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]
     return list(best)
 
 
-def _round_lines(p: Piece, top: int, s: torch.Tensor, offset: torch.Tensor) -> _Lines:
+def _round_lines(p: Piece, top: int, most: int, s: torch.Tensor, offset: torch.Tensor) -> _Lines:
     s, low = _table(p, s), -_table(p, offset)
-    d, dmin = p.kept(s.amax(-1, True) / 63), p.kept(low.amax(-1, True) / 63)
-    scales, mins = rounded(s * invert(d), 0, 63), rounded(low * invert(dmin), 0, 63)
+    d, dmin = p.kept(s.amax(-1, True) / most), p.kept(low.amax(-1, True) / most)
+    scales, mins = rounded(s * invert(d), 0, most), rounded(low * invert(dmin), 0, most)
     errors = line_errors(p, _flat(d * scales)[None], _flat(-(dmin * mins))[None], top)[0]
     return _Lines(_table(p, errors).sum(-1, True), d, dmin, scales, mins)
 
@@ -100,20 +101,20 @@ def refit_lines(p: Piece) -> Params:
 
 
 # (d * scale) * (code - middle) ----------------------------------------------------------------------------------------
-def fit_scales(p: Piece, bits: int = 6) -> Params:
-    """Q6_K. Never worse than putting each sub-block's largest magnitude on the lowest level."""
-    middle = 1 << (bits - 1)
+def fit_scales(p: Piece, bits: int, scale_bits: int) -> Params:
+    """Q3_K, Q6_K. Never worse than putting each sub-block's largest magnitude on the lowest level."""
+    middle, least = 1 << (bits - 1), -(1 << (scale_bits - 1))
     low, high, total = -middle, middle - 1, energy(p)
 
     def errors(d: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return _table(p, probe(p, _flat(d * scales), low, high, total)[0])
 
-    d, scales = _round_scales(p, extremes(p) / low)
+    d, scales = _round_scales(p, least, extremes(p) / low)
     tries: list[tuple[torch.Tensor, ...]] = [(errors(d, scales[None])[0].sum(-1, True), d, scales)]
-    d, scales = _round_scales(p, search_scale(p.unrounded(), low, high, symmetric_starts(p, bits), low))
+    d, scales = _round_scales(p, least, search_scale(p.unrounded(), low, high, symmetric_starts(p, bits), low))
     near = d.new_tensor(NEAR_SCALES).view(-1, 1, 1)
     for _ in range(ROUNDS):
-        wanted = (scales + near).clamp_(-128, 127)
+        wanted = (scales + near).clamp_(least, -1 - least)
         error, scales = pick(errors(d, wanted), wanted)
         tries.append((error.sum(-1, True), d, scales))
         d = _best_d(p, rounded(p.x * invert(_flat(d * scales)), low, high), scales)
@@ -121,10 +122,10 @@ def fit_scales(p: Piece, bits: int = 6) -> Params:
     return {"d": p.stored(d), "scales": scales.to(torch.int8)}
 
 
-def _round_scales(p: Piece, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _round_scales(p: Piece, least: int, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     s = _table(p, s)
-    d = p.kept(s.gather(-1, s.abs().argmax(-1, keepdim=True)) / -128)
-    return d, rounded(s * invert(d), -128, 127)
+    d = p.kept(s.gather(-1, s.abs().argmax(-1, keepdim=True)) / least)
+    return d, rounded(s * invert(d), least, -1 - least)
 
 
 def _best_d(p: Piece, q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -133,10 +134,10 @@ def _best_d(p: Piece, q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return p.kept((scales * qx).sum(-1, True) / (scales * scales * qq).sum(-1, True).clamp_(min=TINY))
 
 
-def refit_scales(p: Piece) -> Params:
+def refit_scales(p: Piece, bits: int) -> Params:
     """d for given codes, where it beats the present one; `more`: codes, d, scales."""
     q, old, scales = (t.float() for t in p.more)
-    q = q.reshape(p.x.shape) - 32
+    q = q.reshape(p.x.shape) - (1 << (bits - 1))
     d = _best_d(p, q, scales)
 
     def error(d: torch.Tensor) -> torch.Tensor:
