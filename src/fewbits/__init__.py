@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fewbits.errors import FewbitsError
 
 if TYPE_CHECKING:
+    from fewbits.converting import convert
     from fewbits.inspection import inspect
     from fewbits.loading import load
     from fewbits.measure import evaluate
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
     from fewbits.quantizing import quantize
 
 __version__ = "0.1.0"
-__all__ = ["FewbitsError", "evaluate", "inspect", "load", "plan", "quantize"]
+__all__ = ["FewbitsError", "convert", "evaluate", "inspect", "load", "plan", "quantize"]
 
-_HOMES = {"evaluate": "fewbits.measure", "inspect": "fewbits.inspection", "load": "fewbits.loading",
-          "plan": "fewbits.planning", "quantize": "fewbits.quantizing"}
+_HOMES = {"convert": "fewbits.converting", "evaluate": "fewbits.measure", "inspect": "fewbits.inspection",
+          "load": "fewbits.loading", "plan": "fewbits.planning", "quantize": "fewbits.quantizing"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ class QTensor:
     """Packed planes of a codec, canonical layout; leading dimensions are rows: `[experts, out, in]`.
 
     `order`, where given, says which stored column each column of the weight is (full act-order): stored = w[:, order].
+    A stack of experts has one order each, `[experts, in]`.
     """
 
     codec: Codec
@@ -45,16 +46,18 @@ class QTensor:
             rows, columns = self.codec.matrix(self.shape)
             flat, step = out.view(rows, columns), max(1, CHUNK // max(1, columns))
             for at in range(0, rows, step):
-                part = self._rows(slice(at, min(at + step, rows)))
+                part = self.part(slice(at, min(at + step, rows)))
                 flat[at:at + step].copy_(decode_units(*self._arguments(part.unpack())))
         if self.order is not None:
-            out = out.index_select(-1, torch.argsort(self.order))
+            back = torch.argsort(self.order)  # [in] or [experts, in]
+            out = torch.take_along_dim(out, back if back.ndim == 1 else back.unsqueeze(1), -1)
         return out
 
     def _arguments(self, unpacked: tuple[torch.Tensor, Params]) -> tuple[torch.Tensor, Codec, Params]:
         return unpacked[0], self.codec, unpacked[1]
 
-    def _rows(self, index: slice | torch.Tensor) -> QTensor:
+    def part(self, index: slice | torch.Tensor) -> QTensor:
+        """Rows of the matrix that units lie in, still packed; only where the codec packs rows apart."""
         planes = {k: p[index] for k, p in self.planes.items()}
         rows = len(next(iter(planes.values())))
         return QTensor(self.codec, (rows, self.shape[-1]), planes, self.order)
@@ -69,7 +72,7 @@ class QTensor:
             return QTensor(self.codec, (len(index),), {k: p[:, index] for k, p in self.planes.items()})
         if not self.codec.rows_apart(self.shape):
             raise ValueError(f"{self.codec.name}: blocks cross rows at shape {list(self.shape)}")
-        return self._rows(index)
+        return self.part(index)
 
     @property
     def bits_per_weight(self) -> float:

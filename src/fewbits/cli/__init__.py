@@ -6,12 +6,13 @@ import sys
 
 import typer
 
-from fewbits.cli import chat, evaluate, info, plan, quantize, run
+from fewbits.cli import chat, convert, evaluate, info, plan, quantize, run
 from fewbits.errors import FewbitsError
 
 app = typer.Typer(name="fewbits", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Put any language model into few bits: quantize, run, measure.")
 app.command("quantize")(quantize.command)
+app.command("convert")(convert.command)
 app.command("info")(info.command)
 app.command("plan")(plan.command)
 app.command("eval")(evaluate.command)

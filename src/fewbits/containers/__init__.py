@@ -16,6 +16,8 @@ __all__ = ["CONTAINERS", "Container", "by_name", "detect", "open", "write"]
 
 CONTAINERS: tuple[Container, ...] = (Gguf(), Gptq(), BitsAndBytes(), TransformersDirectory())
 
+VARIANTS: dict[str, Container] = {"gptq-v1": Gptq("gptq"), "gptq-v2": Gptq("gptq_v2")}  # for writing
+
 
 def by_name(name: str) -> Container:
     """The container called `name`: "gguf", "gptq", "bitsandbytes", "transformers".
@@ -26,6 +28,8 @@ def by_name(name: str) -> Container:
     for container in CONTAINERS:
         if container.name == name:
             return container
+    if name in VARIANTS:
+        return VARIANTS[name]
     raise FewbitsError(f"unknown container {name!r}", "one of: " + ", ".join(c.name for c in CONTAINERS))
 
 

@@ -21,6 +21,7 @@ class Container:
 
     name: ClassVar[str]
     suffix: ClassVar[str] = ""  # of a file; directories have none
+    ordered: ClassVar[bool] = False  # whether a tensor may come with a column order (full act-order)
 
     def detect(self, path: Path) -> bool:
         """Whether `path` is in this layout; looks at names and magic bytes only."""
@@ -30,9 +31,19 @@ class Container:
         """Open `path`; tensors are loaded when asked for, and mapped rather than copied where the layout allows."""
         raise NotImplementedError
 
+    def as_filed(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with the tensors that this layout has: experts apart, for one."""
+        return checkpoint
+
     def accepts(self, checkpoint: Checkpoint, entry: Entry) -> str | None:
-        """Why this layout cannot hold the entry of that checkpoint, or None."""
+        """Why this layout cannot hold the entry of that checkpoint (both `as_filed`), or None."""
         raise NotImplementedError
+
+    def refusal(self, checkpoint: Checkpoint) -> tuple[Entry, str] | None:
+        """The first entry that this layout cannot hold, and why."""
+        filed = self.as_filed(checkpoint)
+        reasons = ((entry, self.accepts(filed, entry)) for entry in filed.entries.values())
+        return next(((entry, reason) for entry, reason in reasons if reason), None)
 
     def meant(self, checkpoint: Checkpoint) -> Checkpoint:
         """What the checkpoint should read back as, where the layout itself rounds or leaves out."""
@@ -55,10 +66,10 @@ def write(container: Container, path: Path, checkpoint: Checkpoint, progress: Pr
     """
     path = path.resolve()
     check_output(path, checkpoint.path)
-    for entry in checkpoint.entries.values():
-        reason = container.accepts(checkpoint, entry)
-        if reason:
-            raise FewbitsError(f"{container.name} cannot hold {entry.name} ({entry.codec.name}): {reason}")
+    refusal = container.refusal(checkpoint)
+    if refusal:
+        entry, reason = refusal
+        raise FewbitsError(f"{container.name} cannot hold {entry.name} ({entry.codec.name}): {reason}")
     check_space(path.parent, checkpoint.nbytes)
     partial = path.with_name(f".{path.name}.partial{container.suffix}")
     remove(partial)
@@ -114,7 +125,7 @@ def _equal(a: QTensor, b: QTensor) -> bool:
     if len(a.shape) < 2 or not (a.codec.rows_apart(a.shape) and b.codec.rows_apart(b.shape)):
         return _same_values(a.dequantize(), b.dequantize())
     rows, step = a.codec.matrix(a.shape)[0], max(1, 2 * CHUNK // a.shape[-1])
-    return all(_same_values(a._rows(slice(i, i + step)).dequantize(), b._rows(slice(i, i + step)).dequantize())
+    return all(_same_values(a.part(slice(i, i + step)).dequantize(), b.part(slice(i, i + step)).dequantize())
                for i in range(0, rows, step))
 
 

@@ -13,19 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fewbits import __version__, codecs
+from fewbits import __version__
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.affine import IntK
 from fewbits.codecs.packing import pack_bits, unpack_bits
-from fewbits.containers.base import flat_bytes
 from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason, read_json
 from fewbits.containers.gptq_config import Rules, dynamic_rules
+from fewbits.containers.intk import (
+    BITS,
+    SCALES,
+    codec_of,
+    expect,
+    expect_shape,
+    order_of,
+    to_bytes,
+    to_words,
+    words,
+    zeros_of,
+)
 from fewbits.containers.safetensors import Raw, Spec
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
-BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -37,6 +47,8 @@ class Gptq(Directory):
     """
 
     name: ClassVar[str] = "gptq"
+    ordered: ClassVar[bool] = True
+    ordered: ClassVar[bool] = True
 
     def __init__(self, version: str | None = None):
         if version not in (None, V1, V2):
@@ -136,22 +148,6 @@ def quantization_config(checkpoint: Checkpoint, version: str, ordered: bool) -> 
 
 
 # the file's tensors and the canonical planes --------------------------------------------------------------------------
-def words(count: int, bits: int) -> int:
-    """32-bit words of a stream of `count` codes; the last one may be filled in part."""
-    return -(-count * bits // 32)
-
-
-def to_words(stream: torch.Tensor, count: int) -> torch.Tensor:
-    """Bytes `[rows, n]` to int32 `[rows, count]`, padded with zeros."""
-    padded = torch.nn.functional.pad(stream, (0, 4 * count - stream.shape[1]))
-    return padded.contiguous().view(-1).view(torch.int32).view(len(stream), count)
-
-
-def to_bytes(found: torch.Tensor) -> torch.Tensor:
-    """int32 `[rows, count]` to bytes `[rows, 4 * count]`."""
-    return flat_bytes(found).view(len(found), -1)
-
-
 def to_file(tensor: QTensor, version: str) -> dict[str, torch.Tensor]:
     """qweight, qzeros, scales and g_idx of a tensor."""
     codec, (rows, columns), stream = tensor.codec, tensor.shape, tensor.planes["codes"]
@@ -162,11 +158,7 @@ def to_file(tensor: QTensor, version: str) -> dict[str, torch.Tensor]:
         back = torch.argsort(tensor.order)  # where each column of the weight is stored
         stream = pack_bits(unpack_bits(stream, codec.bits, columns)[:, back], codec.bits)
         g_idx = g_idx[back]
-    groups = -(-columns // unit)
-    if codec.symmetric:
-        zeros = torch.full((groups, rows), 1 << (codec.bits - 1), dtype=torch.uint8)
-    else:
-        zeros = unpack_bits(tensor.planes["zeros"], codec.bits, groups).t()
+    zeros = zeros_of(tensor).t()
     if version == V1:
         zeros = (zeros - 1) & ((1 << codec.bits) - 1)  # uint8 wraps
     return {"qweight": to_words(stream, words(columns, codec.bits)).t().contiguous(),
@@ -193,42 +185,15 @@ class Module:
     def load(self) -> QTensor:
         codec, (rows, columns) = self.codec, self.shape
         stream = to_bytes(self.qweight.tensor().t())  # [rows, bytes]
-        order = self._order()
+        order = order_of(self.g_idx, columns, codec.unit(columns), self.scales.shape[0])
         if order is not None:
             stream = pack_bits(unpack_bits(stream, codec.bits, columns)[:, order], codec.bits)
-        planes = {"codes": stream[:, :-(-columns * codec.bits // 8)].contiguous(), "scales": self._scales()}
+        planes = {"codes": stream[:, :-(-columns * codec.bits // 8)].contiguous(), "scales": self.scales.finite().t().contiguous()}
         if not codec.symmetric:
             zeros = unpack_bits(to_bytes(self.qzeros.tensor()), codec.bits, rows)  # [groups, rows]
             zeros = (zeros + 1) & ((1 << codec.bits) - 1) if self.version == V1 else zeros
             planes["zeros"] = pack_bits(zeros.t(), codec.bits)
         return QTensor(codec, self.shape, planes, order)
-
-    def _scales(self) -> torch.Tensor:
-        scales = self.scales.tensor()
-        bad = (~torch.isfinite(scales)).nonzero()
-        if len(bad):
-            at = tuple(bad[0].tolist())
-            raise self.scales.refuse(f"{float(scales[at])} at {list(at)}", "the file is damaged, or its layer was "
-                                     "quantized with NaN or infinite weights")
-        return scales.t().contiguous()
-
-    def _order(self) -> torch.Tensor | None:
-        """The column order of full act-order: columns sorted by group, or None where they lie so already."""
-        if self.g_idx is None:
-            return None
-        groups, unit = self.scales.shape[0], self.codec.unit(self.columns)
-        g_idx = self.g_idx.tensor().long()
-        if len(g_idx) and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
-            raise self.g_idx.refuse(f"groups {int(g_idx.min())} to {int(g_idx.max())}, where there are {groups}")
-        meant = torch.arange(self.columns) // unit
-        if torch.equal(g_idx, meant):
-            return None
-        found, order = torch.sort(g_idx, stable=True)
-        if not torch.equal(found, meant):
-            at = int((found != meant).nonzero()[0])
-            raise self.g_idx.refuse(f"group {int(meant[at])} has {int((g_idx == meant[at]).sum())} columns, "
-                                    f"where group_size is {unit}")
-        return order
 
 
 # reading --------------------------------------------------------------------------------------------------------------
@@ -240,23 +205,19 @@ def read_module(raws: dict[str, Raw], module: str, rules: Rules) -> Entry:
     if qzeros is None or scales is None:
         raise qweight.refuse(f"needs {module}.{'qzeros' if qzeros is None else 'scales'}, which is missing")
     bits, group = rules.of(module)
-    for raw, dtypes, sides in ((qweight, ("I32",), 2), (qzeros, ("I32",), 2), (scales, ("F16", "BF16", "F32"), 2),
-                               (g_idx, ("I32", "I64"), 1)):
-        if raw is not None and (raw.dtype not in dtypes or len(raw.shape) != sides or 0 in raw.shape):
-            raise raw.refuse(f"{raw.dtype} {list(raw.shape)}, where {' or '.join(dtypes)} with {sides} dimensions was "
-                             "expected")
+    for raw in (qweight, qzeros):
+        expect(raw, ("I32",), 2)
+    expect(scales, tuple(SCALES), 2)
+    if g_idx is not None:
+        expect(g_idx, ("I32", "I64"), 1)
     columns = g_idx.shape[0] if g_idx is not None else qweight.shape[0] * 32 // bits
     rows = scales.shape[1]
     groups = 1 if group == -1 else -(-columns // group)
     for raw, meant in ((qweight, (words(columns, bits), rows)), (scales, (groups, rows)),
                        (qzeros, (groups, words(rows, bits)))):
-        if raw.shape != meant:
-            raise raw.refuse(f"{list(raw.shape)}, where {list(meant)} was expected of {bits} bits in groups of {group}",
-                             "quantization_config does not belong to this file, or names this layer wrongly")
+        expect_shape(raw, meant, bits, group)
     symmetric = all_middle(qzeros, bits, rows, rules.version)
-    codec = codecs.get(f"int{bits}-" + ("row" if group == -1 else f"g{group}") + ("" if symmetric else "-asym")
-                       + {"F16": "", "BF16": "-sbf16", "F32": "-sf32"}[scales.dtype])
-    assert isinstance(codec, IntK)
+    codec = codec_of(bits, group, symmetric, scales)
     found = Module(qweight, qzeros, scales, g_idx, codec, columns, rules.version)
     return Entry(f"{module}.weight", found.shape, codec, found.load)
 

@@ -1,0 +1,100 @@
+"""Conversions between containers: what is said of each tensor is true, and what would change is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbits import containers
+from fewbits.converting import DECODED, KEPT, RECODED, ROUNDED, convert, summary
+from fewbits.errors import FewbitsError
+from fewbits.quantizing import quantize
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The tiny model in a recipe, each made once."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def make(recipe: str, name: str, **options: object) -> Path:
+        path = folder / name
+        if not path.exists():
+            quantize(tiny, path, recipe, solver="nearest", **options)  # type: ignore[arg-type]
+        return path
+
+    return make
+
+
+def equal(a: Path, b: Path) -> bool:
+    old, new = containers.open(a), containers.open(b)
+    return old.entries.keys() == new.entries.keys() and all(
+        torch.equal(e.load().dequantize(), new.entries[n].load().dequantize()) for n, e in old.entries.items())
+
+
+def hows(result) -> set[str]:
+    return {step.how for step in result.tensors}
+
+
+def test_symmetric_gptq_becomes_q4_0_and_comes_back(made, tmp_path: Path) -> None:
+    source = made("int4-g32", "gptq", overrides=["*.down_proj.weight=f32"])  # 172 columns: no block divides them
+    there = convert(source, tmp_path / "a.gguf")
+    assert there.lossless and hows(there) == {KEPT, RECODED} and equal(source, tmp_path / "a.gguf")
+    assert ("int4-g32", "Q4_0") in {row[:2] for row in summary(there)}
+    back = convert(tmp_path / "a.gguf", tmp_path / "b")
+    assert back.container == "gptq" and back.lossless and equal(source, tmp_path / "b")
+
+
+def test_gptq_versions(made, tmp_path: Path) -> None:
+    source = made("int4-g32", "gptq", overrides=["*.down_proj.weight=f32"])
+    result = convert(source, tmp_path / "v2", "gptq-v2")
+    assert hows(result) == {KEPT} and equal(source, tmp_path / "v2")
+    assert containers.open(tmp_path / "v2").facts["quantization_config"]["checkpoint_format"] == "gptq_v2"
+
+
+def test_embedding_that_a_layout_keeps_in_floats_is_decoded_exactly(made, tmp_path: Path) -> None:
+    source = made("Q8_0", "q8.gguf")
+    result = convert(source, tmp_path / "gptq", "gptq")
+    by_name = {step.name: step for step in result.tensors}
+    assert by_name["model.embed_tokens.weight"].how == DECODED
+    assert by_name["model.layers.0.self_attn.q_proj.weight"].how == RECODED
+    assert result.lossless and equal(source, tmp_path / "gptq")
+
+
+def test_every_codec_decodes_into_a_transformers_directory(made, tmp_path: Path) -> None:
+    source = made("nf4", "nf4")
+    result = convert(source, tmp_path / "floats", "transformers")
+    assert result.lossless and hows(result) == {KEPT, DECODED} and equal(source, tmp_path / "floats")
+
+
+def test_lossy_is_refused_then_measured(made, tmp_path: Path) -> None:
+    source = made("nf4", "nf4")
+    with pytest.raises(FewbitsError, match=r"14 of 20 tensors would change their values in gptq, model.layers.0.*nf4 "
+                                           "would become int4-g32-asym") as caught:
+        convert(source, tmp_path / "out", "gptq")
+    assert caught.value.hint and "--lossy" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+    result = convert(source, tmp_path / "out", "gptq", lossy=True)
+    assert not result.lossless
+    for step in result.tensors:
+        assert (step.how == ROUNDED) == (0 < step.error < 0.1), step
+
+
+def test_float_types(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(FewbitsError, match="would change their values"):
+        convert(tiny, tmp_path / "half", "f16")
+    half = convert(tiny, tmp_path / "half", "f16", lossy=True)
+    assert half.container == "transformers" and all(step.error < 1e-3 for step in half.tensors)
+    assert convert(tmp_path / "half", tmp_path / "half.gguf").lossless
+    assert convert(tmp_path / "half.gguf", tmp_path / "full", "f32").lossless
+    assert equal(tmp_path / "half", tmp_path / "full")
+
+
+@pytest.mark.parametrize("out, to, message", [
+    ("x", "gptq", "nothing in it is quantized"), ("x.gguf", "gptq", "gptq is written to a directory"),
+    ("x", "gguf", r"gguf is written to a file \*.gguf"), ("x", "Q4_K_M", "neither a container nor a float type"),
+])
+def test_what_makes_no_sense_is_refused(tiny: Path, tmp_path: Path, out: str, to: str, message: str) -> None:
+    with pytest.raises(FewbitsError, match=message):
+        convert(tiny, tmp_path / out, to)
