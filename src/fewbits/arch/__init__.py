@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from fewbits.arch.base import Architecture, Config, Tensor, Weight, head_dim
+from collections.abc import Container
+
+from fewbits.arch.base import DIMS, Architecture, Config, Tensor, Weight, head_dim
 from fewbits.arch.gemma3 import GEMMA3
 from fewbits.arch.llama import LLAMA
 from fewbits.arch.qwen2 import QWEN2
 
 ARCHITECTURES = (LLAMA, QWEN2, GEMMA3)
 
-__all__ = ["ARCHITECTURES", "Architecture", "Tensor", "Weight", "by_gguf", "complete", "head_dim", "lookup", "tensors"]
+__all__ = ["ARCHITECTURES", "Architecture", "Tensor", "Weight", "by_gguf", "complete", "goes_to_gguf", "head_dim",
+           "lookup", "spelled", "tensors", "transposed"]
 
 
 def lookup(config: Config) -> Architecture | None:
@@ -26,9 +29,34 @@ def by_gguf(name: str) -> Architecture | None:
     return next((a for a in ARCHITECTURES if a.gguf == name), None)
 
 
-def complete(architecture: Architecture, config: Config) -> Config:
-    """The configuration with what Transformers takes where it is silent."""
-    return architecture.defaults | {k: v for k, v in config.items() if v is not None}
+def complete(architecture: Architecture, config: Config, names: Container[str] | None = None) -> Config:
+    """The configuration in Llama's spelling, with what Transformers takes where it is silent.
+
+    With the `names` of a checkpoint's tensors, they say whether its head is tied.
+    """
+    theirs = {v: k for k, v in architecture.spelling.items()}
+    found = architecture.defaults | {theirs.get(k, k): v for k, v in config.items() if v is not None}
+    if names is not None and architecture.head is not None:
+        found["tie_word_embeddings"] = architecture.head not in names
+    return found
+
+
+def spelled(architecture: Architecture, config: Config) -> Config:
+    """The configuration in the family's own spelling, as config.json holds it."""
+    return {architecture.spelling.get(k, k): v for k, v in config.items()}
+
+
+def transposed(config: Config) -> frozenset[str]:
+    """Names of the float weights that files and modules of this model hold as `[..., in, out]`."""
+    architecture = lookup(config)
+    if architecture is None or not any(w.transposed for w in architecture.weights):
+        return frozenset()
+    return frozenset(t.hf for t in tensors(architecture, config) if t.transposed)
+
+
+def goes_to_gguf() -> str:
+    """Transformers' class names of the families that GGUF has, for messages."""
+    return ", ".join(name for a in ARCHITECTURES if a.gguf for name in a.architectures)
 
 
 def tensors(architecture: Architecture, config: Config) -> list[Tensor]:
@@ -36,11 +64,20 @@ def tensors(architecture: Architecture, config: Config) -> list[Tensor]:
     config = complete(architecture, config)
     found: list[Tensor] = []
     weights = [w for w in architecture.weights if w.present(config)]
-    repeated = [w for w in weights if "{i}" in w.hf]
+    dims = {w.hf: w.dims or DIMS.get(w.role, ()) for w in weights}
+    dims |= {w.hf: dims[_weight_of(w.hf)][:1] for w in weights if w.role == "bias" and not w.dims}
+    begun: set[str] = set()
     for weight in weights:
-        if weight not in repeated:
-            found.append(Tensor(weight.hf, weight.gguf, weight.role, None, weight.ops(config)))
-        elif weight is repeated[0]:
-            found += [Tensor(w.hf.format(i=i), w.gguf.format(i=i), w.role, i, w.ops(config))
-                      for i in range(config["num_hidden_layers"]) for w in repeated]
+        if "{i}" not in weight.hf:
+            found.append(Tensor(weight.hf, weight.gguf, weight.role, None, weight.ops(config), dims[weight.hf],
+                                weight.transposed))
+        elif weight.repeat not in begun:
+            begun.add(weight.repeat)
+            together = [(w, w.ops(config)) for w in weights if "{i}" in w.hf and w.repeat == weight.repeat]
+            found += [Tensor(w.hf.format(i=i), w.gguf.format(i=i), w.role, i, ops, dims[w.hf], w.transposed)
+                      for i in range(config[weight.repeat]) for w, ops in together]
     return found
+
+
+def _weight_of(bias: str) -> str:
+    return bias.removesuffix("bias") + "weight"

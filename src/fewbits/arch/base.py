@@ -1,12 +1,22 @@
-"""What a model family is, as data: names, row operations, and which file metadata means which configuration entry."""
+"""What a model family is, as data: names, row operations, and which file metadata means which configuration entry.
+
+Families spell their configuration differently (GPT-2 says `n_embd`). Everything here speaks Llama's spelling; a family's
+`spelling` says what it calls an entry, and `arch.complete` and `arch.spelled` translate.
+
+**Orientation.** Every matrix of a Checkpoint is `[..., out, in]`, so codecs, solvers and GGUF see one thing. Some families
+hold float weights as `[..., in, out]` in files and modules (GPT-2's `Conv1D`): their rows are marked `transposed`, the
+directory turns them on reading and writing and the loader when it fills a module. Packed weights are `[..., out, in]`
+everywhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fewbits.arch.rows import AddOne, Ops
+from fewbits.codecs.base import Shape
 
 Config = dict[str, Any]
 Values = dict[str, Any]
@@ -17,10 +27,13 @@ class Weight:
     """A row of a family's table. `{i}` stands for the layer; `ops` and `present` are asked with the configuration."""
 
     hf: str
-    gguf: str
-    role: str  # token_embd, output, attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down, norm, bias
+    gguf: str  # empty in families that GGUF does not have
+    role: str  # a key of DIMS, or bias
     ops: Callable[[Config], Ops] = lambda config: ()
     present: Callable[[Config], bool] = lambda config: True
+    dims: tuple[str, ...] = ()  # names of NUMBERS; by default those of its role, of a bias the rows of its weight
+    transposed: bool = False  # Transformers' files and modules hold it as `[..., in, out]`
+    repeat: str = "num_hidden_layers"  # the configuration entry that counts `{i}`
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,16 @@ class Tensor:
     role: str
     layer: int | None
     ops: Ops
+    dims: tuple[str, ...] = ()
+    transposed: bool = False
+
+    def shape(self, config: Config) -> Shape:
+        """Its shape in a Checkpoint, `[..., out, in]`.
+
+        Raises:
+            KeyError: the configuration lacks an entry.
+        """
+        return tuple(int(NUMBERS[name](config)) for name in self.dims)
 
 
 @dataclass(frozen=True)
@@ -50,7 +73,7 @@ class Architecture:
     """A model family. `extra_metadata` and `extra_config` map what a table of fields cannot say."""
 
     name: str
-    gguf: str
+    gguf: str | None  # GGUF's name; None: llama.cpp does not have it, or it goes to Transformers' layouts only
     architectures: tuple[str, ...]  # Transformers class names; the first is written
     model_types: tuple[str, ...]  # the first is written
     weights: tuple[Weight, ...]
@@ -60,6 +83,14 @@ class Architecture:
     refuse: Callable[[Config], str | None]  # why a configuration does not fit GGUF, or None
     extra_metadata: Callable[[Config], Values]  # configuration -> {key: (type, value)}, keys without the prefix
     extra_config: Callable[[Values], Config]  # metadata without the prefix -> configuration entries
+    spelling: Mapping[str, str] = field(default_factory=dict)  # Llama's name of a configuration entry -> this family's
+    base: str = "model."  # the prefix that files of the model without a head leave out
+    skipped: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names of tensors that follow from the configuration
+
+    @property
+    def head(self) -> str | None:
+        """Transformers' name of the output head's weight, if the family has one."""
+        return next((w.hf for w in self.weights if w.role == "output"), None)
 
 
 def head_dim(config: Config) -> int:
@@ -74,8 +105,41 @@ def tied(config: Config) -> bool:
     return bool(config.get("tie_word_embeddings", False))
 
 
+def untied(config: Config) -> bool:
+    return not tied(config)
+
+
 def plus_one(config: Config) -> Ops:
     return (AddOne(),)
+
+
+def no_gguf(reason: str) -> Callable[[Config], str]:
+    """`refuse` of a family that GGUF does not have."""
+    return lambda config: reason
+
+
+def no_values(config: Config) -> Values:
+    """`extra_metadata` and `extra_config` of a family whose table of fields says all, or that GGUF does not have."""
+    return {}
+
+
+# the numbers that shapes are made of, by name
+NUMBERS: dict[str, Callable[[Config], int]] = {
+    "vocab": lambda c: c["vocab_size"], "hidden": lambda c: c["hidden_size"], "inner": lambda c: c["intermediate_size"],
+    "positions": lambda c: c["max_position_embeddings"], "types": lambda c: c["type_vocab_size"],
+    "head": head_dim, "queries": lambda c: c["num_attention_heads"] * head_dim(c),
+    "keys": lambda c: kv_heads(c) * head_dim(c),
+    "qkv": lambda c: (c["num_attention_heads"] + 2 * kv_heads(c)) * head_dim(c),
+    "gate_up": lambda c: 2 * c["intermediate_size"],
+}
+# what a role's tensors measure, where their row does not say
+DIMS: dict[str, tuple[str, ...]] = {
+    "token_embd": ("vocab", "hidden"), "output": ("vocab", "hidden"), "position_embd": ("positions", "hidden"),
+    "attn_q": ("queries", "hidden"), "attn_k": ("keys", "hidden"), "attn_v": ("keys", "hidden"),
+    "attn_qkv": ("qkv", "hidden"), "attn_output": ("hidden", "queries"), "ffn_gate": ("inner", "hidden"),
+    "ffn_up": ("inner", "hidden"), "ffn_gate_up": ("gate_up", "hidden"), "ffn_down": ("hidden", "inner"),
+    "norm": ("hidden",),
+}
 
 
 SIZES = (

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbits import arch
-from fewbits.arch.base import head_dim, kv_heads
 from fewbits.checkpoint import Checkpoint
 from fewbits.codecs import floats
 from fewbits.codecs.base import Codec, Shape
@@ -45,7 +44,10 @@ class ModelFacts:
     def of(cls, checkpoint: Checkpoint) -> ModelFacts:
         """Facts of a model in any container."""
         family = arch.lookup(checkpoint.config)
-        table = {t.hf: t for t in arch.tensors(family, _complete(family, checkpoint))} if family else {}
+        table: dict[str, arch.Tensor] = {}
+        if family:
+            whole = arch.complete(family, checkpoint.config, checkpoint.entries)
+            table = {t.hf: t for t in arch.tensors(family, whole)}
         roles = {} if family else _roles(checkpoint.config, checkpoint.path, set(checkpoint.entries))
         facts = []
         for e in checkpoint.entries.values():
@@ -72,7 +74,7 @@ class ModelFacts:
             return cls(config, tuple(Fact(n, s, codec, roles.get(n, "")) for n, s in targets.shapes(model).items()))
         try:
             whole = arch.complete(family, config)
-            facts = tuple(Fact(t.hf, _shape(t, whole), codec, t.role, t.layer, t.gguf)
+            facts = tuple(Fact(t.hf, t.shape(whole), codec, t.role, t.layer, t.gguf)
                           for t in arch.tensors(family, whole))
         except KeyError as e:
             raise FewbitsError(f"{name}: no entry {e}, which {family.name} needs") from None
@@ -127,27 +129,8 @@ def float_of(config: dict[str, Any]) -> Codec:
     return floats.parse(str(config.get("dtype") or config.get("torch_dtype") or "float16")) or floats.F16
 
 
-def _complete(family: arch.Architecture, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The configuration with defaults filled in; whether the head is tied is what the tensors say."""
-    tied = "lm_head.weight" not in checkpoint.entries
-    return arch.complete(family, checkpoint.config) | {"tie_word_embeddings": tied}
-
-
 def _roles(config: dict[str, Any], path: Any, names: set[str]) -> dict[str, str]:
     from fewbits.recipe import targets
     from fewbits.runtime.build import empty_model
 
     return targets.match(targets.roles(empty_model(config, str(path))), names)
-
-
-def _shape(tensor: arch.Tensor, config: dict[str, Any]) -> Shape:
-    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    queries, keys = config["num_attention_heads"] * head_dim(config), kv_heads(config) * head_dim(config)
-    matrices = {"token_embd": (vocab, hidden), "output": (vocab, hidden), "attn_q": (queries, hidden),
-                "attn_k": (keys, hidden), "attn_v": (keys, hidden), "attn_output": (hidden, queries),
-                "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
-    if tensor.role == "bias":
-        return matrices[tensor.gguf.split(".")[-2]][:1]
-    if tensor.role == "norm":
-        return (head_dim(config),) if tensor.gguf.endswith(("attn_q_norm.weight", "attn_k_norm.weight")) else (hidden,)
-    return matrices[tensor.role]
