@@ -108,10 +108,9 @@ def _row(name: str, source: Checkpoint, facts: ModelFacts, overrides: Overrides,
         choices = recipe.resolve(facts, overrides)
         goal = _goal(source, choices)
         container = containers.by_name(recipe.container)
-        for entry in goal.entries.values():
-            reason = container.accepts(goal, entry)
-            if reason:
-                raise FewbitsError(f"{entry.name}: {reason}")
+        refusal = container.refusal(goal)
+        if refusal:
+            raise FewbitsError(f"{refusal[0].name}: {refusal[1]}")
         size = sizes.of(container, goal)
     except FewbitsError as error:
         return Row(recipe.name, recipe.container, reason=str(error))

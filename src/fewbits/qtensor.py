@@ -49,8 +49,11 @@ class QTensor:
                 part = self.part(slice(at, min(at + step, rows)))
                 flat[at:at + step].copy_(decode_units(*self._arguments(part.unpack())))
         if self.order is not None:
-            back = torch.argsort(self.order)  # [in] or [experts, in]
-            out = torch.take_along_dim(out, back if back.ndim == 1 else back.unsqueeze(1), -1)
+            back = torch.argsort(self.order)  # [in], [rows, in] or [experts, in]
+            if back.ndim == 1:
+                out = out.index_select(-1, back)
+            else:
+                out = out.gather(-1, back.unsqueeze(1).expand(self.shape) if out.ndim == 3 else back)
         return out
 
     def _arguments(self, unpacked: tuple[torch.Tensor, Params]) -> tuple[torch.Tensor, Codec, Params]:
@@ -59,8 +62,10 @@ class QTensor:
     def part(self, index: slice | torch.Tensor) -> QTensor:
         """Rows of the matrix that units lie in, still packed; only where the codec packs rows apart."""
         planes = {k: p[index] for k, p in self.planes.items()}
-        rows = len(next(iter(planes.values())))
-        return QTensor(self.codec, (rows, self.shape[-1]), planes, self.order)
+        rows, order = len(next(iter(planes.values()))), self.order
+        if order is not None and order.ndim == 2:
+            order = order.repeat_interleave(math.prod(self.shape[:-1]) // len(order), 0)[index]
+        return QTensor(self.codec, (rows, self.shape[-1]), planes, order)
 
     def rows(self, index: torch.Tensor) -> QTensor:
         """The rows `index` of a matrix, still packed.

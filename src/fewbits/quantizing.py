@@ -73,10 +73,9 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
     choices, notes = _solvable(choices)
     job = _Job(source, choices, keep_nonfinite, progress)
     goal = job.checkpoint(recipe)
-    for entry in goal.entries.values():
-        reason = target.accepts(goal, entry)
-        if reason:
-            raise FewbitsError(f"{target.name} cannot hold {entry.name} as {entry.codec.name}: {reason}")
+    refusal = target.refusal(goal)
+    if refusal:
+        raise FewbitsError(f"{target.name} cannot hold {refusal[0].name} as {refusal[0].codec.name}: {refusal[1]}")
     check_space(out.parent, 2 * goal.nbytes)
     tokens = None
     if calibration is not None:

@@ -42,6 +42,7 @@ class Sizes:
 
     # directories ------------------------------------------------------------------------------------------------------
     def _directory(self, container: Directory, goal: Checkpoint) -> int:
+        goal = container.as_filed(goal)
         layout = container.layout(goal)
         specs: dict[str, Spec] = {}
         for entry in goal.entries.values():

@@ -61,6 +61,10 @@ class Codec:
         """Whether every row packs by itself, so that rows can be permuted, split and stacked without decoding."""
         return True
 
+    def stacks(self, shape: Shape) -> bool:
+        """Whether planes at `[count, *rest]` are those of `count` tensors of shape `rest`, one after the other."""
+        return self.rows_apart(shape)
+
     def nbytes(self, shape: Shape) -> int:
         """Bytes of all planes."""
         return sum(math.prod(size) * ITEM_BYTES[dtype] for dtype, size in self.planes(shape).values())

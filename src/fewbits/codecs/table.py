@@ -68,6 +68,9 @@ class Table(Codec):
     def rows_apart(self, shape: Shape) -> bool:
         return not self.nested and shape[-1] % self.block == 0
 
+    def stacks(self, shape: Shape) -> bool:
+        return not self.nested and math.prod(shape[1:]) % self.block == 0
+
     def begin(self, w: torch.Tensor, importance: torch.Tensor | None) -> Params | None:
         """Where absmax is nested: the tensor's mean absmax, and the largest distance from it in every 256 blocks."""
         if not self.nested:
@@ -116,7 +119,7 @@ class Table(Codec):
         return values * params["nested_absmax"] + params["offset"]
 
     def grid(self, params: Params, columns: int) -> Grid:
-        return TableGrid(self._absmax(params), table(self.kind))
+        return TableGrid(self._absmax(params), table(self.kind), columns)
 
     def pack(self, codes: torch.Tensor, params: Params, shape: Shape) -> Planes:
         if not self.rows_apart(shape):

@@ -7,11 +7,13 @@ overrides how entries are gathered from raw tensors, and the `Layout` that says 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fewbits.checkpoint import Buffer, Checkpoint, Entry
 from fewbits.codecs.floats import BF16, F16, F32, Float
+from fewbits.containers import experts
 from fewbits.containers.base import Container, Progress
 from fewbits.containers.safetensors import Raw, SafeTensors, Spec, Writer, nbytes
 from fewbits.errors import FewbitsError
@@ -89,13 +91,23 @@ class Directory(Container):
             else:
                 buffers[name] = Buffer(raw.dtype, raw.shape, raw.tensor)
         order = {name: i for i, name in enumerate(names)}
-        entries = dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+        entries = self.stacked(dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order)))))
+        entries = experts.turned(config, entries)
         files = {name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
         facts = {"quantization_config": quantization} if quantization else {}
         return Checkpoint(path, self.name, config, entries, files, facts, buffers)
 
+    def stacked(self, entries: dict[str, Entry]) -> dict[str, Entry]:
+        """The entries with experts stacked."""
+        return experts.stacked(entries)
+
     # writing --------------------------------------------------------------------------------------------------------
+    def as_filed(self, checkpoint: Checkpoint) -> Checkpoint:
+        turned = experts.turned(checkpoint.config, checkpoint.entries)
+        return replace(checkpoint, entries=experts.unstacked(turned.values()))
+
     def stage(self, path: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        checkpoint = self.as_filed(checkpoint)
         layout = self.layout(checkpoint)
         path.mkdir()
         for name, data in checkpoint.files.items():
