@@ -183,10 +183,10 @@ def _read_table(raws: dict[str, Raw], state_name: str, name: str, kind: str) -> 
         found = {"codes": flat_bytes(weight.tensor()), "absmax": absmax.tensor()}
         if codec.nested:
             _expect_levels(parts[f"{name}.nested_quant_map"], dynamic_map().table)
-            found["nested_absmax"] = _finite(parts[f"{name}.nested_absmax"])
+            found["nested_absmax"] = parts[f"{name}.nested_absmax"].finite()
             found["offset"] = torch.tensor([offset], dtype=torch.float32)
         else:
-            _finite(absmax)
+            absmax.finite()
         shapes = codec.planes(shape)
         return QTensor(codec, shape, {k: v.reshape(shapes[k][1]) for k, v in found.items()})
 
@@ -237,7 +237,7 @@ def _read_rows(raws: dict[str, Raw], module: str) -> Entry:
     _expect(scale, "F32", weight.shape[:1])
     codec: Codec = codecs.get("int8")
     return Entry(f"{module}.weight", weight.shape, codec, lambda: QTensor(
-        codec, weight.shape, {"codes": weight.tensor(), "absmax": _finite(scale).reshape(-1, 1)}))
+        codec, weight.shape, {"codes": weight.tensor(), "absmax": scale.finite().reshape(-1, 1)}))
 
 
 def _take(raws: dict[str, Raw], name: str, owner: Raw) -> Raw:
@@ -254,13 +254,3 @@ def _expect(raw: Raw, dtype: str, shape: tuple[int, ...]) -> None:
 def _expect_levels(raw: Raw, meant: torch.Tensor) -> None:
     if not torch.equal(raw.tensor(), meant):
         raise raw.refuse("other levels than those of bitsandbytes", "the file was made with a changed number format")
-
-
-def _finite(raw: Raw) -> torch.Tensor:
-    tensor = raw.tensor()
-    bad = (~torch.isfinite(tensor)).nonzero()
-    if len(bad):
-        at = tuple(bad[0].tolist())
-        raise raw.refuse(f"{float(tensor[at])} at {list(at)}", "the file is damaged, or its layer was quantized with "
-                         "NaN or infinite weights")
-    return tensor

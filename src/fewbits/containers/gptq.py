@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from fewbits import __version__
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.affine import IntK
-from fewbits.codecs.packing import pack_bits, unpack_bits
+from fewbits.codecs.packing import pack_bits, packed_bytes, unpack_bits
 from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason, read_json
 from fewbits.containers.gptq_config import Rules, dynamic_rules
 from fewbits.containers.intk import (
@@ -47,7 +47,6 @@ class Gptq(Directory):
     """
 
     name: ClassVar[str] = "gptq"
-    ordered: ClassVar[bool] = True
     ordered: ClassVar[bool] = True
 
     def __init__(self, version: str | None = None):
@@ -188,7 +187,8 @@ class Module:
         order = order_of(self.g_idx, columns, codec.unit(columns), self.scales.shape[0])
         if order is not None:
             stream = pack_bits(unpack_bits(stream, codec.bits, columns)[:, order], codec.bits)
-        planes = {"codes": stream[:, :-(-columns * codec.bits // 8)].contiguous(), "scales": self.scales.finite().t().contiguous()}
+        planes = {"codes": stream[:, :packed_bytes(columns, codec.bits)].contiguous(),
+                  "scales": self.scales.finite().t().contiguous()}
         if not codec.symmetric:
             zeros = unpack_bits(to_bytes(self.qzeros.tensor()), codec.bits, rows)  # [groups, rows]
             zeros = (zeros + 1) & ((1 << codec.bits) - 1) if self.version == V1 else zeros

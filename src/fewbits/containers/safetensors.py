@@ -68,6 +68,20 @@ class Raw:
             part = part.clone()  # torch cannot view bytes that are not aligned
         return part.view(getattr(torch, torch_name)).reshape(self.shape)
 
+    def finite(self) -> torch.Tensor:
+        """The tensor, all of whose values must be finite.
+
+        Raises:
+            FewbitsError: NaN or infinity; the place of the first is named.
+        """
+        tensor = self.tensor()
+        bad = (~torch.isfinite(tensor)).nonzero()
+        if len(bad):
+            at = tuple(bad[0].tolist())
+            raise self.refuse(f"{float(tensor[at])} at {list(at)}", "the file is damaged, or its layer was quantized "
+                              "with NaN or infinite weights")
+        return tensor
+
     def refuse(self, reason: str, hint: str | None = None) -> FewbitsError:
         return FewbitsError(f"{self.file.path}: {self.name}: {reason}", hint)
 
