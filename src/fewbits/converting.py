@@ -147,7 +147,7 @@ def _keeping(source: Checkpoint) -> str:
 def _exact(source: Checkpoint, entry: Entry, container: Container) -> bool:
     """Whether `container` takes the entry's codes, or those of a codec that may hold the same values."""
     codecs_ = [entry.codec, *candidates(entry.codec, entry.shape[-1])]
-    return any(container.accepts(source, entry.as_(codec=c)) is None for c in codecs_)
+    return any(container.refuses(source, entry.as_(codec=c)) is None for c in codecs_)
 
 
 # what becomes of a tensor -----------------------------------------------------------------------------------------
@@ -156,19 +156,19 @@ def _choose(source: Checkpoint, entry: Entry, target: Container, kind: Codec | N
     """The entry as it will be written, and how it changes; a ROUNDED one is only written where that is allowed."""
     if kind is not None:
         return _as_float(entry, [kind], kind)
-    reason = target.accepts(source, entry)
+    reason = target.refuses(source, entry)
     if reason is None and not _ordered(entry, target):
         return entry, KEPT
     for codec in candidates(entry.codec, entry.shape[-1]):
-        if target.accepts(source, entry.as_(codec=codec)) is None and recode(entry.load(), codec) is not None:
+        if target.refuses(source, entry.as_(codec=codec)) is None and recode(entry.load(), codec) is not None:
             return entry.as_(codec=codec, load=partial(_recoded, entry, codec)), RECODED
     if isinstance(entry.codec, Float):
         raise FewbitsError(f"{target.name} cannot hold {entry.name} ({entry.codec.name}): {reason}")
     close = _closest(entry, target)
-    if close is not None and target.accepts(source, entry.as_(codec=close)) is None:
+    if close is not None and target.refuses(source, entry.as_(codec=close)) is None:
         return entry.as_(codec=close, load=partial(_requantized, entry, close)), ROUNDED
     for codec in (F32, F16, BF16):
-        reason = target.accepts(source, entry.as_(codec=codec))
+        reason = target.refuses(source, entry.as_(codec=codec))
         if reason is None:
             break
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -38,6 +39,14 @@ class Container:
     def accepts(self, checkpoint: Checkpoint, entry: Entry) -> str | None:
         """Why this layout cannot hold the entry of that checkpoint (both `as_filed`), or None."""
         raise NotImplementedError
+
+    def refuses(self, checkpoint: Checkpoint, entry: Entry) -> str | None:
+        """`accepts` of an entry that is not yet filed."""
+        try:
+            filed = self.as_filed(replace(checkpoint, entries={entry.name: entry}))
+        except FewbitsError as error:
+            return str(error)
+        return next((reason for e in filed.entries.values() if (reason := self.accepts(checkpoint, e))), None)
 
     def refusal(self, checkpoint: Checkpoint) -> tuple[Entry, str] | None:
         """The first entry that this layout cannot hold, and why."""

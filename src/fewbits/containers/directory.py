@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fewbits import arch
 from fewbits.checkpoint import Buffer, Checkpoint, Entry
 from fewbits.codecs.floats import BF16, F16, F32, Float
 from fewbits.containers import experts
@@ -92,7 +93,7 @@ class Directory(Container):
                 buffers[name] = Buffer(raw.dtype, raw.shape, raw.tensor)
         order = {name: i for i, name in enumerate(names)}
         entries = self.stacked(dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order)))))
-        entries = experts.turned(config, entries)
+        entries = turned(config, entries)
         files = {name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
         facts = {"quantization_config": quantization} if quantization else {}
         return Checkpoint(path, self.name, config, entries, files, facts, buffers)
@@ -103,8 +104,8 @@ class Directory(Container):
 
     # writing --------------------------------------------------------------------------------------------------------
     def as_filed(self, checkpoint: Checkpoint) -> Checkpoint:
-        turned = experts.turned(checkpoint.config, checkpoint.entries)
-        return replace(checkpoint, entries=experts.unstacked(turned.values()))
+        entries = turned(checkpoint.config, checkpoint.entries)
+        return replace(checkpoint, entries=experts.unstacked(entries.values()))
 
     def stage(self, path: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
         checkpoint = self.as_filed(checkpoint)
@@ -159,6 +160,22 @@ class TransformersDirectory(Directory):
 def _write_entry(out: Writer, layout: Layout, entry: Entry) -> None:
     for name, data in layout.tensors(entry.name, entry.load()).items():
         out.write(name, data)
+
+
+def turned(config: dict[str, Any], entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Float weights that files hold as `[..., in, out]`: from there to `[..., out, in]`, and back."""
+    names = arch.transposed(config)
+    return {n: _turned(e) if n in names and isinstance(e.codec, Float) else e for n, e in entries.items()}
+
+
+def _turned(entry: Entry) -> Entry:
+    codec, shape = entry.codec, (*entry.shape[:-2], entry.shape[-1], entry.shape[-2])
+
+    def load() -> QTensor:
+        data = entry.load().planes["data"].view(entry.shape).transpose(-1, -2)
+        return QTensor(codec, shape, {"data": data.reshape(codec.matrix(shape))})
+
+    return Entry(entry.name, shape, codec, load)
 
 
 def float_reason(entry: Entry) -> str | None:

@@ -9,19 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from fewbits.checkpoint import Entry
 from fewbits.codecs.base import Shape
-from fewbits.codecs.floats import Float
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
 ONE = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+\.(?:weight|bias))")
 ALL = re.compile(r"(.+\.experts)\.([^.]+\.(?:weight|bias))")
-# fused float weights that files (and Transformers' modules) hold as [experts, in, out], by model type
-IN_OUT = {"gpt_oss": re.compile(r".+\.experts\.(gate_up_proj|down_proj)")}
 
 
 # stacking -----------------------------------------------------------------------------------------------------------
@@ -142,33 +138,10 @@ def unstacked(entries: Iterable[Entry]) -> dict[str, Entry]:
 def _parts(entry: Entry, held: _Held) -> list[Entry]:
     if not splits(entry.name, entry.shape):
         return [entry]
-    if isinstance(entry.load, Stack):
+    if isinstance(entry.load, Stack) and entry.load.parts[0].codec == entry.codec:
         return list(entry.load.parts)
     if not entry.codec.stacks(entry.shape):
         raise FewbitsError(f"{entry.name} {list(entry.shape)} does not come apart into experts: blocks of "
                            f"{entry.codec.name} go over their ends")
     return [Entry(one(entry.name, i), entry.shape[1:], entry.codec, _Slice(held, entry, i))
             for i in range(entry.shape[0])]
-
-
-# orientation --------------------------------------------------------------------------------------------------------
-def is_in_out(config: dict[str, Any], entry: Entry) -> bool:
-    """Whether files hold this entry as `[experts, in, out]`."""
-    pattern = IN_OUT.get(str(config.get("model_type")))
-    return pattern is not None and isinstance(entry.codec, Float) and pattern.fullmatch(entry.name) is not None
-
-
-def turned(config: dict[str, Any], entries: dict[str, Entry]) -> dict[str, Entry]:
-    """From the files' orientation to that of a checkpoint, and back."""
-    return {name: _turned(e) if is_in_out(config, e) else e for name, e in entries.items()}
-
-
-def _turned(entry: Entry) -> Entry:
-    count, a, b = entry.shape
-    shape, codec = (count, b, a), entry.codec
-
-    def load() -> QTensor:
-        data = entry.load().planes["data"].view(entry.shape).transpose(1, 2)
-        return QTensor(codec, shape, {"data": data.reshape(codec.matrix(shape))})
-
-    return Entry(entry.name, shape, codec, load)
