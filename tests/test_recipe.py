@@ -5,10 +5,11 @@ import json
 import pytest
 
 from fewbits import codecs
+from fewbits.codecs import decode_only
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.floats import BF16, F16, F32
 from fewbits.errors import FewbitsError
-from fewbits.recipe import ModelFacts, get, llama
+from fewbits.recipe import Fact, ModelFacts, get, llama
 from fewbits.recipe.llama import fit_width, more_bits
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024,
@@ -58,12 +59,39 @@ def test_a_fallback_is_reported_with_its_cost():
     assert choice.note == "Q4_K does not divide 576: Q5_0, +1.00 bits"
 
 
-def test_a_type_that_cannot_be_written_is_refused_by_name(monkeypatch):
-    monkeypatch.setitem(llama.MIXES, "Q4_K_M", llama.Mix(15, "Q4_K", (("ffn_down", "Q3_K", llama.first_eighth),)))
-    with pytest.raises(FewbitsError, match=r"Q4_K_M wants Q3_K for model.layers.0.mlp.down_proj.weight"):
-        get("Q4_K_M").resolve(facts())
-    forced = get("Q4_K_M").resolve(facts(), ["*.mlp.down_proj.weight=Q4_0"])
-    assert {c.codec.name for c in forced} == {"Q4_0", "Q4_K", "Q6_K", "F32"}
+@pytest.mark.parametrize("name", decode_only.TYPES)
+def test_types_that_are_only_read_are_refused_with_the_nearest(name):
+    with pytest.raises(FewbitsError, match=f"{name} is read and not written here") as error:
+        get(name)
+    nearest = get(error.value.hint.split()[-1])
+    assert len(nearest.resolve(facts())) == len(facts().tensors)
+
+
+def test_mixes_that_llama_cpp_has_and_we_do_not_are_refused_with_the_nearest():
+    from gguf.constants import LlamaFileType
+
+    theirs = {name.removeprefix("MOSTLY_") for name in LlamaFileType.__members__ if name.startswith("MOSTLY_")}
+    assert theirs - llama.MIXES.keys() <= llama.UNWRITTEN.keys() | {"Q4_1_SOME_F16"}
+    with pytest.raises(FewbitsError, match="IQ3_M is read") as error:
+        get("iq3_m")
+    assert error.value.hint == "the nearest that is written: Q3_K_M"
+
+
+def test_q2_k_and_q3_k_m_by_hand():
+    four, two = facts(), facts(num_key_value_heads=4)  # query heads to a key/value head
+    assert types("Q2_K", four)["blk.3.attn_v.weight"] == "Q4_K" and types("Q2_K", two)["blk.3.attn_v.weight"] == "Q3_K"
+    got = types("Q3_K_M", facts())
+    assert [got[f"blk.{i}.attn_v.weight"] for i in range(3)] == ["Q5_K", "Q5_K", "Q4_K"]
+    assert [got[f"blk.{i}.ffn_down.weight"] for i in range(2)] == ["Q5_K", "Q4_K"]
+    assert got["blk.0.attn_output.weight"] == "Q4_K" and got["blk.0.attn_q.weight"] == "Q3_K"
+
+
+def test_mxfp4_goes_to_experts_alone():
+    stack = Fact("experts", (4, 64, 64), F32, gguf="blk.0.ffn_up_exps.weight")
+    other = Fact("attention", (64, 64), F32, gguf="blk.0.attn_q.weight")
+    router = Fact("router", (4, 64), F32, gguf="blk.0.ffn_gate_inp.weight")
+    model = ModelFacts(LLAMA | {"num_local_experts": 4, "num_hidden_layers": 1}, (stack, other, router), "qwen3moe")
+    assert [c.codec.name for c in get("MXFP4_MOE").resolve(model)] == ["MXFP4", "Q8_0", "F32"]
 
 
 def test_importances_protect_the_first_down_projections():
@@ -109,8 +137,6 @@ def test_unknown_recipes_and_wrong_containers():
         get("Q9_X")
     with pytest.raises(FewbitsError, match="nf4 does not go to gguf"):
         get("nf4", "gguf")
-    with pytest.raises(FewbitsError, match="IQ4_XS is read and not written"):
-        get("IQ4_XS")
     assert get("F16", "gguf").file_type == 1 and get("F16").file_type is None
 
 
@@ -207,7 +233,7 @@ def test_overrides_to_floats_are_not_quantized():
     ("blk.99.*=Q8_0", r"override blk.99.\*=Q8_0: matches no tensor"),
     ("*.norm.weight=Q8_0", "model.norm.weight .512. cannot take Q8_0: it is a vector"),
     ("nonsense", "not PATTERN=CODEC"), ("a=Q9", "unknown codec"), ("re:(=Q8_0", "not a regular expression"),
-    ("*=Q3_K", "Q3_K is read and not written")])
+    ("*=IQ3_S", "IQ3_S is read and not written")])
 def test_overrides_that_cannot_be(override, message):
     with pytest.raises(FewbitsError, match=message):
         get("Q4_K_M").resolve(facts(), [override])

@@ -65,9 +65,10 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
     target = containers.by_name(container or recipe.container)
     out = Path(out).resolve()
     check_output(out, source.path)
-    solver = solver or ("gptq" if calibration else "search")
-    if solver in solvers.NEEDS_STATISTICS and calibration is None:
-        raise FewbitsError(f"solver {solver} needs calibration text", "give one with --calibration FILE")
+    solver = solver or recipe.solver or ("gptq" if calibration else "search")
+    for named in sorted({solver} | recipe.solvers):
+        if named in solvers.NEEDS_STATISTICS and calibration is None:
+            raise FewbitsError(f"solver {named} needs calibration text", "give one with --calibration FILE")
     choices = recipe.resolve(ModelFacts.of(source), overrides=overrides, has_importance=calibration is not None,
                              solver=solver)
     choices, notes = _solvable(choices)

@@ -1,7 +1,7 @@
 """Which tensor gets which codec and solver: `get("Q4_K_M").resolve(facts)`.
 
 A recipe is one of llama.cpp's mixes (GGUF), or one codec for all linear layers (GPTQ, bitsandbytes), or a plain float
-type. Overrides by pattern come on top.
+type, or a TOML file that builds on one of these. Overrides by pattern come on top.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fewbits import arch, codecs
 from fewbits.codecs.base import Codec, Shape
 from fewbits.codecs.decode_only import DecodeOnly
 from fewbits.errors import FewbitsError
-from fewbits.recipe import llama, patterns
+from fewbits.recipe import file, llama, patterns
 from fewbits.recipe.facts import LINEAR, Fact, ModelFacts, float_of
 from fewbits.recipe.patterns import Override, Overrides
 
@@ -21,8 +21,8 @@ __all__ = ["Choice", "Fact", "ModelFacts", "PRESETS", "Overrides", "Recipe", "ge
 # shown in lists, from few bits to many; any codec's name is a recipe too
 PRESETS = ("int3-g32-asym", "Q4_K_M", "Q4_0", "int4-g128", "nf4", "nf4-dq", "nf4-b128", "fp4", "Q5_0", "Q5_K_M", "Q6_K",
            "Q8_0", "int8", "f16", "bf16", "f32")
-CONTAINERS = {"ggml": ("gguf",), "int": ("gptq",), "table": ("bitsandbytes",), "int8": ("bitsandbytes",),
-              "float": ("transformers", "gguf")}  # by family; the first is the default
+CONTAINERS = {"ggml": ("gguf",), "int": ("gptq", "awq", "compressed-tensors"), "table": ("bitsandbytes",),
+              "int8": ("bitsandbytes",), "float": ("transformers", "gguf")}  # by family; the first is the default
 DEFAULT_SOLVER = "search"
 
 
@@ -48,6 +48,13 @@ class Recipe:
     codec: Codec | None = None  # of every linear layer; None for a mix
     mix: llama.Mix | None = None
     pure: bool = False  # the mix's base type for every matrix
+    solver: str | None = None  # where the call names none
+    overrides: tuple[Override, ...] = ()  # its own; those of the call come after them
+
+    @property
+    def solvers(self) -> set[str]:
+        """The solvers that it names itself."""
+        return {s for s in (self.solver, *(o.solver for o in self.overrides)) if s}
 
     @property
     def file_type(self) -> int | None:
@@ -62,7 +69,8 @@ class Recipe:
             FewbitsError: an override that matches nothing or does not fit, a mix for an architecture without GGUF
                 names, a type that cannot be written yet, or a solver that cannot take a tensor.
         """
-        forced = patterns.apply(patterns.parse(overrides), facts)
+        forced = patterns.apply([*self.overrides, *patterns.parse(overrides)], facts)
+        solver = solver or self.solver
         types = self._types(facts, has_importance)
         out = []
         for fact in facts.tensors:
@@ -72,8 +80,10 @@ class Recipe:
                 choice = _mixed(fact, *types.get(fact.name, ("F32", "F32")), self.name)
             else:
                 choice = self._uniform(fact, facts)
+            own = forced[fact.name].solver if fact.name in forced else None
             # an embedding has no inputs to calibrate on
-            out.append(replace(choice, solver=solver) if choice.solver and solver and fact.role in LINEAR else choice)
+            asked = own or (solver if fact.role in LINEAR else None)
+            out.append(replace(choice, solver=asked) if choice.solver and asked else choice)
         return out
 
     def _types(self, facts: ModelFacts, has_importance: bool) -> dict[str, tuple[str, str]]:
@@ -81,9 +91,9 @@ class Recipe:
             return {}
         if facts.arch is None:
             named = (facts.config.get("architectures") or [facts.config.get("model_type")])[0]
-            known = ", ".join(a for family in arch.ARCHITECTURES for a in family.architectures)
             raise FewbitsError(f"{self.name} goes to GGUF, which has no names here for the tensors of {named}",
-                               f"GGUF takes {known}; recipes for other containers take any model: nf4, int4-g128")
+                               f"GGUF takes {arch.goes_to_gguf()}; recipes for other containers take any model: nf4, "
+                               "int4-g128")
         return llama.assign(self.mix, facts, has_importance, self.pure)
 
     def _uniform(self, fact: Fact, facts: ModelFacts) -> Choice:
@@ -103,19 +113,26 @@ class Recipe:
 
 
 def get(name: str, container: str | None = None) -> Recipe:
-    """The recipe called `name` (case does not matter): a mix of llama.cpp, or any codec.
+    """The recipe called `name` (case does not matter): a mix of llama.cpp, or any codec; or a TOML file.
 
     Raises:
-        FewbitsError: no such recipe, or one that the container cannot hold.
+        FewbitsError: no such recipe, one that the container cannot hold, or a file that is no recipe.
     """
+    if name.lower().endswith(file.SUFFIX):
+        base, own_container, solver, overrides = file.read(name)
+        if base.lower().endswith(file.SUFFIX):
+            raise FewbitsError(f"{name}: base is the file {base!r}", "a base is a preset or a codec: Q4_K_M, nf4")
+        try:
+            return replace(get(base, container or own_container), name=name, solver=solver, overrides=overrides)
+        except FewbitsError as error:
+            raise FewbitsError(f"{name}: {error}", error.hint) from None
+    _refuse_unwritten(name)
     mix = next((m for m in llama.MIXES if m.lower() == name.lower()), None)
     try:
         codec = None if mix and mix not in llama.FLOATS else codecs.get(name)
     except FewbitsError:
         raise FewbitsError(f"unknown recipe {name!r}", "a mix of llama.cpp: " + ", ".join(llama.MIXES)
                            + "; or any codec: int4-g128, int3-g32-asym, int8, nf4, nf4-dq, fp4, Q4_K, f16") from None
-    if isinstance(codec, DecodeOnly):
-        raise FewbitsError(f"{codec.name} is read and not written here", "Q4_0, Q5_0, Q8_0, Q4_K, Q5_K and Q6_K are")
     able = CONTAINERS[codec.family] if codec else CONTAINERS["ggml"]
     target = container or able[0]
     if target not in able:
@@ -126,6 +143,12 @@ def get(name: str, container: str | None = None) -> Recipe:
         return Recipe(mix, target, mix=llama.MIXES[mix])
     assert codec is not None
     return Recipe(codec.name, target, mix=llama.Mix(llama.FILE_TYPE[codec.name], codec.name), pure=True)
+
+
+def _refuse_unwritten(name: str) -> None:
+    near = llama.UNWRITTEN.get(name.upper())
+    if near:
+        raise FewbitsError(f"{name.upper()} is read and not written here", f"the nearest that is written: {near}")
 
 
 def _mixed(fact: Fact, wanted: str, taken: str, recipe: str) -> Choice:
@@ -144,4 +167,4 @@ def _overridden(fact: Fact, override: Override) -> Choice:
     solver = None if override.codec.family == "float" else DEFAULT_SOLVER
     transposed = fact.role == "conv1d" and solver is not None
     shape = fact.shape[::-1] if transposed else fact.shape
-    return Choice(fact.name, shape, override.codec, solver, f"override {override.text}", transposed=transposed)
+    return Choice(fact.name, shape, override.codec, solver, override.text, transposed=transposed)

@@ -25,6 +25,7 @@ class Place:
     count: int  # how many there are
     facts: ModelFacts
     has_importance: bool
+    stacked: bool = False  # the experts of a layer in one tensor
 
 
 When = Callable[[Place], bool]
@@ -48,15 +49,44 @@ def first_eighth_weighted(p: Place) -> bool:
     return p.has_importance and first_eighth(p)
 
 
+def first_eighth_unweighted(p: Place) -> bool:
+    return not p.has_importance and first_eighth(p)
+
+
+def first_sixteenth(p: Place) -> bool:
+    return p.index < p.count // 16
+
+
 def _first(n: int, p: Place) -> bool:
     return p.index < n
 
 
-first_4 = partial(_first, 4)
+first_2, first_4 = partial(_first, 2), partial(_first, 4)
 
 
 def eight_experts(p: Place) -> bool:
     return p.facts.experts == 8
+
+
+def grouped(p: Place) -> bool:
+    """Four or more query heads share each value projection: it is small."""
+    return p.facts.gqa >= 4
+
+
+def stacked(p: Place) -> bool:
+    return p.stacked
+
+
+def falcon(p: Place) -> bool:
+    return p.facts.arch == "falcon"
+
+
+def falcon_first_sixteenth(p: Place) -> bool:
+    return falcon(p) and first_sixteenth(p)
+
+
+def falcon_more_bits(p: Place) -> bool:
+    return falcon(p) and more_bits(p)
 
 
 @dataclass(frozen=True)
@@ -66,6 +96,11 @@ class Mix:
     file_type: int
     base: str
     rules: tuple[tuple[str, str, When], ...] = ()
+
+
+def _iq4(base: str) -> tuple[tuple[str, str, When], ...]:
+    return (("attn_v", "Q5_K", grouped), ("ffn_down", "Q5_K", first_eighth_unweighted),
+            ("attn_output", base, falcon), ("attn_output", "Q5_K", eight_experts))
 
 
 MIXES: dict[str, Mix] = {
@@ -78,22 +113,51 @@ MIXES: dict[str, Mix] = {
     "Q5_0": Mix(8, "Q5_0", (("ffn_down", "Q5_1", first_eighth_weighted),)),
     "Q5_1": Mix(9, "Q5_1"),
     "Q6_K": Mix(18, "Q6_K"),
-    "Q4_K_S": Mix(14, "Q4_K", (("attn_v", "Q5_K", first_4), ("ffn_down", "Q5_K", first_eighth),
-                               ("attn_output", "Q5_K", eight_experts))),
-    "Q4_K_M": Mix(15, "Q4_K", (("attn_v", "Q6_K", more_bits), ("ffn_down", "Q6_K", more_bits),
-                               ("attn_output", "Q5_K", eight_experts))),
+    "Q2_K": Mix(10, "Q2_K", (
+        ("attn_v", "Q4_K", grouped), ("attn_v", "Q3_K", always), ("ffn_down", "Q3_K", always),
+        ("attn_output", "Q2_K", falcon), ("attn_output", "Q5_K", eight_experts), ("attn_output", "Q3_K", always))),
+    "Q2_K_S": Mix(21, "Q2_K", (("attn_v", "Q4_K", grouped), ("ffn_down", "Q4_K", first_eighth))),
+    "Q3_K_S": Mix(11, "Q3_K", (("attn_output", "Q3_K", falcon), ("attn_output", "Q5_K", eight_experts))),
+    "Q3_K_M": Mix(12, "Q3_K", (
+        ("attn_v", "Q5_K", first_2), ("attn_v", "Q4_K", always),
+        ("ffn_down", "Q5_K", first_sixteenth), ("ffn_down", "Q4_K", falcon_more_bits), ("ffn_down", "Q3_K", falcon),
+        ("ffn_down", "Q4_K", always),
+        ("attn_output", "Q3_K", falcon), ("attn_output", "Q5_K", eight_experts), ("attn_output", "Q4_K", always))),
+    "Q3_K_L": Mix(13, "Q3_K", (
+        ("attn_v", "Q5_K", always), ("ffn_down", "Q4_K", falcon), ("ffn_down", "Q5_K", always),
+        ("attn_output", "Q4_K", falcon), ("attn_output", "Q3_K", eight_experts), ("attn_output", "Q5_K", always))),
+    "Q4_K_S": Mix(14, "Q4_K", (
+        ("attn_v", "Q5_K", first_4), ("ffn_down", "Q4_K", falcon), ("ffn_down", "Q5_K", first_eighth),
+        ("attn_output", "Q4_K", falcon), ("attn_output", "Q5_K", eight_experts))),
+    "Q4_K_M": Mix(15, "Q4_K", (
+        ("attn_v", "Q6_K", more_bits),
+        ("ffn_down", "Q6_K", falcon_first_sixteenth), ("ffn_down", "Q5_K", falcon_more_bits),
+        ("ffn_down", "Q4_K", falcon), ("ffn_down", "Q6_K", more_bits),
+        ("attn_output", "Q4_K", falcon), ("attn_output", "Q5_K", eight_experts))),
     "Q5_K_S": Mix(16, "Q5_K"),
     "Q5_K_M": Mix(17, "Q5_K", (("attn_v", "Q6_K", more_bits), ("ffn_down", "Q6_K", more_bits))),
+    "IQ4_NL": Mix(25, "IQ4_NL", _iq4("IQ4_NL")),
+    "IQ4_XS": Mix(30, "IQ4_XS", _iq4("IQ4_XS")),
+    "TQ1_0": Mix(36, "TQ1_0", (("embedding", "Q4_K", always),)),
+    "TQ2_0": Mix(37, "TQ2_0", (("embedding", "Q4_K", always),)),
+    "MXFP4_MOE": Mix(38, "Q8_0", tuple((kind, "MXFP4", stacked) for kind in ("ffn_gate", "ffn_up", "ffn_down"))),
 }
+# mixes of types that are read and not written, each with the nearest that is
+UNWRITTEN = {"IQ1_S": "TQ1_0", "IQ1_M": "TQ2_0", "IQ2_XXS": "TQ2_0", "IQ2_XS": "Q2_K_S", "IQ2_S": "Q2_K_S",
+             "IQ2_M": "Q2_K", "IQ3_XXS": "Q3_K_S", "IQ3_XS": "Q3_K_S", "IQ3_S": "Q3_K_S", "IQ3_M": "Q3_K_M",
+             "NVFP4": "MXFP4", "Q1_0": "TQ1_0", "Q2_0": "Q2_K"}
 
 FILE_TYPE = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11,
-             "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32}  # of a file that is all of one type
+             "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37,
+             "MXFP4": 38}  # of a file that is all of one type
 
-FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0",
+            "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 FLOATS = ("F32", "F16", "BF16")
-BLOCK = {name: (32, size) for name, size in (("Q4_0", 18), ("Q4_1", 20), ("Q5_0", 22), ("Q5_1", 24), ("Q8_0", 34))}
+BLOCK = {name: (32, size) for name, size in (("Q4_0", 18), ("Q4_1", 20), ("Q5_0", 22), ("Q5_1", 24), ("Q8_0", 34),
+                                             ("IQ4_NL", 18), ("MXFP4", 17))}
 BLOCK |= {name: (256, size) for name, size in (("Q2_K", 84), ("Q3_K", 110), ("Q4_K", 144), ("Q5_K", 176),
-                                               ("Q6_K", 210))}
+                                               ("Q6_K", 210), ("IQ4_XS", 136), ("TQ1_0", 54), ("TQ2_0", 66))}
 BLOCK |= {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}  # columns, bytes of a block
 
 # parts of names of matrices that llama.cpp leaves alone
@@ -134,7 +198,8 @@ def assign(mix: Mix, facts: ModelFacts, has_importance: bool, pure: bool = False
     """
     picked = [f for f in sorted(facts.tensors, key=_file_order) if quantizes(f)]
     kinds = [kind_of(f.gguf or "") for f in picked]
-    counts = {k: kinds.count(k) if k == "attn_v" else facts.layers for k in kinds}
+    values = sum(kind_of(f.gguf or "") == "attn_v" for f in facts.tensors)
+    counts = {k: values if k == "attn_v" else facts.layers for k in kinds}
     seen: dict[str, int] = {}
     out = {}
     for fact, kind in zip(picked, kinds, strict=True):
@@ -142,7 +207,8 @@ def assign(mix: Mix, facts: ModelFacts, has_importance: bool, pure: bool = False
         seen[kind] = index + 1
         if facts.experts > 1 and kind.startswith("ffn"):
             index = _file_order(fact)[0]
-        place = Place(kind, index, counts[kind], facts, has_importance)
+        place = Place(kind, index, counts[kind], facts, has_importance,
+                      len(fact.shape) == 3 and fact.shape[0] > 1)
         wanted = mix.base if pure or mix.base in FLOATS else _wanted(mix, place)
         out[fact.name] = wanted, fit_width(wanted, fact.shape[-1])
     return out
@@ -154,7 +220,7 @@ def _is_head(place: Place) -> bool:
 
 def _wanted(mix: Mix, place: Place) -> str:
     if _is_head(place):
-        return "Q8_0" if mix.base == "Q8_0" else "Q6_K"
+        return "Q8_0" if mix.base == "Q8_0" or falcon(place) else "Q6_K"
     name = next((name for kind, name, when in mix.rules if kind == place.kind and when(place)), mix.base)
     if place.kind == "attn_v" and place.facts.is_70b and name in ("Q3_K", "Q4_K"):
         name = "Q5_K"  # 8 heads share each value projection: it is small, so more bits cost little

@@ -22,10 +22,12 @@ class Override:
 
     pattern: str
     codec: Codec
+    solver: str | None = None  # the solver of the call, where it says none
+    origin: str = "override"  # where it was asked for
 
     @property
     def text(self) -> str:
-        return f"{self.pattern}={self.codec.name}"
+        return f"{self.origin} {self.pattern}={self.codec.name}"
 
     def matches(self, fact: Fact) -> bool:
         names = [fact.name, *([fact.gguf] if fact.gguf else [])]
@@ -41,18 +43,24 @@ def parse(overrides: Overrides) -> list[Override]:
         FewbitsError: no `=`, an unknown codec, or a regular expression that does not compile.
     """
     items = overrides.items() if isinstance(overrides, Mapping) else [_split(text) for text in overrides or ()]
-    out = []
-    for pattern, name in items:
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as e:
-                raise FewbitsError(f"override {pattern}={name}: not a regular expression: {e}") from None
-        codec = codecs.get(name)
-        if isinstance(codec, DecodeOnly):
-            raise FewbitsError(f"override {pattern}={name}: {codec.name} is read and not written here")
-        out.append(Override(pattern, codec))
-    return out
+    return [one(pattern, name) for pattern, name in items]
+
+
+def one(pattern: str, name: str, solver: str | None = None, origin: str = "override") -> Override:
+    """The override of `pattern` by the codec called `name`.
+
+    Raises:
+        FewbitsError: an unknown codec, one that is only read, or a regular expression that does not compile.
+    """
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as e:
+            raise FewbitsError(f"{origin} {pattern}={name}: not a regular expression: {e}") from None
+    codec = codecs.get(name)
+    if isinstance(codec, DecodeOnly):
+        raise FewbitsError(f"{origin} {pattern}={name}: {codec.name} is read and not written here")
+    return Override(pattern, codec, solver, origin)
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -75,7 +83,7 @@ def apply(overrides: list[Override], facts: ModelFacts) -> dict[str, Override]:
     for override in overrides:
         matched = [f for f in facts.tensors if override.matches(f)]
         if not matched:
-            raise FewbitsError(f"override {override.text}: matches no tensor of the model",
+            raise FewbitsError(f"{override.text}: matches no tensor of the model",
                                f"names look like {_example(facts)}")
         if override.codec.family != "float":
             matched = [f for f in matched if len(f.shape) > 1] or matched
@@ -83,7 +91,7 @@ def apply(overrides: list[Override], facts: ModelFacts) -> dict[str, Override]:
             reason = "it is a vector" if len(fact.shape) < 2 and override.codec.family != "float" \
                 else override.codec.check(fact.shape)
             if reason:
-                raise FewbitsError(f"override {override.text}: {fact.name} {list(fact.shape)} cannot take "
+                raise FewbitsError(f"{override.text}: {fact.name} {list(fact.shape)} cannot take "
                                    f"{override.codec.name}: {reason}", "narrow the pattern, or choose another codec")
             out[fact.name] = override
     return out
