@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits import codecs
-from fewbits.codecs import ggml, kquants, mxfp4
+from fewbits.codecs import ggml, iq4, kquants, mxfp4
 from fewbits.qtensor import QTensor
 
-TYPES = (*ggml.TYPES, *kquants.TYPES, *mxfp4.TYPES)
+TYPES = (*ggml.TYPES, *kquants.TYPES, *iq4.TYPES, *mxfp4.TYPES)
 HALF_SCALE = [name for name in TYPES if name != "MXFP4"]  # those whose scale is fp16
 
 
@@ -180,6 +180,25 @@ def test_q6_k_by_hand():
     assert got[64] == 0.5 * -2 * (0x39 - 32)
     assert got[65] == 0.5 * -2 * -32
     assert got[0] == 0.0
+
+
+def test_iq4_nl_by_hand():
+    """d = 0.5; byte 0 is 0x0F: column 0 has code 15, level 113, column 16 code 0, level -127; code 8 is level 1."""
+    got = one("IQ4_NL", HALF[0.5] + b"\x0f" + b"\x88" * 15)
+    assert got[0] == 56.5
+    assert got[16] == -63.5
+    assert got[1:16] == got[17:] == [0.5] * 15
+
+
+def test_iq4_xs_by_hand():
+    """Sub-block 5 has the high bits 10 (bits 10 and 11) and the low bits 0011 (high half of byte 2): 35 - 32 = 3."""
+    codes = bytearray(b"\x88" * 128)
+    codes[80] = 0x9F  # columns 160 and 176: codes 15 and 9
+    got = one("IQ4_XS", HALF[0.5] + b"\x00\x08" + b"\x00\x00\x30\x00" + bytes(codes))
+    assert got[160] == 0.5 * 3 * 113
+    assert got[176] == 0.5 * 3 * 13
+    assert got[161] == 0.5 * 3 * 1
+    assert got[0] == 0.5 * -32 * 1
 
 
 def test_mxfp4_by_hand():

@@ -11,7 +11,7 @@ from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 
 TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
-         "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "NVFP4", "Q1_0")
+         "TQ1_0", "TQ2_0", "NVFP4", "Q1_0")
 
 
 class _Values:

@@ -8,7 +8,36 @@ from fewbits.codecs.base import Grid
 from fewbits.lazy import torch
 
 
-class UniformGrid:
+class _Folded:
+    """Scales `[..., s]`, each for `width / s` columns in a row: s is 1, or the number of sub-blocks, or of columns."""
+
+    def __init__(self, scale: torch.Tensor, width: int):
+        self.scale, self.width = scale, width
+
+    @property
+    def _folds(self) -> bool:
+        return 1 < self.scale.shape[-1] < self.width
+
+    def _spread(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., s]` to a shape that broadcasts to folded columns."""
+        return x.unsqueeze(-1) if self._folds else x
+
+    def _fold(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.scale.shape[-1], -1)) if self._folds else x
+
+    def _which(self, index: torch.Tensor | slice) -> tuple[torch.Tensor | slice, int]:
+        """The scales of some columns, and how many columns they are."""
+        run = self.width // self.scale.shape[-1]
+        if not isinstance(index, slice):
+            return index.to(self.scale.device) // run, len(index)
+        start, stop, step = index.indices(self.width)
+        if stop - start == step == 1:  # GPTQ asks for one column after the other: no copies then
+            return slice(start // run, start // run + 1), 1
+        which = torch.arange(start, stop, step, device=self.scale.device) // run
+        return which, len(which)
+
+
+class UniformGrid(_Folded):
     """`value = scale * (code - zero) * factor + offset`, codes `low` … `high`.
 
     `scale`, `zero` and `offset` are `[..., s]`, each entry for `columns / s` columns in a row: s is 1, or the number of
@@ -17,19 +46,9 @@ class UniformGrid:
 
     def __init__(self, scale: torch.Tensor, high: int, columns: int, *, zero: torch.Tensor | float = 0.0,
                  offset: torch.Tensor | None = None, low: int = 0, factor: float = 1.0):
-        self.scale, self.zero, self.offset, self.factor = scale, zero, offset, factor
-        self.low, self.high, self.width = low, high, columns
-
-    def _spread(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., s]` to a shape that broadcasts to folded columns."""
-        return x.unsqueeze(-1) if self._folds else x
-
-    @property
-    def _folds(self) -> bool:
-        return 1 < self.scale.shape[-1] < self.width
-
-    def _fold(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.scale.shape[-1], -1)) if self._folds else x
+        super().__init__(scale, columns)
+        self.zero, self.offset, self.factor = zero, offset, factor
+        self.low, self.high = low, high
 
     def encode(self, w: torch.Tensor) -> torch.Tensor:
         scale = self.scale * self.factor
@@ -52,20 +71,9 @@ class UniformGrid:
         return u.reshape(codes.shape)
 
     def columns(self, index: torch.Tensor | slice) -> Grid:
-        subs = self.scale.shape[-1]
-        if subs == 1:
+        if self.scale.shape[-1] == 1:
             return self
-        run = self.width // subs
-        which: torch.Tensor | slice
-        if isinstance(index, slice):
-            start, stop, step = index.indices(self.width)
-            if stop - start == step == 1:  # GPTQ asks for one column after the other: no copies then
-                which, count = slice(start // run, start // run + 1), 1
-            else:
-                which = torch.arange(start, stop, step, device=self.scale.device) // run
-                count = len(which)
-        else:
-            which, count = index.to(self.scale.device) // run, len(index)
+        which, count = self._which(index)
         zero = self.zero[..., which] if isinstance(self.zero, torch.Tensor) else self.zero
         offset = None if self.offset is None else self.offset[..., which]
         return UniformGrid(self.scale[..., which], self.high, count, zero=zero, offset=offset, low=self.low,
@@ -78,29 +86,44 @@ class Levels(NamedTuple):
     table: torch.Tensor  # [codes]
     bounds: torch.Tensor  # [codes - 1], midpoints of neighbouring levels
     order: torch.Tensor  # [codes], the code of each level by rank
+    halves: torch.Tensor | None = None  # for integer levels: the nearest to numbers from i/2 to (i+1)/2, around i = 0
 
 
 def levels(table: torch.Tensor) -> Levels:
     ranked, order = torch.sort(table, stable=True)
     order = order[torch.searchsorted(ranked, ranked)]  # of codes with the same level the first is chosen
-    return Levels(table, (ranked[1:] + ranked[:-1]) / 2, order)
+    bounds = (ranked[1:] + ranked[:-1]) / 2
+    return Levels(table, bounds, order, _halves(ranked, bounds))
 
 
-class TableGrid:
-    """`value = table[code] * scale`, scale `[..., 1]`."""
+def _halves(ranked: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor | None:
+    """Between integers all bounds are multiples of a half."""
+    if not torch.equal(ranked, ranked.round().clamp(-128, 128)):
+        return None
+    reach = 2 * max(1, int(ranked.abs().max()))
+    return ranked[torch.bucketize(torch.arange(-reach, reach) / 2, bounds, right=True)]
 
-    def __init__(self, scale: torch.Tensor, table: Levels):
-        self.scale, self.table = scale, table
+
+class TableGrid(_Folded):
+    """`value = table[code] * scale`, scale `[..., s]`, each entry for `columns / s` columns in a row."""
+
+    def __init__(self, scale: torch.Tensor, table: Levels, columns: int):
+        super().__init__(scale, columns)
+        self.table = table
 
     def encode(self, w: torch.Tensor) -> torch.Tensor:
         step = torch.where(self.scale == 0, torch.inf, self.scale)
-        rank = torch.bucketize(w.float() / step, self.table.bounds.to(w.device), out_int32=True)
+        u = self._fold(w.float()) / self._spread(step)
+        rank = torch.bucketize(u, self.table.bounds.to(w.device), out_int32=True)
         order = self.table.order.to(w.device, torch.uint8)
         return order.index_select(0, rank.reshape(-1)).reshape(w.shape)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         values = self.table.table.to(codes.device).index_select(0, codes.reshape(-1).int()).reshape(codes.shape)
-        return values.mul_(self.scale)
+        return self._fold(values).mul_(self._spread(self.scale)).reshape(codes.shape)
 
     def columns(self, index: torch.Tensor | slice) -> Grid:
-        return self
+        if self.scale.shape[-1] == 1:
+            return self
+        which, count = self._which(index)
+        return TableGrid(self.scale[..., which], self.table, count)

@@ -37,7 +37,7 @@ def power(exponent: torch.Tensor) -> torch.Tensor:
 class MXFP4(Blocks):
     columns: ClassVar[int] = 32
     integer_bits: ClassVar[int] = 4
-    block_bytes: ClassVar[int] = 17  # type: ignore[assignment]
+    block_bytes: ClassVar[int] = 17
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class MXFP4(Blocks):
         return fit_pieces(_refit, w, importance, torch.float32, more=[params["exponent"], codes])
 
     def grid(self, params: Params, columns: int) -> Grid:
-        return TableGrid(power(params["exponent"]), table())
+        return TableGrid(power(params["exponent"]), table(), columns)
 
     def join(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
         return join_fields(params["exponent"], join_halves(codes, 16))

@@ -28,6 +28,8 @@ WEIGHTED_SPREADS = {2: ratios(0.6, 2.2, 16), 3: ratios(0.6, 2.2, 16), 4: ratios(
                     6: ratios(0.7, 1.1, 16), 8: ratios(0.88, 1.15, 32)}
 ROWWISE_STARTS = tuple(127 * part for part in ratios(0.8, 1.3, 24) + ratios(0.96, 1.01, 12))
 SHRINKS = {2: ratios(0.5, 1.1, 13), 3: ratios(0.55, 1.05, 13), 4: ratios(0.6, 1.03, 13), 8: ratios(0.93, 1.0, 13)}
+IQ4_STARTS = tuple(sign * level for sign in (-1, 1) for level in ratios(90, 190, 14))
+WEIGHTED_IQ4_STARTS = tuple(sign * level for sign in (-1, 1) for level in ratios(90, 290, 16))
 TABLE_FACTORS = (0.75, 0.85, 0.92, 0.97, 1.0, 1.05)
 WEIGHTED_TABLE_FACTORS = (0.45, 0.6, 0.72, 0.82, 0.9, 0.96, 1.02, 1.1)
 
@@ -122,7 +124,16 @@ def search_zero(p: Piece, top: int, shrinks: Sequence[float]) -> tuple[torch.Ten
 
 # values s * table[code] -----------------------------------------------------------------------------------------------
 def nearest(u: torch.Tensor, table: Levels) -> torch.Tensor:
-    """The level nearest to each of `u`, to float32 rounding: a sum of steps is faster here than a binary search."""
+    """The level nearest to each of `u`, to float32 rounding.
+
+    Levels that are integers are looked up by halves; else a sum of steps is faster here than a binary search.
+    """
+    if table.halves is not None:
+        reach = len(table.halves) // 2
+        at = (u * 2).nan_to_num_(0.0).clamp_(-reach, reach - 1).floor_().add_(reach).int()
+        flat = at if at.is_contiguous() else at.t()  # as it lies in memory
+        found = table.halves.to(u.device).index_select(0, flat.reshape(-1)).view(flat.shape)
+        return found if at.is_contiguous() else found.t()
     ranked = table.table[table.order].tolist()
     found, passed = torch.full_like(u, ranked[0]), torch.empty_like(u)
     for bound, low, high in zip(table.bounds.tolist(), ranked, ranked[1:], strict=False):
@@ -149,6 +160,36 @@ def search_table(p: Piece, table: Levels, signed: bool, rounds: int = 2) -> torc
             v = p.weighted(t)
             s = p.sum(v * p.x) / p.sum(v * t).clamp_(min=TINY)
     return pick(torch.stack(errors), torch.stack(tries))[1]
+
+
+def search_levels(p: Piece, table: Levels, starts: Sequence[float], rounds: int = 3) -> torch.Tensor:
+    """Scale `[units, 1]`, normalised and rounded to storage; `starts` are levels for the largest magnitude.
+
+    Never worse than that on the first level.
+    """
+    total, extreme = energy(p), extremes(p)
+    found = extreme / table.table[0]
+    least, best = torch.full_like(total, torch.inf), found
+    for level in starts:
+        s, error = improve(p, nearest(p.x * invert(extreme / level), table), total)
+        least, best = torch.where(error < least, error, least), torch.where(error < least, s, best)
+    tries, errors = [], []
+    for s in (found, best):
+        for _ in range(rounds):
+            s = p.kept(s)
+            t = nearest(p.x * invert(s), table)
+            tries.append(s)
+            errors.append(p.error((t * s).sub_(p.x)))
+            s = improve(p, t, total)[0]
+    return pick(torch.stack(errors), torch.stack(tries))[1]
+
+
+def improve(p: Piece, t: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scale for given levels `t`, and its error to some 1e-6 of `total`."""
+    v = p.weighted(t)
+    tx, tt = p.sum(v * p.x), p.sum(v * t).clamp_(min=TINY)
+    s = tx / tt
+    return s, total - s * tx
 
 
 # parameters for codes that are given ----------------------------------------------------------------------------------

@@ -11,14 +11,25 @@ from itertools import product
 from typing import NamedTuple
 
 from fewbits.codecs.base import Params
+from fewbits.codecs.grids import Levels
 from fewbits.codecs.lines import Moments, codes_on, line_errors, moments, search_line
 from fewbits.codecs.pieces import TINY, Piece, invert, pick, rounded
-from fewbits.codecs.search import energy, extremes, probe, search_scale, symmetric_starts
+from fewbits.codecs.search import (
+    energy,
+    extremes,
+    nearest,
+    probe,
+    search_levels,
+    search_scale,
+    symmetric_starts,
+    table_error,
+)
 from fewbits.lazy import torch
 
 ROUNDS = 3
 NEAR_LINES = tuple(product((0, -1, 1), (0, -1, 1)))  # of scale and minimum
 NEAR_SCALES = (0, -1, 1, -2, 2)
+TOPS = (-32.0, -31.0, -30.0, -29.0, -28.0, 31.0, 30.0, 29.0)  # 6-bit scales for a super-block's largest
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -138,6 +149,46 @@ def refit_scales(p: Piece, bits: int) -> Params:
     """d for given codes, where it beats the present one; `more`: codes, d, scales."""
     q, old, scales = (t.float() for t in p.more)
     q = q.reshape(p.x.shape) - (1 << (bits - 1))
+    d = _best_d(p, q, scales)
+
+    def error(d: torch.Tensor) -> torch.Tensor:
+        return _table(p, p.error(q * _flat(d * scales) - p.x)).sum(-1, True)
+
+    return {"d": torch.where(error(d) < error(old / p.step), p.stored(d), p.more[1]), "scales": p.more[2]}
+
+
+# (d * scale) * level --------------------------------------------------------------------------------------------------
+def fit_level_scales(p: Piece, table: Levels, starts: Sequence[float]) -> Params:
+    """IQ4_XS. Never worse than putting each sub-block's largest magnitude on the first level."""
+
+    def errors(d: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return torch.stack([_table(p, table_error(p, _flat(d * s), table)) for s in scales])
+
+    def rounding(s: torch.Tensor, top: float) -> tuple[torch.Tensor, ...]:
+        """`s` `[units, subs]` with the largest magnitude on the scale `top`."""
+        d = p.kept(s.gather(-1, s.abs().argmax(-1, keepdim=True)) / top)
+        scales = rounded(s * invert(d), -32, 31)
+        return errors(d, scales[None])[0].sum(-1, True), d, scales
+
+    found = _table(p, search_levels(p.unrounded(), table, starts))
+    tries = [rounding(_table(p, extremes(p) / table.table[0]), -32)]
+    now = _pick_units([rounding(found, top) for top in TOPS])
+    near = found.new_tensor(NEAR_SCALES).view(-1, 1, 1)
+    for _ in range(ROUNDS):
+        _, d, scales = now
+        wanted = (scales + near).clamp_(-32, 31)
+        error, scales = pick(errors(d, wanted), wanted)
+        tries.append((error.sum(-1, True), d, scales))
+        d = _best_d(p, nearest(p.x * invert(_flat(d * scales)), table), scales)
+        now = [error, d, scales]
+    _, d, scales = _pick_units(tries)
+    return {"d": p.stored(d), "scales": scales.to(torch.int8)}
+
+
+def refit_level_scales(p: Piece) -> Params:
+    """d for given levels, where it beats the present one; `more`: levels, d, scales."""
+    q, old, scales = (t.float() for t in p.more)
+    q = q.reshape(p.x.shape)
     d = _best_d(p, q, scales)
 
     def error(d: torch.Tensor) -> torch.Tensor:
