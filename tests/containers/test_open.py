@@ -32,8 +32,8 @@ def test_the_container_is_found(tmp_path, quantization, name):
 
 def test_every_container_has_its_own_name():
     assert [containers.by_name(c.name) for c in containers.CONTAINERS] == list(containers.CONTAINERS)
-    with pytest.raises(FewbitsError, match="unknown container 'awq'"):
-        containers.by_name("awq")
+    with pytest.raises(FewbitsError, match="unknown container 'aqlm'"):
+        containers.by_name("aqlm")
 
 
 def test_what_no_container_reads_is_explained(tmp_path):
@@ -47,7 +47,7 @@ def test_what_no_container_reads_is_explained(tmp_path):
     (tmp_path / "file").write_bytes(b"text")
     assert "not a GGUF file" in why(tmp_path / "file")
     assert "has no config.json" in why(tmp_path)
-    assert "quantization method 'awq'" in why(directory(tmp_path / "awq", {"quant_method": "awq"}))
+    assert "quantization method 'aqlm'" in why(directory(tmp_path / "aqlm", {"quant_method": "aqlm"}))
     assert "quantization_config is not an object" in why(directory(tmp_path / "list", [1]))
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled/config.json").write_text("{}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewbits.checkpoint import Checkpoint
+from fewbits.containers.awq import Awq
 from fewbits.containers.base import Container, write
 from fewbits.containers.bnb import BitsAndBytes
+from fewbits.containers.compressed import CompressedTensors
 from fewbits.containers.directory import TransformersDirectory, read_json
 from fewbits.containers.gguf import Gguf
 from fewbits.containers.gptq import Gptq
@@ -14,7 +16,8 @@ from fewbits.errors import FewbitsError
 
 __all__ = ["CONTAINERS", "Container", "by_name", "detect", "open", "write"]
 
-CONTAINERS: tuple[Container, ...] = (Gguf(), Gptq(), BitsAndBytes(), TransformersDirectory())
+CONTAINERS: tuple[Container, ...] = (Gguf(), Gptq(), Awq(), CompressedTensors(), BitsAndBytes(),
+                                     TransformersDirectory())
 
 VARIANTS: dict[str, Container] = {"gptq-v1": Gptq("gptq"), "gptq-v2": Gptq("gptq_v2")}  # for writing
 

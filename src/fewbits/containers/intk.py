@@ -38,6 +38,13 @@ def codec_of(bits: int, group: int, symmetric: bool, scales: Raw) -> IntK:
     return codec
 
 
+def group_reason(codec: IntK, columns: int) -> str | None:
+    """Why groups of the codec would be ragged in a row of `columns`, or None."""
+    if codec.group == -1 or columns % codec.group == 0:
+        return None
+    return f"groups of {codec.group} do not divide {columns} columns"
+
+
 def expect(raw: Raw, dtypes: tuple[str, ...], sides: int) -> None:
     """
     Raises:
