@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 
-from fewbits.codecs import affine, codebook, decode_only, float8, floats, ggml, iq4, kquants, mxfp4, table
+from fewbits.codecs import affine, codebook, decode_only, float8, floats, ggml, iq4, kquants, mxfp4, table, ternary
 from fewbits.codecs.base import Codec
 from fewbits.errors import FewbitsError
 
 # each parses the names of its own codecs
-FAMILIES = (floats, ggml, kquants, iq4, mxfp4, affine, table, float8, codebook, decode_only)
+FAMILIES = (floats, ggml, kquants, iq4, mxfp4, ternary, affine, table, float8, codebook, decode_only)
 
 
 @cache

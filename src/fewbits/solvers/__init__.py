@@ -47,8 +47,8 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Sta
         raise FewbitsError(f"solver {solver} needs calibration text", "give one with --calibration FILE")
     rows, columns = codec.matrix(shape)
     matrix = w.reshape(rows, columns)
-    state = codec.begin(matrix, None)
     importance = statistics.importance(shape, (rows, columns)) if statistics is not None else None
+    state = codec.begin(matrix, importance)
     if solver == "gptq" and statistics is not None:
         return QTensor.pack(codec, shape, *gptq(matrix.float(), codec, statistics, state))
     if not codec.rows_apart(shape):
