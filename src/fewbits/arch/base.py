@@ -1,11 +1,11 @@
 """What a model family is, as data: names, row operations, and which file metadata means which configuration entry.
 
-Families spell their configuration differently (GPT-2 says `n_embd`). Everything here speaks Llama's spelling; a family's
-`spelling` says what it calls an entry, and `arch.complete` and `arch.spelled` translate.
+Families spell their configuration differently (GPT-2 says `n_embd`). Everything here speaks Llama's spelling; a
+family's `spelling` says what it calls an entry, and `arch.complete` and `arch.spelled` translate.
 
-**Orientation.** Every matrix of a Checkpoint is `[..., out, in]`, so codecs, solvers and GGUF see one thing. Some families
+Orientation: every matrix of a Checkpoint is `[..., out, in]`, so codecs, solvers and GGUF see one thing. Some families
 hold float weights as `[..., in, out]` in files and modules (GPT-2's `Conv1D`): their rows are marked `transposed`, the
-directory turns them on reading and writing and the loader when it fills a module. Packed weights are `[..., out, in]`
+directory turns them on reading and writing, and the loader when it fills a module. Packed weights are `[..., out, in]`
 everywhere.
 """
 
@@ -85,6 +85,7 @@ class Architecture:
     extra_config: Callable[[Values], Config]  # metadata without the prefix -> configuration entries
     spelling: Mapping[str, str] = field(default_factory=dict)  # Llama's name of a configuration entry -> this family's
     base: str = "model."  # the prefix that files of the model without a head leave out
+    experts: bool = False  # every layer is a mixture of experts; GGUF calls some such families like their dense kin
     skipped: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names of tensors that follow from the configuration
 
     @property
@@ -99,6 +100,11 @@ def head_dim(config: Config) -> int:
 
 def kv_heads(config: Config) -> int:
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def inner(config: Config) -> int:
+    """Width of the feed-forward part; GPT-2's configurations may leave it out."""
+    return int(config["intermediate_size"] if "intermediate_size" in config else 4 * config["hidden_size"])
 
 
 def tied(config: Config) -> bool:
@@ -125,20 +131,22 @@ def no_values(config: Config) -> Values:
 
 # the numbers that shapes are made of, by name
 NUMBERS: dict[str, Callable[[Config], int]] = {
-    "vocab": lambda c: c["vocab_size"], "hidden": lambda c: c["hidden_size"], "inner": lambda c: c["intermediate_size"],
+    "vocab": lambda c: c["vocab_size"], "hidden": lambda c: c["hidden_size"], "inner": inner,
     "positions": lambda c: c["max_position_embeddings"], "types": lambda c: c["type_vocab_size"],
     "head": head_dim, "queries": lambda c: c["num_attention_heads"] * head_dim(c),
     "keys": lambda c: kv_heads(c) * head_dim(c),
     "qkv": lambda c: (c["num_attention_heads"] + 2 * kv_heads(c)) * head_dim(c),
-    "gate_up": lambda c: 2 * c["intermediate_size"],
+    "gate_up": lambda c: 2 * inner(c), "heads": lambda c: c["num_attention_heads"],
+    "experts": lambda c: c["num_local_experts"],
+    "expert_inner": lambda c: c.get("moe_intermediate_size") or inner(c),
 }
 # what a role's tensors measure, where their row does not say
 DIMS: dict[str, tuple[str, ...]] = {
     "token_embd": ("vocab", "hidden"), "output": ("vocab", "hidden"), "position_embd": ("positions", "hidden"),
     "attn_q": ("queries", "hidden"), "attn_k": ("keys", "hidden"), "attn_v": ("keys", "hidden"),
     "attn_qkv": ("qkv", "hidden"), "attn_output": ("hidden", "queries"), "ffn_gate": ("inner", "hidden"),
-    "ffn_up": ("inner", "hidden"), "ffn_gate_up": ("gate_up", "hidden"), "ffn_down": ("hidden", "inner"),
-    "norm": ("hidden",),
+    "ffn_up": ("inner", "hidden"), "ffn_down": ("hidden", "inner"), "norm": ("hidden",),
+    "ffn_gate_inp": ("experts", "hidden"), "attn_sinks": ("heads",),
 }
 
 
@@ -153,6 +161,20 @@ SIZES = (
     Field("attention.key_length", "head_dim", "UINT32", head_dim, False),
 )
 
+HEAD_SIZES = tuple(f for f in SIZES if f.hf != "head_dim")  # of families whose heads are hidden_size / heads wide
+PLAIN_SIZES = tuple(f for f in HEAD_SIZES if f.hf not in ("rms_norm_eps", "num_key_value_heads"))  # before Llama
+
+EXPERT_COUNTS = (Field("expert_count", "num_local_experts", "UINT32"),
+                 Field("expert_used_count", "num_experts_per_tok", "UINT32"))
+
 LAYER = "model.layers.{i}."
 MLP = tuple(Weight(LAYER + f"mlp.{part}_proj.weight", f"blk.{{i}}.ffn_{part}.weight", f"ffn_{part}")
             for part in ("gate", "up", "down"))
+
+
+def expert_weights(hf: str, gate: str, down: str, up: str) -> tuple[Weight, ...]:
+    """The rows of a layer's experts, stacked; `{part}` of `hf` stands for the family's name of a projection."""
+    wide, narrow = ("experts", "expert_inner", "hidden"), ("experts", "hidden", "expert_inner")
+    parts = (("down", down, narrow), ("gate", gate, wide), ("up", up, wide))
+    return tuple(Weight(hf.replace("{part}", name), f"blk.{{i}}.ffn_{part}_exps.weight", f"ffn_{part}", dims=dims)
+                 for part, name, dims in parts)
