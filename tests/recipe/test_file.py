@@ -89,7 +89,7 @@ def test_a_solver_that_needs_text_is_refused_without(recipe, shared, tmp_path):
     ('base = "nf4"\n[tensors]\n"a" = 3', "tensors.'a' is 3", "codec ="),
     ('base = "nf4"\n[tensors]\nblk.0.ffn = "Q8_0"', "tensors.'blk' is a table of tables", "needs quotes"),
     ('base = "nf4"\n[tensors]\n"a" = { solver = "search" }', "tensors.'a' names no codec", "codec ="),
-    ('base = "nf4"\n[tensors]\n"a" = { codec = "nf4", group = 3 }', "tensors.'a': unknown key 'group'", "codec, solver"),
+    ('base = "nf4"\n[tensors]\n"a" = { codec = "nf4", bits = 3 }', "tensors.'a': unknown key 'bits'", "codec, solver"),
     ('base = "nf4"\n[tensors]\n"a" = { codec = "nf4", solver = "magic" }', "tensors.'a': unknown solver", "search"),
     ('base = "nf4"\n[tensors]\n"a" = "Q9"', "my.toml: tensors.'a': unknown codec 'Q9'", "int4-g128"),
     ('base = "nf4"\n[tensors]\n"re:(" = "nf4"', "my.toml: re:(=nf4: not a regular expression", None),
