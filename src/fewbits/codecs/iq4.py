@@ -16,7 +16,7 @@ from fewbits.codecs.grids import Levels, TableGrid, levels
 from fewbits.codecs.packing import join_fields, pack_bits, split_fields, unpack_bits
 from fewbits.codecs.pieces import Piece, fit_pieces
 from fewbits.codecs.search import IQ4_STARTS, WEIGHTED_IQ4_STARTS, refit_scale, search_levels
-from fewbits.codecs.subscales import fit_level_scales, refit_level_scales
+from fewbits.codecs.subscales import fit_level_scales, refit_scales
 from fewbits.lazy import torch
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # by code
@@ -77,7 +77,7 @@ class IQ4_XS(Blocks):
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         q = table().table.to(codes.device)[codes.int()]
-        return fit_pieces(refit_level_scales, w, importance, torch.float16, self.subs,
+        return fit_pieces(refit_scales, w, importance, torch.float16, self.subs,
                           [q, params["d"], params["scales"]])
 
     def grid(self, params: Params, columns: int) -> Grid:

@@ -14,7 +14,8 @@ from fewbits.codecs.ggml import Blocks, join_halves, split_halves
 from fewbits.codecs.grids import UniformGrid
 from fewbits.codecs.packing import join_fields, split_fields
 from fewbits.codecs.pieces import fit_pieces
-from fewbits.codecs.subscales import fit_lines, fit_scales, refit_lines, refit_scales
+from fewbits.codecs.sublines import fit_lines, refit_lines
+from fewbits.codecs.subscales import fit_scales, refit_scales
 from fewbits.lazy import torch
 
 
@@ -100,16 +101,20 @@ class Symmetric(_K):
     subs: ClassVar[int] = 16
     scale_bits: ClassVar[int]
 
+    @property
+    def middle(self) -> int:
+        return 1 << (self.bits - 1)
+
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
         return fit_pieces(lambda p: fit_scales(p, self.bits, self.scale_bits), w, importance, torch.float16, self.subs)
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
-        more = [codes, params["d"], params["scales"]]
-        return fit_pieces(lambda p: refit_scales(p, self.bits), w, importance, torch.float16, self.subs, more)
+        more = [codes.to(torch.int8) - self.middle, params["d"], params["scales"]]
+        return fit_pieces(refit_scales, w, importance, torch.float16, self.subs, more)
 
     def grid(self, params: Params, columns: int) -> Grid:
-        top, middle = (1 << self.bits) - 1, 1 << (self.bits - 1)
-        return UniformGrid(params["d"].float() * params["scales"], top, columns, zero=float(middle))
+        top, zero = (1 << self.bits) - 1, float(self.middle)
+        return UniformGrid(params["d"].float() * params["scales"], top, columns, zero=zero)
 
 
 @dataclass(frozen=True)
