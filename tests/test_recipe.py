@@ -18,7 +18,7 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_s
 BERT = {"architectures": ["BertModel"], "model_type": "bert", "hidden_size": 32, "intermediate_size": 64,
         "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 50, "max_position_embeddings": 16,
         "type_vocab_size": 2}
-GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2,
+GPT1 = {"architectures": ["OpenAIGPTLMHeadModel"], "model_type": "openai-gpt", "n_embd": 32, "n_layer": 1, "n_head": 2,
         "vocab_size": 50, "n_positions": 16, "n_ctx": 16}
 
 
@@ -178,16 +178,16 @@ def test_linear_layers_of_other_architectures_come_from_transformers():
 
 
 def test_transposed_layers():
-    chosen = {c.name: c for c in get("nf4").resolve(ModelFacts.from_config(GPT2))}
+    chosen = {c.name: c for c in get("nf4").resolve(ModelFacts.from_config(GPT1))}
     fused = chosen["transformer.h.0.attn.c_attn.weight"]
     assert fused.transposed and fused.shape == (96, 32) and fused.solver
-    assert chosen["transformer.wte.weight"].solver is None
+    assert chosen["transformer.tokens_embed.weight"].solver is None
 
 
 def test_names_without_the_prefix_of_the_base_model():
-    named = {"h.0.attn.c_attn.weight": (32, 96), "wte.weight": (50, 32)}
+    named = {"h.0.attn.c_attn.weight": (32, 96), "tokens_embed.weight": (50, 32)}
     entries = {n: Entry(n, s, F32, lambda: None) for n, s in named.items()}
-    chosen = get("nf4").resolve(ModelFacts.of(Checkpoint("gpt2", "transformers", GPT2, entries)))
+    chosen = get("nf4").resolve(ModelFacts.of(Checkpoint("gpt1", "transformers", GPT1, entries)))
     assert [bool(c.solver) for c in chosen] == [True, False]
 
 

@@ -14,16 +14,20 @@ from fewbits import containers, hub
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
 from fewbits.planning import available_bytes
-from fewbits.runtime.build import decoded, empty_model, parameter_of, tokenizer_of
+from fewbits.runtime.build import empty_model, tokenizer_of
 from fewbits.runtime.dispatch import choose
 from fewbits.runtime.linear import QEmbedding, QLinear
+from fewbits.runtime.places import Places
+
+QUANTIZED = (nn.Linear, Conv1D, nn.Embedding)  # modules that can hold packed weights
 
 
 def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
          kernel: str | None = None) -> transformers.PreTrainedModel:
     """An ordinary Transformers model on the weights of `model`, a path in any format or a hub id.
 
-    Quantized matrices become `QLinear` and `QEmbedding` modules; everything else is decoded to `dtype`. `kernel` names
+    Quantized matrices become `QLinear` and `QEmbedding` modules; everything else is decoded to `dtype`, experts among
+    it: Transformers computes with the experts of a layer in one fused parameter. `kernel` names
     the kernel; by default weights are decoded once where that fits into half of the free memory, else at every product.
     `checkpoint_of(model)` and `tokenizer(model)` give what came with it.
 
@@ -35,22 +39,20 @@ def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
     if kernel is None:
         needed = sum(e.parameters for e in checkpoint.entries.values()) * dtype.itemsize
         kernel = "decoded" if needed < available_bytes() / 2 else "decode"
+    places, rest = Places(net, checkpoint), []
     for entry in checkpoint.entries.values():
-        owner, leaf = parameter_of(net, checkpoint, entry)
-        if entry.codec.family != "float" and leaf == "weight" and isinstance(owner, (nn.Linear, Conv1D, nn.Embedding)):
-            q = entry.load()
-            prepared = choose(q, torch.device("cpu"), kernel).prepare(q, dtype)
-            name = next(n for n, m in net.named_modules() if m is owner)
-            if isinstance(owner, nn.Embedding):
-                net.set_submodule(name, QEmbedding(q, owner, prepared))
-            else:
-                net.set_submodule(name, QLinear(q, owner.bias, prepared))
+        place = places.of(entry)
+        if entry.codec.family == "float" or place.leaf != "weight" or not isinstance(place.module, QUANTIZED):
+            rest.append(entry)
+            continue
+        q, owner = entry.load(), place.module
+        prepared = choose(q, torch.device("cpu"), kernel).prepare(q, dtype)
+        name = next(n for n, m in net.named_modules() if m is owner)
+        if isinstance(owner, nn.Embedding):
+            net.set_submodule(name, QEmbedding(q, owner, prepared))
         else:
-            value = decoded(entry, owner, dtype)
-            if leaf in owner._parameters:
-                setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-            else:
-                owner.register_buffer(leaf, value)
+            net.set_submodule(name, QLinear(q, owner.bias, prepared))
+    places.fill(rest, dtype)
     _tie(net)
     missing = [n for n, p in net.named_parameters() if p.is_meta]
     if missing:

@@ -62,7 +62,7 @@ def test_lookup():
     assert arch.lookup({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}).name == "llama"
     assert arch.lookup({"model_type": "gemma3_text"}).name == "gemma3"
     assert arch.lookup({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}) is None
-    assert arch.lookup({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}) is None
+    assert arch.lookup({"architectures": ["CodeGenForCausalLM"], "model_type": "codegen"}) is None
     assert arch.by_gguf("bert") is None
 
 

@@ -189,7 +189,7 @@ def _refused(source: Checkpoint, tmp_path, message: str) -> None:
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"architectures": ["GPT2LMHeadModel"]}, "table of names for GPT2LMHeadModel"),
+    ({"architectures": ["CodeGenForCausalLM"]}, "table of names for CodeGenForCausalLM"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"sliding_window": 16}, "sliding_window is 16"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
@@ -226,7 +226,7 @@ def _rewritten(tmp_path, metadata=None, drop=(), specs=None):
     ({"metadata": {"general.architecture": Value("STRING", "mamba")}}, "general.architecture is 'mamba'"),
     ({"metadata": {"general.architecture": Value("UINT32", 3)}}, "general.architecture is of type UINT32"),
     ({"drop": ["general.architecture"]}, "general.architecture is None"),
-    ({"metadata": {"split.count": Value("UINT16", 3)}}, "one of 3 parts of a split model"),
+    ({"metadata": {"split.count": Value("UINT16", 3)}}, "file 1 of the 3 of a split model"),
     ({"drop": ["llama.embedding_length"]}, "llama.embedding_length is missing"),
     ({"metadata": {"llama.block_count": Value("STRING", "2")}}, "llama.block_count is of type STRING"),
     ({"metadata": {"llama.block_count": Value("UINT32", 10**6)}}, "block_count is 1000000"),

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 
 from fewbits.arch.base import DIMS, Architecture, Config, Tensor, Weight, head_dim
+from fewbits.arch.gemma2 import GEMMA2
 from fewbits.arch.gemma3 import GEMMA3
+from fewbits.arch.gpt2 import GPT2
+from fewbits.arch.gpt_neox import GPT_NEOX
+from fewbits.arch.gpt_oss import GPT_OSS
 from fewbits.arch.llama import LLAMA
+from fewbits.arch.mixtral import MIXTRAL
+from fewbits.arch.olmo2 import OLMO2
+from fewbits.arch.phi3 import PHI3
 from fewbits.arch.qwen2 import QWEN2
+from fewbits.arch.qwen3 import QWEN3
+from fewbits.arch.qwen3_moe import QWEN3_MOE
 
-ARCHITECTURES = (LLAMA, QWEN2, GEMMA3)
+ARCHITECTURES = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2, GPT_NEOX, OLMO2,
+                 MIXTRAL, QWEN3_MOE, GPT_OSS)
 
 __all__ = ["ARCHITECTURES", "Architecture", "Tensor", "Weight", "by_gguf", "complete", "goes_to_gguf", "head_dim",
            "lookup", "spelled", "tensors", "transposed"]
@@ -24,9 +35,10 @@ def lookup(config: Config) -> Architecture | None:
     return None
 
 
-def by_gguf(name: str) -> Architecture | None:
-    """The family that GGUF files call `name`."""
-    return next((a for a in ARCHITECTURES if a.gguf == name), None)
+def by_gguf(name: str, experts: bool = False) -> Architecture | None:
+    """The family that GGUF files call `name`; of two called alike, the one with `experts` or the one without."""
+    called = [a for a in ARCHITECTURES if a.gguf == name]
+    return next((a for a in called if a.experts == experts), called[0] if called else None)
 
 
 def complete(architecture: Architecture, config: Config, names: Container[str] | None = None) -> Config:
@@ -46,12 +58,13 @@ def spelled(architecture: Architecture, config: Config) -> Config:
     return {architecture.spelling.get(k, k): v for k, v in config.items()}
 
 
-def transposed(config: Config) -> frozenset[str]:
-    """Names of the float weights that files and modules of this model hold as `[..., in, out]`."""
+def transposed(config: Config, name: str) -> bool:
+    """Whether files and modules of this model hold the float weight `name` as `[..., in, out]`."""
     architecture = lookup(config)
-    if architecture is None or not any(w.transposed for w in architecture.weights):
-        return frozenset()
-    return frozenset(t.hf for t in tensors(architecture, config) if t.transposed)
+    if architecture is None:
+        return False
+    row = re.sub(r"\.\d+\.", ".{i}.", name, count=1)
+    return any(w.transposed and w.hf == row for w in architecture.weights)
 
 
 def goes_to_gguf() -> str:

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from fewbits.arch import rope
-from fewbits.arch.base import LAYER, MLP, SIZES, Architecture, Config, Ops, Values, Weight, head_dim, kv_heads, tied
+from fewbits.arch.base import (
+    HEAD_SIZES,
+    LAYER,
+    MLP,
+    Architecture,
+    Config,
+    Ops,
+    Values,
+    Weight,
+    head_dim,
+    kv_heads,
+    untied,
+)
 from fewbits.arch.rows import RopePermute
 
 
@@ -67,9 +79,9 @@ LLAMA = Architecture(
         Weight(LAYER + "self_attn.v_proj.weight", "blk.{i}.attn_v.weight", "attn_v"),
         Weight(LAYER + "self_attn.v_proj.bias", "blk.{i}.attn_v.bias", "bias", present=_attention_bias),
         Weight("model.norm.weight", "output_norm.weight", "norm"),
-        Weight("lm_head.weight", "output.weight", "output", present=lambda c: not tied(c)),
+        Weight("lm_head.weight", "output.weight", "output", present=untied),
     ),
-    fields=tuple(f for f in SIZES if f.hf != "head_dim"),
+    fields=HEAD_SIZES,
     constants={"hidden_act": "silu"},
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     refuse=_refuse,

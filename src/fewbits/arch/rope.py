@@ -24,16 +24,21 @@ def parameters(config: Config, kind: str = "") -> Config:
         found = dict(config.get("rope_scaling") or {}) | found
     theta = config.get("rope_local_base_freq" if kind == "sliding_attention" else "rope_theta")
     found.setdefault("rope_theta", theta or DEFAULT_THETA[kind])
-    found["rope_type"] = found.get("rope_type") or found.pop("type", None) or "default"
+    kind_of = found.get("rope_type") or found.get("type") or "default"
+    found.pop("type", None)
+    found["rope_type"] = "longrope" if kind_of == "su" else kind_of  # "su": Phi-3's first name for it
+    for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+        if config.get(key) is not None and (key == "partial_rotary_factor" or found["rope_type"] == "longrope"):
+            found.setdefault(key, config[key])
     return found
 
 
-def refuse(config: Config, known: tuple[str, ...], kind: str = "") -> str | None:
-    """Why these settings have no place in a GGUF file, or None."""
+def refuse(config: Config, known: tuple[str, ...], kind: str = "", partial: bool = False) -> str | None:
+    """Why these settings have no place in a GGUF file, or None. `partial`: it can rotate a part of each head."""
     rope = parameters(config, kind)
     if rope["rope_type"] not in known:
         return f"rope_type is {rope['rope_type']!r}; known here: {', '.join(known)}"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if not partial and rope.get("partial_rotary_factor", 1.0) != 1.0:
         return f"partial_rotary_factor is {rope['partial_rotary_factor']}"
     odd = [k for k in ("mscale", "mscale_all_dim", "truncate") if rope.get(k) is not None]
     if rope["rope_type"] == "yarn" and odd:
@@ -73,7 +78,31 @@ def config(values: Values) -> Config:
         for key, hf in (("beta_fast", "beta_fast"), ("beta_slow", "beta_slow"), ("attn_factor", "attention_factor")):
             if f"rope.scaling.yarn_{key}" in values:
                 rope[hf] = float(values[f"rope.scaling.yarn_{key}"])
+    if "rope.dimension_count" in values and not _whole_head(values):
+        rope["partial_rotary_factor"] = values["rope.dimension_count"] / _head(values)
     return {"rope_parameters": rope}
+
+
+def _head(values: Values) -> int:
+    return int(values.get("attention.key_length") or values["embedding_length"] // values["attention.head_count"])
+
+
+def _whole_head(values: Values) -> bool:
+    return bool(values["rope.dimension_count"] == _head(values))
+
+
+def longrope(values: Values, long: list[float], short: list[float]) -> Config:
+    """Entries of `rope_parameters` for Phi-3's two lists of divisors, metadata keys without their prefix."""
+    original = values["rope.scaling.original_context_length"]
+    attention = values.get("rope.scaling.attn_factor")
+    return {"rope_type": "longrope", "long_factor": long, "short_factor": short,
+            "original_max_position_embeddings": original,
+            **({} if attention is None else {"attention_factor": float(attention)})}
+
+
+def rotary(config: Config, width: int) -> int:
+    """Columns of each head that are rotated."""
+    return int(width * parameters(config).get("partial_rotary_factor", 1.0))
 
 
 # llama3: frequencies are divided by factors, which files hold as a tensor

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from fewbits import arch
 from fewbits.checkpoint import Buffer, Checkpoint, Entry
 from fewbits.codecs.floats import BF16, F16, F32, Float
-from fewbits.containers import experts
+from fewbits.containers import canonical, experts
 from fewbits.containers.base import Container, Progress
 from fewbits.containers.safetensors import Raw, SafeTensors, Spec, Writer, nbytes
 from fewbits.errors import FewbitsError
@@ -93,7 +93,7 @@ class Directory(Container):
                 buffers[name] = Buffer(raw.dtype, raw.shape, raw.tensor)
         order = {name: i for i, name in enumerate(names)}
         entries = self.stacked(dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order)))))
-        entries = turned(config, entries)
+        entries = turned(config, canonical.named(config, entries))
         files = {name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
         facts = {"quantization_config": quantization} if quantization else {}
         return Checkpoint(path, self.name, config, entries, files, facts, buffers)
@@ -164,8 +164,8 @@ def _write_entry(out: Writer, layout: Layout, entry: Entry) -> None:
 
 def turned(config: dict[str, Any], entries: dict[str, Entry]) -> dict[str, Entry]:
     """Float weights that files hold as `[..., in, out]`: from there to `[..., out, in]`, and back."""
-    names = arch.transposed(config)
-    return {n: _turned(e) if n in names and isinstance(e.codec, Float) else e for n, e in entries.items()}
+    return {n: _turned(e) if isinstance(e.codec, Float) and arch.transposed(config, n) else e
+            for n, e in entries.items()}
 
 
 def _turned(entry: Entry) -> Entry:

@@ -17,6 +17,8 @@ from fewbits.containers.gguf_file import GgufFile, Value
 from fewbits.errors import FewbitsError
 
 ROPE_FREQS = "rope_freqs.weight"
+LONGROPE = ("rope_factors_long.weight", "rope_factors_short.weight")
+DERIVED = (ROPE_FREQS, *LONGROPE)  # tensors that follow from the configuration
 INTEGERS = ("UINT32", "INT32", "UINT64", "INT64", "UINT16", "INT16", "UINT8", "INT8")
 FLOATS = ("FLOAT32", "FLOAT64")
 
@@ -33,24 +35,21 @@ def get(file: GgufFile, key: str, *types: str) -> Any:
 
 
 def family_of(file: GgufFile) -> Architecture:
-    if get(file, "split.count", *INTEGERS) not in (None, 0, 1):
-        raise FewbitsError(f"{file.path}: is one of {get(file, 'split.count', *INTEGERS)} parts of a split model",
-                           "join them with llama.cpp's llama-gguf-split --merge")
     name = get(file, "general.architecture", "STRING")
-    family = arch.by_gguf(name)
+    family = arch.by_gguf(name, experts=bool(get(file, f"{name}.expert_count", *INTEGERS)))
     if family is None:
-        known = ", ".join(a.gguf for a in arch.ARCHITECTURES)
+        known = ", ".join(sorted({a.gguf for a in arch.ARCHITECTURES if a.gguf}))
         raise FewbitsError(f"{file.path}: general.architecture is {name!r}; there are tables for {known}")
     return family
 
 
 def config_of(file: GgufFile, family: Architecture) -> dict[str, Any]:
-    """Transformers' configuration of what the metadata describe."""
-    prefix = family.gguf + "."
+    """Transformers' configuration of what the metadata describe, in Llama's spelling."""
+    prefix = f"{family.gguf}."
     values = {k.removeprefix(prefix): v.value for k, v in file.metadata.items() if k.startswith(prefix)}
     config: dict[str, Any] = {"architectures": [family.architectures[0]], "model_type": family.model_types[0]}
     for field in family.fields:
-        types = FLOATS if field.type == "FLOAT32" else INTEGERS
+        types = {"FLOAT32": FLOATS, "BOOL": ("BOOL",)}.get(field.type, INTEGERS)
         value = get(file, prefix + field.key, *types)
         if value is None and field.required:
             raise FewbitsError(f"{file.path}: {prefix + field.key} is missing")
@@ -59,7 +58,7 @@ def config_of(file: GgufFile, family: Architecture) -> dict[str, Any]:
         if value is not None:
             config[field.hf] = value
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads"):
-        if not 1 <= config[key] <= 1 << 24:
+        if not 1 <= config.get(key, 1) <= 1 << 24:
             raise FewbitsError(f"{file.path}: {key} is {config[key]}")
     if config["num_hidden_layers"] > len(file.tensors):
         raise FewbitsError(f"{file.path}: {prefix}block_count is {config['num_hidden_layers']}, with "
@@ -70,13 +69,15 @@ def config_of(file: GgufFile, family: Architecture) -> dict[str, Any]:
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     for key in ("attention_bias", "mlp_bias"):
         probe = "blk.0.attn_output.bias" if key == "attention_bias" else "blk.0.ffn_down.bias"
-        if family.gguf == "llama":
+        if family.name == "llama":
             config[key] = probe in file.tensors
     config |= family.constants
     try:
         config |= family.extra_config(values)
         if ROPE_FREQS in file.tensors:
             config["rope_parameters"] = _llama3(file, config["rope_parameters"])
+        if LONGROPE[0] in file.tensors:
+            config["rope_parameters"] |= _longrope(file, values)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise FewbitsError(f"{file.path}: {error}") from None
     for name, key in gguf_tokenizer.SPECIAL.items():
@@ -85,40 +86,55 @@ def config_of(file: GgufFile, family: Architecture) -> dict[str, Any]:
             config[f"{name}_id"] = found
     kinds = {s.type for s in file.tensors.values() if len(s.shape) > 1}
     for kind, dtype in (("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16")):
-        if kinds == {kind}:
-            config["dtype"] = dtype
+        if kinds <= {kind, "F32"}:  # routers are in float32
+            config.setdefault("dtype", dtype)
     config.setdefault("dtype", "float16")
     return config
 
 
 def _llama3(file: GgufFile, settings: dict[str, Any]) -> dict[str, Any]:
-    spec = file.tensors[ROPE_FREQS]
+    return rope.llama3_from_factors(_factors(file, ROPE_FREQS), settings["rope_theta"])
+
+
+def _longrope(file: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
+    long, short = (_factors(file, name) for name in LONGROPE)
+    return rope.longrope(values, long, short)
+
+
+def _factors(file: GgufFile, name: str) -> list[float]:
+    spec = file.tensors.get(name)
+    if spec is None:
+        raise ValueError(f"{name} is missing")
     if spec.type != "F32" or len(spec.shape) != 1:
-        raise ValueError(f"{ROPE_FREQS} is {spec.type} {list(spec.shape)}; a float32 vector is expected")
-    factors = file.data(spec).view(np.float32).tolist()
-    return rope.llama3_from_factors(factors, settings["rope_theta"])
+        raise ValueError(f"{name} is {spec.type} {list(spec.shape)}; a float32 vector is expected")
+    found: list[float] = file.data(spec).view(np.float32).tolist()
+    return found
 
 
 # writing ------------------------------------------------------------------------------------------------------------
 def own_config(family: Architecture, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The configuration with defaults filled in; whether the head is tied is what the tensors say.
+    """The configuration in Llama's spelling with defaults filled in; the tensors say whether the head is tied.
 
     Raises:
         FewbitsError: an entry that every configuration of the family has is missing.
     """
-    tied = "lm_head.weight" not in checkpoint.entries
-    config: dict[str, Any] = arch.complete(family, checkpoint.config) | {"tie_word_embeddings": tied}
+    config = arch.complete(family, checkpoint.config, checkpoint.entries)
     for field in family.fields:
         if field.required and field.default is None and not isinstance(config.get(field.hf), (int, float)):
-            raise FewbitsError(f"{checkpoint.path}: config.json has {field.hf} = {config.get(field.hf)!r}")
+            theirs = family.spelling.get(field.hf, field.hf)
+            raise FewbitsError(f"{checkpoint.path}: config.json has {theirs} = {config.get(field.hf)!r}")
     return config
 
 
-def rope_freqs(config: dict[str, Any]) -> np.ndarray | None:
+def derived(family: Architecture, config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Tensors of a GGUF file that follow from the configuration: rotary frequencies' divisors."""
     settings = rope.parameters(config, "full_attention" if config.get("layer_types") else "")
-    if settings["rope_type"] != "llama3":
-        return None
-    return np.array(rope.llama3_factors(settings, arch.head_dim(config)), np.float32)
+    if settings["rope_type"] == "llama3":
+        return {ROPE_FREQS: np.array(rope.llama3_factors(settings, arch.head_dim(config)), np.float32)}
+    if settings["rope_type"] == "longrope":
+        both = settings["long_factor"], settings["short_factor"]
+        return {name: np.array(factors, np.float32) for name, factors in zip(LONGROPE, both, strict=True)}
+    return {}
 
 
 def metadata(checkpoint: Checkpoint) -> dict[str, Value]:
@@ -128,7 +144,7 @@ def metadata(checkpoint: Checkpoint) -> dict[str, Value]:
     config = own_config(family, checkpoint)
     kept: dict[str, Value] = dict(checkpoint.facts.get("metadata") or {})
     kept.pop("general.alignment", None)
-    out = {"general.architecture": Value("STRING", family.gguf)}
+    out = {"general.architecture": Value("STRING", str(family.gguf))}
     if "general.name" not in kept:
         name = checkpoint.facts.get("name") or str(config.get("_name_or_path") or checkpoint.path.stem)
         out |= {"general.type": Value("STRING", "model"), "general.name": Value("STRING", Path(name).name)}
@@ -140,7 +156,7 @@ def metadata(checkpoint: Checkpoint) -> dict[str, Value]:
             out[f"{family.gguf}.{field.key}"] = Value(field.type, value)
     out |= {f"{family.gguf}.{k}": Value(*v) for k, v in family.extra_metadata(config).items()}
     if gguf_tokenizer.KEY + "model" not in kept:
-        embedding = checkpoint.entries["model.embed_tokens.weight"].shape[0]
+        embedding = checkpoint.entries[next(w.hf for w in family.weights if w.role == "token_embd")].shape[0]
         try:
             tokenizer = gguf_tokenizer.to_metadata(checkpoint.files, config, embedding)
         except FewbitsError as error:

@@ -12,7 +12,8 @@ from fewbits.codecs import floats
 from fewbits.codecs.base import Codec, Shape
 from fewbits.errors import FewbitsError
 
-LINEAR = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "linear", "conv1d"}  # roles
+LINEAR = {"attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "linear",
+          "conv1d"}  # roles
 
 
 @dataclass(frozen=True)
