@@ -12,8 +12,8 @@ from fewbits import codecs
 from fewbits.qtensor import QTensor
 from fewbits.solvers.nearest import nearest
 
-NUMBERS = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
-           "IQ4_NL": 20, "IQ4_XS": 23, "MXFP4": 39}
+NUMBERS = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13,
+           "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39, "Q1_0": 41}
 SCRIPT = """
 import ctypes, pathlib, sys
 import llama_cpp, numpy as np

@@ -10,8 +10,7 @@ from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 
-TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
-         "TQ1_0", "TQ2_0", "NVFP4", "Q1_0")
+TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "NVFP4")
 
 
 class _Values:
