@@ -31,15 +31,16 @@ lines:                  # lines of code per folder
 	@for d in $$(git ls-files '*.py' | xargs -n1 dirname | sort -u); do \
 	  printf '%6d  %s\n' $$(git ls-files "$$d/*.py" | grep -E "^$$d/[^/]+$$" | xargs cat | wc -l) $$d; done
 
-peers: .peers/.ready    # llama.cpp, bitsandbytes and gptqmodel as test oracles, a virtual environment each
+peers: .peers/.ready    # llama.cpp, bitsandbytes, gptqmodel and compressed-tensors as test oracles, an environment each
 
 .peers/.ready:
 	mkdir -p .peers
-	for p in llama bnb gptq; do test -x .peers/$$p/bin/python || python3 -m venv .peers/$$p; done
+	for p in llama bnb gptq compressed; do test -x .peers/$$p/bin/python || python3 -m venv .peers/$$p; done
 	.peers/llama/bin/python -m pip install -q llama-cpp-python gguf
-	for p in bnb gptq; do .peers/$$p/bin/python -m pip install -q -c constraints.txt torch; done
+	for p in bnb gptq compressed; do .peers/$$p/bin/python -m pip install -q -c constraints.txt torch; done
 	.peers/bnb/bin/python -m pip install -q -c constraints.txt transformers accelerate bitsandbytes
 	.peers/gptq/bin/python -m pip install -q -c constraints.txt gptqmodel optimum
+	.peers/compressed/bin/python -m pip install -q -c constraints.txt transformers accelerate compressed-tensors
 	touch $@
 
 test-peers: $(READY) peers
