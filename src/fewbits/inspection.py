@@ -67,7 +67,7 @@ def inspect(model: str | Path | Checkpoint) -> Info:
                         sum(t.nbytes for t in tensors if t.codec == name))
               for name, count in Counter(t.codec for t in tensors).items()]
     return Info(path=cp.path, container=cp.container, architecture=cp.architecture, parameters=cp.parameters,
-                nbytes=size_on_disk(cp.path), tensor_bytes=cp.nbytes,
+                nbytes=sum(map(size_on_disk, cp.facts.get("parts") or [cp.path])), tensor_bytes=cp.nbytes,
                 bits_per_weight=cp.nbytes * 8 / max(1, cp.parameters),
                 codecs=sorted(groups, key=lambda g: -g.nbytes), tensors=tensors, metadata=_metadata(cp),
                 tokenizer=any(name in cp.files for name in TOKENIZERS), chat_template=_has_template(cp))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fewbits.containers import gguf_file
 from fewbits.containers.gguf_file import FORMATS, Spec, Value
 from fewbits.errors import FewbitsError
+from tests.containers.hostile_gguf import ARRAY, HOSTILE, file, pair, record, strings
 
 RANGES = {"UINT8": (0, 2**8 - 1), "INT8": (-2**7, 2**7 - 1), "UINT16": (0, 2**16 - 1), "INT16": (-2**15, 2**15 - 1),
           "UINT32": (0, 2**32 - 1), "INT32": (-2**31, 2**31 - 1), "UINT64": (0, 2**64 - 1),
@@ -25,6 +26,7 @@ METADATA = {
     **{f"a.{t}": Value(t, high) for t, (_, high) in RANGES.items()},
     **{f"a.{t}s": Value("ARRAY", np.array([low, high], FORMATS[t]), t) for t, (low, high) in RANGES.items()},
 }
+BASE = 1 << 20  # bytes of memory that any file may take
 SPECS = [Spec("x", (3, 32), "Q8_0"), Spec("y", (5,), "F32"), Spec("z", (2, 3, 4), "F16")]
 
 
@@ -107,75 +109,45 @@ def test_a_value_that_does_not_fit_its_type_is_named(tmp_path):
 
 
 # files that lie -----------------------------------------------------------------------------------------------------
-def _text(text: str | bytes) -> bytes:
-    raw = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _record(name: str | bytes = "t", dims=(4,), kind: int = 0, offset: int = 0, count: int | None = None) -> bytes:
-    count = len(dims) if count is None else count
-    return _text(name) + struct.pack(f"<I{len(dims)}Q", count, *dims) + struct.pack("<IQ", kind, offset)
-
-
-def _file(pairs: bytes = b"", records: bytes = b"", data: int = 64, version: int = 3, tensors: int = 1, keys: int = 0):
-    raw = b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + pairs + records
-    return raw + b"\0" * (-len(raw) % 32) + b"\0" * data
-
-
-KEY = _text("k")
-HUGE = struct.pack("<Q", 1 << 60)
-HOSTILE = [
-    (b"GGML" + b"\0" * 40, "not a GGUF file"),
-    (b"GGUF", "too short"),
-    (_file(version=1, tensors=0), "GGUF version 1"),
-    (_file(version=3 << 24, tensors=0), "big-endian"),
-    (_file(tensors=1 << 50), "tensor count is"),
-    (_file(keys=1 << 50, records=_record()), "metadata count is"),
-    (_file(HUGE, keys=1, tensors=0), "length of a metadata key"),
-    (_file(_text(b"\xff\xfe") + struct.pack("<IB", 0, 1), keys=1, tensors=0), "metadata key is not valid UTF-8"),
-    (_file(KEY + struct.pack("<I", 99), keys=1, tensors=0), "k has the unknown value type 99"),
-    (_file(KEY + struct.pack("<I", 8) + HUGE, keys=1, tensors=0), "length of k is"),
-    (_file(KEY + struct.pack("<I", 8) + _text(b"\xc3"), keys=1, tensors=0), "k is not valid UTF-8"),
-    (_file(KEY + struct.pack("<IB", 7, 2), keys=1, tensors=0), "k is a boolean of value 2"),
-    (_file(KEY + struct.pack("<II", 9, 4) + HUGE, keys=1, tensors=0), "length of k is"),
-    (_file(KEY + struct.pack("<II", 9, 8) + HUGE, keys=1, tensors=0), "length of k is"),
-    (_file(KEY + struct.pack("<IIQ", 9, 8, 2) + _text("a") + HUGE, keys=1, tensors=0), r"k\[1\] is longer"),
-    (_file(KEY + struct.pack("<IIQ", 9, 8, 1) + _text(b"\xff"), keys=1, tensors=0), r"k\[0\] is not valid UTF-8"),
-    (_file(KEY + struct.pack("<IIQ", 9, 9, 1), keys=1, tensors=0), "arrays of arrays"),
-    (_file(KEY + struct.pack("<IIQ", 9, 50, 1), keys=1, tensors=0), "item type 50"),
-    (_file(KEY + struct.pack("<IIQB", 9, 7, 1, 3), keys=1, tensors=0), "boolean that is neither"),
-    (_file((KEY + struct.pack("<IB", 0, 1)) * 2, keys=2, tensors=0), "'k' appears twice"),
-    (_file(_text("general.alignment") + struct.pack("<II", 4, 24), keys=1, tensors=0), "general.alignment is 24"),
-    (_file(_text("general.alignment") + struct.pack("<II", 4, 0), keys=1, tensors=0), "general.alignment is 0"),
-    (_file(_text("general.alignment") + struct.pack("<II", 4, 1 << 31), keys=1, tensors=0), "general.alignment is"),
-    (_file(_text("general.alignment") + struct.pack("<I", 8) + _text("x"), keys=1, tensors=0), "general.alignment is"),
-    (_file(records=_record(count=9)), "'t' has 9 dimensions"),
-    (_file(records=_record(dims=())), "'t' has 0 dimensions"),
-    (_file(records=_record(dims=(0,))), "impossible shape"),
-    (_file(records=_record(dims=(1 << 40, 1 << 40))), "impossible shape"),
-    (_file(records=_record(dims=(1 << 62,))), "ends at byte"),
-    (_file(records=_record(kind=77)), "'t' has the unknown type 77"),
-    (_file(records=_record(kind=4)), "'t' has the unknown type 4"),
-    (_file(records=_record(dims=(33,), kind=8)), "rows of 33 do not divide into blocks of 32"),
-    (_file(records=_record(offset=4)), "no multiple of the alignment"),
-    (_file(records=_record(offset=1 << 63)), "ends at byte"),
-    (_file(records=_record(dims=(17,))), "ends at byte"),
-    (_file(records=_record("a") + _record("a", offset=32), tensors=2), "'a' appears twice"),
-    (_file(records=_record("a", (16,)) + _record("b", offset=32), tensors=2, data=128), "'a' and 'b' overlap"),
-    (_file(records=_record(b"\xff")), "tensor's name is not valid UTF-8"),
-]
-
-
-@pytest.mark.parametrize("raw, message", HOSTILE, ids=[m for _, m in HOSTILE])
-def test_hostile_files_are_refused_by_name(tmp_path, raw, message):
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_by_name_in_little_memory(tmp_path, name):
+    raw, message = HOSTILE[name]
     path = tmp_path / "hostile.gguf"
     path.write_bytes(raw)
     tracemalloc.start()
-    with pytest.raises(FewbitsError, match=message) as error:
-        gguf_file.read(path)
-    assert "hostile.gguf" in str(error.value)
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    tracemalloc.stop()
+    try:
+        with pytest.raises(FewbitsError, match=message) as error:
+            gguf_file.read(path)
+        assert "hostile.gguf" in str(error.value)
+        assert tracemalloc.get_traced_memory()[1] < (1 << 20) + 4 * len(raw)
+    finally:
+        tracemalloc.stop()
+
+
+def test_many_tensors_take_little_memory(tmp_path):
+    path = tmp_path / "many.gguf"
+    records = tuple(record(f"t{i}", (1,), offset=32 * i) for i in range(10_000))
+    path.write_bytes(file(records=records, data=32 * len(records)))
+    tracemalloc.start()
+    try:
+        found = gguf_file.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 * path.stat().st_size + BASE
+    finally:
+        tracemalloc.stop()
+    assert len(found.tensors) == 10_000
+
+
+@pytest.mark.parametrize("words", [["ab"] * 50_000, [""] * 50_000, ["é" * 500, "x"] * 5000])
+def test_strings_take_little_memory_however_short(tmp_path, words):
+    path = tmp_path / "words.gguf"
+    path.write_bytes(file(pair("k", ARRAY, strings(*words))))
+    tracemalloc.start()
+    try:
+        found = gguf_file.read(path).metadata["k"].value
+        assert tracemalloc.get_traced_memory()[1] < 4 * path.stat().st_size + BASE
+    finally:
+        tracemalloc.stop()
+    assert found == words and found[-1] == words[-1] and found[3:5] == words[3:5]
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,27 +17,26 @@ from fewbits.arch import Architecture, Tensor, rows
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Codec, Shape
 from fewbits.codecs.floats import F32, Float
-from fewbits.containers import gguf_file, gguf_tokenizer
+from fewbits.containers import experts, gguf_file, gguf_split, gguf_tokenizer
 from fewbits.containers.base import Container, Progress
 from fewbits.containers.gguf_config import (
+    DERIVED,
     INTEGERS,
-    ROPE_FREQS,
     config_of,
+    derived,
     family_of,
     get,
     metadata,
     own_config,
-    rope_freqs,
 )
 from fewbits.containers.gguf_file import GgufFile, Spec, Value
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
-SKIPPED = "rotary_emb.inv_freq"  # older checkpoints store what follows from the configuration
+OLD_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|down|up))\.(\d+)\.weight")  # Mixtral before 2024-04
 
-
-__all__ = ["Files", "Gguf", "metadata", "records"]
+__all__ = ["Files", "Gguf", "SplitGguf", "assemble", "metadata", "records"]
 
 
 class Files(UserDict[str, Any]):
@@ -49,49 +49,29 @@ class Files(UserDict[str, Any]):
 
 
 class Gguf(Container):
-    """One GGUF file, version 2 or 3; written as version 3."""
+    """GGUF, version 2 or 3, in one file or several; written as one of version 3."""
 
     name: ClassVar[str] = "gguf"
     suffix: ClassVar[str] = ".gguf"
 
     def detect(self, path: Path) -> bool:
-        if not path.is_file():
-            return False
+        if path.is_dir():
+            return bool(gguf_split.heads(path)) and not any(path.glob("*.safetensors*"))
         with open(path, "rb") as file:
             return file.read(4) == gguf_file.MAGIC
 
     # reading --------------------------------------------------------------------------------------------------------
     def read(self, path: Path) -> Checkpoint:
-        file = gguf_file.read(path)
-        family = family_of(file)
-        config = config_of(file, family)
-        table = {t.gguf: t for t in arch.tensors(family, config)}
-        entries = {}
-        for spec in file.tensors.values():
-            if spec.name == ROPE_FREQS:
-                continue
-            if spec.name not in table:
-                raise FewbitsError(f"{path}: tensor {spec.name!r} has no place in {family.gguf}")
-            entry = _entry(file, spec, table[spec.name])
-            entries[entry.name] = entry
-        missing = table.keys() - file.tensors.keys()
-        if missing:
-            raise FewbitsError(f"{path}: tensor {sorted(missing)[0]!r} is missing ({len(missing)} tensors are)",
-                               "the file is incomplete: fetch it again")
-        facts = {"metadata": file.metadata, "version": file.version, "name": get(file, "general.name", "STRING"),
-                 "file_type": get(file, "general.file_type", "UINT32")}
-        return Checkpoint(path, self.name, config, entries, _files(file, config),  # type: ignore[arg-type]
-                          {k: v for k, v in facts.items() if v is not None})
+        return assemble(gguf_split.read(path), self.name)
 
     # writing --------------------------------------------------------------------------------------------------------
     def accepts(self, checkpoint: Checkpoint, entry: Entry) -> str | None:
         family = arch.lookup(checkpoint.config)
         if family is None:
-            known = ", ".join(name for a in arch.ARCHITECTURES for name in a.architectures)
-            return f"GGUF needs a table of names for {checkpoint.architecture}; there are {known}"
+            return f"GGUF needs a table of names for {checkpoint.architecture}; there are {arch.goes_to_gguf()}"
         config = own_config(family, checkpoint)
         reason = family.refuse(config)
-        if reason or entry.name.endswith(SKIPPED):
+        if reason or entry.name.endswith(family.skipped):
             return reason
         tensor = _find(family, config, entry.name)
         if tensor is None:
@@ -120,12 +100,11 @@ class Gguf(Container):
         family = arch.lookup(checkpoint.config)
         assert family is not None
         pairs, specs = list(_pairs(family, checkpoint)), records(checkpoint)
-        freqs = rope_freqs(own_config(family, checkpoint))
+        extra = derived(family, own_config(family, checkpoint))
 
         def data() -> Iterator[np.ndarray]:
             done, total = 0, sum(s.nbytes for s in specs)
-            if freqs is not None:
-                yield freqs.view(np.uint8)
+            yield from (values.view(np.uint8) for values in extra.values())
             for tensor, entry in pairs:
                 if progress:
                     progress("writing", done, total)
@@ -133,10 +112,74 @@ class Gguf(Container):
                 done += part.nbytes
                 yield part
 
-        gguf_file.write(path, metadata(checkpoint), specs, data())
+        self.put(path, metadata(checkpoint), specs, data())
+
+    def put(self, path: Path, metadata: dict[str, Value], specs: list[Spec], data: Iterator[np.ndarray]) -> None:
+        """Write the tensors `specs`, whose bytes `data` gives in order."""
+        gguf_file.write(path, metadata, specs, data)
+
+
+class SplitGguf(Gguf):
+    """A folder of GGUF files of at most `most_bytes` each, with at most `most_tensors` each."""
+
+    suffix: ClassVar[str] = ""
+
+    def __init__(self, most_bytes: int | None = None, most_tensors: int | None = None):
+        limits = [n for n in (most_bytes, most_tensors) if n is not None]
+        if not limits or min(limits) < 1:
+            raise FewbitsError(f"{most_bytes} bytes or {most_tensors} tensors a file is no limit to split by")
+        self.most_bytes, self.most_tensors = most_bytes, most_tensors
+
+    def put(self, path: Path, metadata: dict[str, Value], specs: list[Spec], data: Iterator[np.ndarray]) -> None:
+        gguf_split.write(path, metadata, gguf_split.split(metadata, specs, self.most_bytes, self.most_tensors), data)
 
 
 # reading ------------------------------------------------------------------------------------------------------------
+def assemble(file: GgufFile, container: str) -> Checkpoint:
+    """A checkpoint of the tensors and metadata of an opened file.
+
+    Raises:
+        FewbitsError: not a model of a known family, or not all of one.
+    """
+    if get(file, "general.type", "STRING") == "adapter":
+        raise FewbitsError(f"{file.path}: is a LoRA adapter, not a model", "convert it together with its base model")
+    family = family_of(file)
+    config = config_of(file, family)
+    table = {t.gguf: t for t in arch.tensors(family, config)}
+    _check_vocabulary(file, config)
+    found: dict[str, list[tuple[Spec, Tensor]]] = {}  # by Transformers' name
+    for spec in file.tensors.values():
+        if spec.name in DERIVED:
+            continue
+        expert = OLD_EXPERT.fullmatch(spec.name) if family.experts else None
+        tensor = table.get(f"{expert[1]}_exps.weight" if expert else spec.name)
+        if tensor is None:
+            raise FewbitsError(f"{file.path}: tensor {spec.name!r} has no place in {family.gguf}")
+        found.setdefault(experts.one(tensor.hf, int(expert[2])) if expert else tensor.hf, []).append((spec, tensor))
+    entries = experts.stacked({name: _entry(file, name, parts) for name, parts in found.items()})
+    there = {tensor.gguf for parts in found.values() for _, tensor in parts}
+    missing = table.keys() - there
+    if missing:
+        raise FewbitsError(f"{file.path}: tensor {sorted(missing)[0]!r} is missing ({len(missing)} tensors are)",
+                           "the file is incomplete: fetch it again")
+    facts = {"metadata": file.metadata, "version": file.version, "name": get(file, "general.name", "STRING"),
+             "file_type": get(file, "general.file_type", "UINT32"),
+             "parts": [part.path for part in file.parts] or None}
+    files = _files(file, config)
+    return Checkpoint(file.path, container, arch.spelled(family, config), entries, files,  # type: ignore[arg-type]
+                      {k: v for k, v in facts.items() if v is not None})
+
+
+def _check_vocabulary(file: GgufFile, config: dict[str, Any]) -> None:
+    tokens = file.metadata.get(gguf_tokenizer.KEY + "tokens")
+    if tokens is not None and tokens.type == "ARRAY" and len(tokens.value) != config["vocab_size"]:
+        raise FewbitsError(f"{file.path}: the embedding has {config['vocab_size']} rows, for {len(tokens.value)} tokens")
+    embedding = file.tensors["token_embd.weight"]
+    if len(embedding.shape) != 2 or embedding.shape[1] != config["hidden_size"]:
+        raise FewbitsError(f"{file.path}: tensor 'token_embd.weight' has the shape {list(embedding.shape)}, and "
+                           f"embedding_length is {config['hidden_size']}")
+
+
 def _codec(file: GgufFile, spec: Spec) -> Codec:
     try:
         return codecs.get(spec.type)
@@ -144,19 +187,26 @@ def _codec(file: GgufFile, spec: Spec) -> Codec:
         raise FewbitsError(f"{file.path}: tensor {spec.name!r} is {spec.type}, which is not a weight type") from None
 
 
-def _entry(file: GgufFile, spec: Spec, tensor: Tensor) -> Entry:
+def _entry(file: GgufFile, name: str, parts: list[tuple[Spec, Tensor]]) -> Entry:
+    """The entry that one tensor of the file becomes, or several together."""
+    spec, tensor = parts[0]
     codec = _codec(file, spec)
-    if not (isinstance(codec, Float) or all(op.packed for op in tensor.ops)):
-        raise FewbitsError(f"{file.path}: tensor {spec.name!r} is {spec.type}; floats are expected of a norm")
+    for other, row in parts:
+        if not (isinstance(_codec(file, other), Float) or all(op.packed for op in row.ops)):
+            raise FewbitsError(f"{file.path}: tensor {other.name!r} is {other.type}; floats are expected of a norm")
+        if other.shape != spec.shape or other.type != spec.type:
+            raise FewbitsError(f"{file.path}: tensor {spec.name!r} is {spec.type} {list(spec.shape)} and {other.name!r} "
+                               f"{other.type} {list(other.shape)}; they are parts of one tensor")
 
     def load() -> QTensor:
-        stored = QTensor(codec, spec.shape, _planes(codec, spec.shape, file.data(spec)))
+        stored = [(row.ops, QTensor(codec, s.shape, _planes(codec, s.shape, file.data(s)))) for s, row in parts]
         try:
-            return rows.undo(tensor.ops, stored)
+            return rows.join(stored) if len(stored) > 1 else rows.undo(*stored[0])
         except ValueError as error:
             raise FewbitsError(f"{file.path}: tensor {spec.name!r} of shape {list(spec.shape)}: {error}") from None
 
-    return Entry(tensor.hf, spec.shape, rows.codec(tensor.ops, codec), load)
+    shape = rows.whole(tensor.ops, spec.shape) if len(parts) > 1 else spec.shape
+    return Entry(name, shape, rows.codec(tensor.ops, codec), load)
 
 
 def _planes(codec: Codec, shape: Shape, data: np.ndarray) -> dict[str, torch.Tensor]:
@@ -208,14 +258,16 @@ def _pairs(family: Architecture, checkpoint: Checkpoint) -> Iterator[tuple[Tenso
 
 
 def _stored_codec(tensor: Tensor, entry: Entry) -> Codec:
-    """Vectors are stored in float32, as readers of GGUF expect; matrices as they are."""
-    return F32 if len(entry.shape) == 1 else rows.codec(tensor.ops, entry.codec)
+    """Vectors, biases and routers are stored in float32, as llama.cpp expects; other matrices as they are."""
+    simple = len(entry.shape) == 1 or tensor.role == "bias" or tensor.role == "ffn_gate_inp" and isinstance(
+        entry.codec, Float)
+    return F32 if simple else rows.codec(tensor.ops, entry.codec)
 
 
 def _stored_bytes(tensor: Tensor, entry: Entry) -> np.ndarray:
     stored = rows.apply(tensor.ops, entry.load())
-    if len(entry.shape) == 1 and stored.codec != F32:
-        stored = QTensor(F32, stored.shape, {"data": stored.dequantize().view(1, -1)})
+    if stored.codec != F32 == _stored_codec(tensor, entry):
+        stored = QTensor(F32, stored.shape, {"data": stored.dequantize().view(F32.matrix(stored.shape))})
     (plane,) = stored.planes.values()
     return plane.contiguous().view(torch.uint8).numpy().reshape(-1)
 
@@ -228,6 +280,6 @@ def records(checkpoint: Checkpoint) -> list[Spec]:
     """Names, shapes and types of the tensors that a file of this checkpoint holds, in order."""
     family = arch.lookup(checkpoint.config)
     assert family is not None
-    freqs = rope_freqs(own_config(family, checkpoint))
-    return ([] if freqs is None else [Spec(ROPE_FREQS, freqs.shape, "F32")]) + [
-        Spec(t.gguf, e.shape, _stored_codec(t, e).name) for t, e in _pairs(family, checkpoint)]
+    extra = derived(family, own_config(family, checkpoint))
+    return [Spec(name, values.shape, "F32") for name, values in extra.items()] + [
+        Spec(t.gguf, rows.shape(t.ops, e.shape), _stored_codec(t, e).name) for t, e in _pairs(family, checkpoint)]

@@ -17,12 +17,16 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from fewbits.containers import gguf_strings
 from fewbits.errors import FewbitsError
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
+MAX_RECORDS = 1 << 16  # tensors, and metadata pairs: each costs far more memory than its few bytes in the file
+REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8",
+           38: "IQ4_NL_8_8"}  # type numbers that ggml gave and took back
 SCALARS = {0: ("UINT8", "<B"), 1: ("INT8", "<b"), 2: ("UINT16", "<H"), 3: ("INT16", "<h"), 4: ("UINT32", "<I"),
            5: ("INT32", "<i"), 6: ("FLOAT32", "<f"), 7: ("BOOL", "<?"), 10: ("UINT64", "<Q"), 11: ("INT64", "<q"),
            12: ("FLOAT64", "<d")}
@@ -31,11 +35,11 @@ IDS = {name: i for i, (name, _) in SCALARS.items()} | {"STRING": STRING, "ARRAY"
 FORMATS = {name: form for name, form in SCALARS.values()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Value:
     """A metadata value and its type as stored: "UINT32", "STRING" …; an array has type "ARRAY" and its items' type.
 
-    Arrays of numbers are numpy arrays over the mapped file, arrays of strings are lists.
+    Arrays of numbers are numpy arrays over the mapped file, arrays of strings are lists or decode from it on demand.
     """
 
     type: str
@@ -43,7 +47,7 @@ class Value:
     items: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Spec:
     """A tensor's record: `shape` outermost first, `type` by ggml's name, `offset` from the start of the data."""
 
@@ -60,7 +64,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An opened file. Nothing of a tensor is read before `data` asks for it."""
+    """An opened file, or several that hold one model. Nothing of a tensor is read before `data` asks for it."""
 
     path: Path
     version: int
@@ -68,9 +72,13 @@ class GgufFile:
     tensors: dict[str, Spec]
     start: int  # where tensor data begin
     buffer: mmap.mmap
+    parts: tuple[GgufFile, ...] = ()  # where the tensors are, if not here
 
     def data(self, spec: Spec) -> np.ndarray:
         """The tensor's bytes, mapped (changes to them stay in memory)."""
+        for part in self.parts:
+            if spec.name in part.tensors:
+                return part.data(spec)
         return np.frombuffer(self.buffer, np.uint8, spec.nbytes, self.start + spec.offset)
 
 
@@ -91,11 +99,13 @@ class _Reader:
         self.at += size
         return value
 
-    def count(self, what: str, smallest: int) -> int:
+    def count(self, what: str, smallest: int, most: int = 1 << 62) -> int:
         """A number of things, each of at least `smallest` bytes, that the rest of the file can hold."""
         count = int(self.take("<Q", what))
         if count > (self.size - self.at) // smallest:
             raise self.error(f"{what} is {count}, more than the remaining {self.size - self.at} bytes can hold")
+        if count > most:
+            raise self.error(f"{what} is {count}; at most {most} are read")
         return count
 
     def string(self, what: str) -> str:
@@ -107,23 +117,24 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not valid UTF-8 at its byte {error.start}") from None
 
-    def strings(self, count: int, what: str) -> list[str]:
-        """Many strings, fast: the common case without a function call an item."""
-        out: list[str] = []
-        at, end, buffer, length = self.at, self.size, self.buffer, struct.Struct("<Q").unpack_from
+    def name(self, what: str) -> str:
+        """A string that other programs may take for a name: not empty, no NUL, no step out of a folder."""
+        name = self.string(what)
+        if not name or "\0" in name or ".." in name:
+            raise self.error(f"{what} is {name!r}, which is no name")
+        return name
+
+    def strings(self, count: int, what: str) -> gguf_strings.Strings:
         try:
-            for _ in range(count):
-                stop = at + 8 + length(buffer, at)[0]
-                if stop > end:
-                    raise self.error(f"{what}[{len(out)}] is longer than the file")
-                out.append(buffer[at + 8:stop].decode())
-                at = stop
-        except struct.error:
-            raise self.error(f"ends inside {what}[{len(out)}]", "the file is cut short: fetch it again") from None
-        except UnicodeDecodeError as error:
-            raise self.error(f"{what}[{len(out)}] is not valid UTF-8 at its byte {error.start}") from None
-        self.at = at
-        return out
+            found = gguf_strings.walk(self.buffer, self.at, count)
+            found.check()
+        except IndexError as error:
+            raise self.error(f"{what}[{error.args[0]}] is longer than the file",
+                             "the file is cut short: fetch it again") from None
+        except gguf_strings.NotText as error:
+            raise self.error(f"{what}[{error.index}] is not valid UTF-8 at its byte {error.byte}") from None
+        self.at = found.end
+        return found
 
     def scalar(self, kind: int, what: str) -> Value:
         name, form = SCALARS[kind]
@@ -157,13 +168,16 @@ class _Reader:
         return Value("ARRAY", data, name)
 
     def spec(self, alignment: int) -> Spec:
-        name = self.string("a tensor's name")
+        name = self.name("a tensor's name")
         what = f"tensor {name!r}"
         dims = self.take("<I", f"number of dimensions of {what}")
         if not 1 <= dims <= MAX_DIMENSIONS:
             raise self.error(f"{what} has {dims} dimensions; 1 to {MAX_DIMENSIONS} are possible")
         shape = tuple(self.take("<Q", f"shape of {what}") for _ in range(dims))[::-1]
         kind, offset = self.take("<I", f"type of {what}"), self.take("<Q", f"offset of {what}")
+        if kind in REMOVED:
+            raise self.error(f"{what} has the type {kind}, {REMOVED[kind]}, which ggml no longer has",
+                             "make the file again with a present type")
         if kind not in GGMLQuantizationType._value2member_map_:
             raise self.error(f"{what} has the unknown type {kind}", "a newer gguf package may know it")
         if min(shape) < 1 or math.prod(shape) > 1 << 62:
@@ -197,10 +211,11 @@ def read(path: Path) -> GgufFile:
         if version & 0xFFFF == 0 and version:
             raise reader.error("is a big-endian GGUF file", "convert it with gguf's gguf_convert_endian.py")
         raise reader.error(f"GGUF version {version}; 2 and 3 can be read")
-    tensor_count, pair_count = reader.count("tensor count", 32), reader.count("metadata count", 13)
+    tensor_count, pair_count = (reader.count("tensor count", 32, MAX_RECORDS),
+                                reader.count("metadata count", 13, MAX_RECORDS))
     metadata: dict[str, Value] = {}
     for _ in range(pair_count):
-        key = reader.string("a metadata key")
+        key = reader.name("a metadata key")
         if key in metadata:
             raise reader.error(f"metadata key {key!r} appears twice")
         metadata[key] = reader.value(key)
@@ -212,7 +227,7 @@ def read(path: Path) -> GgufFile:
             raise reader.error(f"tensor {spec.name!r} appears twice")
         tensors[spec.name] = spec
     start = -(-reader.at // alignment) * alignment
-    _check_places(reader, tensors, start)
+    _check_places(reader, tensors, start, alignment)
     return GgufFile(path, version, metadata, tensors, start, buffer)
 
 
@@ -223,15 +238,18 @@ def _alignment(reader: _Reader, metadata: dict[str, Value]) -> int:
     return int(found.value)
 
 
-def _check_places(reader: _Reader, tensors: dict[str, Spec], start: int) -> None:
-    end, before = 0, ""
-    for spec in sorted(tensors.values(), key=lambda s: s.offset):
-        if spec.offset < end:
-            raise reader.error(f"tensors {before!r} and {spec.name!r} overlap")
-        end, before = spec.offset + spec.nbytes, spec.name
-        if start + end > reader.size:
-            raise reader.error(f"tensor {spec.name!r} ends at byte {start + end} of a file of {reader.size}",
+def _check_places(reader: _Reader, tensors: dict[str, Spec], start: int, alignment: int) -> None:
+    """Tensors lie one after the other in the order of their records, each on the alignment, as llama.cpp demands."""
+    at = 0
+    for spec in tensors.values():
+        end = start + spec.offset + spec.nbytes
+        if end > reader.size:
+            raise reader.error(f"tensor {spec.name!r} ends at byte {end} of a file of {reader.size}",
                                "the file is cut short: fetch it again")
+        if spec.offset != at:
+            how = "overlaps what is before it" if spec.offset < at else "leaves a gap before it"
+            raise reader.error(f"tensor {spec.name!r} starts at {spec.offset} and {how}: {at} is expected")
+        at += -(-spec.nbytes // alignment) * alignment
 
 
 # writing ------------------------------------------------------------------------------------------------------------

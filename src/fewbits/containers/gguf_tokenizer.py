@@ -63,7 +63,7 @@ def _getter(metadata: Mapping[str, Value]) -> Any:
             return default
         if f"{value.type} {value.items}".strip().replace("UINT32", "INT32") != EXPECTED[key].replace("UINT32", "INT32"):
             raise FewbitsError(f"{KEY}{key} is of type {value.type} {value.items}; {EXPECTED[key]} is expected")
-        return value.value
+        return list(value.value) if value.items == "STRING" else value.value
     return get
 
 
