@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Shape
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 
 if TYPE_CHECKING:
-    from fewbits.checkpoint import Checkpoint
+    from fewbits.qtensor import QTensor
+    from fewbits.runtime.places import Places
 
 
 @dataclass
@@ -53,17 +55,22 @@ class Walk:
     """
 
     def __init__(self, checkpoint: Checkpoint, tokens: torch.Tensor):
-        from fewbits.runtime.build import blocks_of, empty_model, load_floats
+        from fewbits.runtime.build import blocks_of, empty_model
+        from fewbits.runtime.places import Places
 
         self.checkpoint, self.tokens = checkpoint, tokens  # tokens [samples, length]
         self.model = empty_model(checkpoint.config, checkpoint.path)
         self.prefix, self.modules = blocks_of(self.model)
-        outside = [n for n in checkpoint.entries if not n.startswith(self.prefix)]
-        load_floats(self.model, checkpoint, outside)
+        self.places = Places(self.model, checkpoint)
+        self._load([n for n in checkpoint.entries if not n.startswith(self.prefix)])
         self.inputs, self.arguments = self._first_inputs()
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    def _load(self, names: list[str]) -> None:
+        self.places.fill([self.checkpoint.entries[n] for n in names], torch.float32)
+        self.model.tie_weights()
 
     def _first_inputs(self) -> tuple[list[torch.Tensor], list[list[dict[str, Any]]]]:
         """Hidden states before the first block, and every block's other arguments, one of each a sample."""
@@ -95,12 +102,10 @@ class Walk:
         return hidden, arguments
 
     def __iter__(self) -> Iterator[Block]:
-        from fewbits.runtime.build import load_floats
-
         for i, module in enumerate(self.modules):
             prefix = f"{self.prefix}{i}."
-            load_floats(self.model, self.checkpoint, [n for n in self.checkpoint.entries if n.startswith(prefix)])
-            block = Block(i, prefix, module, self.inputs, self.arguments[i])
+            self._load([n for n in self.checkpoint.entries if n.startswith(prefix)])
+            block = Block(i, prefix, module, self.inputs, self.arguments[i], self.places)
             yield block
             self.inputs = block.run(keep=True)
             self.arguments[i] = []
@@ -116,6 +121,7 @@ class Block:
     module: torch.nn.Module
     inputs: list[torch.Tensor]
     arguments: list[dict[str, Any]]
+    places: Places
 
     def statistics(self) -> dict[str, Statistics]:
         """Weight name -> statistics of its layer's inputs; layers that read the same tensor share theirs."""
@@ -153,9 +159,9 @@ class Block:
                 handle.remove()
         return found
 
-    def replace(self, name: str, weight: torch.Tensor) -> None:
-        """Put `weight` `[out, in]` in the place of the block's own."""
-        self.module.get_parameter(name[len(self.prefix):]).data.copy_(weight)
+    def replace(self, name: str, q: QTensor) -> None:
+        """Put the decoded `q` in the place of the block's own weight."""
+        self.places.put(Entry(name, q.shape, q.codec, lambda: q), torch.float32)
 
     def run(self, keep: bool = False, before: Any = None) -> list[torch.Tensor]:
         outputs = []

@@ -148,6 +148,7 @@ class _Job:
         self.source, self.choices = source, {c.name: c for c in choices}
         self.keep_nonfinite, self.progress = keep_nonfinite, progress
         self.notes: list[str] = []
+        self.unseen: list[str] = []  # no calibration input reached them: the layer's experts are no linear modules
         self.used: dict[str, str] = {}  # name -> solver
         self.done = 0
         self.total = sum(source.entries[n].parameters for n in self.choices)
@@ -179,7 +180,8 @@ class _Job:
                     else:
                         self._skip(name)
                     calibrated.add(name)
-                    block.replace(name, self._stored(name).dequantize())
+                    if self.choices[name].solver:
+                        block.replace(name, self._stored(name))
         for name, choice in self.choices.items():
             if name in calibrated:
                 continue
@@ -189,13 +191,16 @@ class _Job:
             if not choice.solver:
                 self._check(name)
             self._skip(name)
+        if self.unseen:
+            self.notes.append(f"{len(self.unseen)} tensors: search, because no calibration input was seen of them: "
+                              + ", ".join(self.unseen[:3]) + (", …" if len(self.unseen) > 3 else ""))
 
     def _solve_one(self, name: str, statistics: Statistics | None) -> None:
         choice = self.choices[name]
         solver = choice.solver or "search"
         if solver in solvers.NEEDS_STATISTICS and statistics is None:
             solver = "search"
-            self.notes.append(f"{name}: search instead of {choice.solver}: no calibration input reached it")
+            self.unseen.append(name)
         if self._check(name):
             weight = self._weight(name)
             self.store.put(name, solvers.solve(weight, choice.codec, solver, statistics))
