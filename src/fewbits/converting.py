@@ -18,7 +18,7 @@ from fewbits.containers.base import Container, Progress, check_output, write
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import CHUNK, QTensor
 from fewbits.recipe.facts import float_of
-from fewbits.recoding import candidates, recode
+from fewbits.recoding import candidates, holds, recode
 
 KEPT, RECODED, DECODED, ROUNDED = "kept", "recoded", "decoded", "rounded"
 MEANING = {KEPT: "the same codes", RECODED: "the same values in another codec", DECODED: "the same values as floats",
@@ -160,7 +160,7 @@ def _choose(source: Checkpoint, entry: Entry, target: Container, kind: Codec | N
     if reason is None and not _ordered(entry, target):
         return entry, KEPT
     for codec in candidates(entry.codec, entry.shape[-1]):
-        if target.refuses(source, entry.as_(codec=codec)) is None and recode(entry.load(), codec) is not None:
+        if target.refuses(source, entry.as_(codec=codec)) is None and holds(entry.load(), codec):
             return entry.as_(codec=codec, load=partial(_recoded, entry, codec)), RECODED
     if isinstance(entry.codec, Float):
         raise FewbitsError(f"{target.name} cannot hold {entry.name} ({entry.codec.name}): {reason}")
@@ -220,9 +220,7 @@ def _parts(q: QTensor) -> Iterator[QTensor]:
 
 
 def _recoded(entry: Entry, codec: Codec) -> QTensor:
-    made = recode(entry.load(), codec)
-    assert made is not None
-    return made
+    return recode(entry.load(), codec)
 
 
 def _requantized(entry: Entry, codec: Codec) -> QTensor:

@@ -1,31 +1,24 @@
 """The same values in another codec, where two formats share a grid: int4 in groups of 32 n and Q4_0, for example.
 
-Nothing is fitted and nothing rounded: codes are shifted, scales repeated, and the result is compared value by value.
+Nothing is fitted and nothing rounded: codes are shifted by whole numbers and scales repeated. All products of such a
+scale and a code are exact in float32, so scales and zero points alone decide whether the values stay the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fewbits.codecs import ggml
 from fewbits.codecs.affine import IntK
-from fewbits.codecs.base import Codec, Params, Shape
+from fewbits.codecs.base import Codec
+from fewbits.codecs.packing import halves_to_stream, join_fields, pack_bits, stream_to_halves, unpack_bits
 from fewbits.lazy import torch
 from fewbits.qtensor import CHUNK, QTensor
 
 
-@dataclass(frozen=True)
-class _Line:
-    """`scale * (code - zero)`: codes uint8 `[rows, columns]`, scale and zero float32 `[rows, units]`."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor
-    unit: int  # columns
-
-
 def candidates(codec: Codec, columns: int) -> list[Codec]:
-    """Codecs that may hold the values of a tensor of `codec` exactly, the smallest first; `recode` tells for sure."""
+    """Codecs that may hold the values of a tensor of `codec` exactly, the smallest first; `holds` tells for sure."""
     if isinstance(codec, IntK):
         wider = [IntK(bits, codec.group, codec.symmetric, kind) for bits in (4, 8) for kind in ("F16", codec.scale_kind)
                  if bits >= codec.bits]
@@ -39,71 +32,116 @@ def candidates(codec: Codec, columns: int) -> list[Codec]:
     return []
 
 
-def recode(q: QTensor, codec: Codec) -> QTensor | None:
-    """`q` in `codec`, one of its candidates, or None where a value would change."""
-    if q.order is not None and not (isinstance(codec, IntK) and isinstance(q.codec, IntK)):
-        return None
+def holds(q: QTensor, codec: Codec) -> bool:
+    """Whether `codec`, one of the candidates, can hold exactly what `q` does. Looks at scales and zero points only."""
+    if q.order is not None and not isinstance(codec, IntK):
+        return False
+    return codec.check(q.shape) is None and _fit(_line(q), q, codec) is not None
+
+
+def recode(q: QTensor, codec: Codec) -> QTensor:
+    """`q` in `codec`, which `holds` it."""
     rows, columns = q.codec.matrix(q.shape)
-    parts = []
+    planes: dict[str, list[torch.Tensor]] = {}
     for at in range(0, rows, max(1, CHUNK // columns)):
-        old = q.part(slice(at, min(at + max(1, CHUNK // columns), rows)))
-        made = _build(_line(old), codec, old.shape)
-        if made is None:
-            return None
-        new = QTensor(codec, old.shape, made, q.order)
-        if not torch.equal(new.dequantize(), old.dequantize()):
-            return None
-        parts.append(new)
-    return QTensor(codec, q.shape, {k: torch.cat([p.planes[k] for p in parts]) for k in parts[0].planes}, q.order)
+        part = q.part(slice(at, min(at + max(1, CHUNK // columns), rows)))
+        fitted = _fit(_line(part), part, codec)
+        assert fitted is not None
+        for k, plane in _build(part, codec, fitted).items():
+            planes.setdefault(k, []).append(plane)
+    return QTensor(codec, q.shape, {k: torch.cat(parts) for k, parts in planes.items()}, q.order)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """`scale * (code - zero)`, float32 `[rows, units]` each; of a minimum, zero may be a fraction."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    unit: int  # columns
 
 
 def _line(q: QTensor) -> _Line:
-    codes, params = q.unpack()
     codec, columns = q.codec, q.shape[-1]
-    if isinstance(codec, IntK):
-        scale, zero = params["scale"].float(), params["zero"].float()
-    elif isinstance(codec, ggml.Simple) and codec.minimum:
-        scale = params["d"].float()
-        zero = torch.where(scale == 0, 0.0, -params["m"].float() / scale)
-    else:
-        assert isinstance(codec, ggml.Simple)
-        scale = params["d"].float()
-        zero = torch.full_like(scale, codec.zero)
-    return _Line(codes, scale[..., 0], zero[..., 0], codec.unit(columns))
-
-
-def _build(line: _Line, codec: Codec, shape: Shape) -> dict[str, torch.Tensor] | None:
-    """Planes of `codec` from the line's codes, or None where they do not fit its codes or units."""
-    columns = shape[-1]
     unit = codec.unit(columns)
-    if codec.check(shape) or (line.unit % unit and line.scale.shape[1] > 1):
+    if isinstance(codec, IntK):
+        scale = q.planes["scales"].float()
+        zero = torch.full_like(scale, codec.middle) if codec.symmetric else \
+            unpack_bits(q.planes["zeros"], codec.bits, scale.shape[-1]).float()
+        return _Line(scale, zero, unit)
+    assert isinstance(codec, ggml.Simple)
+    head = q.planes["blocks"].unflatten(-1, (-1, codec.block_bytes))[..., :2 + 2 * codec.minimum]
+    values = head.contiguous().view(torch.float16).float()  # [rows, units, 1 or 2]
+    scale = values[..., 0]
+    if not codec.minimum:
+        return _Line(scale, torch.full_like(scale, codec.zero), unit)
+    return _Line(scale, torch.where(scale == 0, 0.0, -values[..., 1] / scale), unit)
+
+
+Fitted = tuple[torch.Tensor, torch.Tensor]  # scales as stored; zero points uint8, or minimums float16; `[rows, units]`
+
+
+def _fit(line: _Line, q: QTensor, codec: Codec) -> Fitted | None:
+    """Scales and zero points of `codec`, or None where they are not exactly those of `line`."""
+    columns = q.shape[-1]
+    unit = codec.unit(columns)
+    if line.unit % unit and line.scale.shape[-1] > 1:
         return None
     which = (torch.arange(-(-columns // unit)) * unit).div(line.unit, rounding_mode="floor")
-    scale, zero = line.scale[:, which], line.zero[:, which]
-    if isinstance(codec, ggml.Simple) and codec.minimum:
-        return codec.pack(line.codes, _stored({"d": scale, "m": -scale * zero}), shape)
-    middle = _middle(codec)
-    meant = zero.round() if middle is None else torch.full_like(zero, middle)
-    shift = (meant - zero).round()
-    codes = line.codes.float() + shift.repeat_interleave(unit, 1)[:, :columns]
-    top = (1 << codec.integer_bits) - 1
-    if float(codes.min()) < 0 or float(codes.max()) > top or not 0 <= float(meant.min()) <= float(meant.max()) <= top:
+    dtype = codec.dtype if isinstance(codec, IntK) else torch.float16
+    scale = line.scale.to(dtype)
+    if not torch.equal(scale.float(), line.scale):
         return None
-    codes = codes.to(torch.uint8)
-    if isinstance(codec, IntK):
-        params = {"scale": scale.to(codec.dtype).unsqueeze(-1), "zero": meant.to(torch.uint8).unsqueeze(-1)}
-        return codec.pack(codes, params, shape)
-    return codec.pack(codes, _stored({"d": scale}), shape)
+    if isinstance(codec, ggml.Simple) and codec.minimum:
+        least = -line.scale * line.zero
+        stored = least.to(torch.float16)
+        return (scale[:, which], stored[:, which]) if torch.equal(stored.float(), least) else None
+    if isinstance(codec, IntK) and not codec.symmetric:
+        top = (1 << codec.bits) - 1
+        if not bool(((line.zero == line.zero.round()) & (line.zero >= 0) & (line.zero <= top)).all()) or \
+                bool((line.scale == 0).any()):  # a zero scale might hide a minimum
+            return None
+        return scale[:, which], line.zero.to(torch.uint8)[:, which]
+    return scale[:, which], torch.empty(0)
 
 
-def _middle(codec: Codec) -> int | None:
-    """The zero point that the codec implies, or None where it stores one."""
+def _build(q: QTensor, codec: Codec, fitted: Fitted) -> dict[str, torch.Tensor]:
+    """Planes of `codec`: the codes of `q`, moved by the difference of the zero points that both codecs imply."""
+    scale, second = fitted
+    four = FOURS.get((type(q.codec), type(codec)))
+    if four is not None and q.codec.integer_bits == codec.integer_bits == 4:
+        return four(q, codec, fitted)
+    codes = q.unpack()[0]
+    shift = _middle(codec) - _middle(q.codec)
+    codes = codes + shift if shift else codes
     if isinstance(codec, IntK):
-        return codec.middle if codec.symmetric else None
+        zero = torch.full_like(scale, codec.middle, dtype=torch.uint8) if codec.symmetric else second
+        return codec.pack(codes, {"scale": scale.unsqueeze(-1), "zero": zero.unsqueeze(-1)}, q.shape)
+    return codec.pack(codes, {"d": scale.unsqueeze(-1)} | ({"m": second.unsqueeze(-1)} if len(second) else {}), q.shape)
+
+
+def _middle(codec: Codec) -> int:
+    """The zero point that the codec implies; 0 where it stores one, or a minimum."""
+    if isinstance(codec, IntK):
+        return codec.middle if codec.symmetric else 0
     assert isinstance(codec, ggml.Simple)
-    return codec.zero
+    return 0 if codec.minimum else codec.zero
 
 
-def _stored(params: Params) -> Params:
-    return {k: v.to(torch.float16).unsqueeze(-1) for k, v in params.items()}
+# 4 bits to 4 bits, by far the most frequent case, without taking nibbles apart
+def _stream_to_blocks(q: QTensor, codec: Codec, fitted: Fitted) -> dict[str, torch.Tensor]:
+    scale, least = fitted
+    fields = [scale.unsqueeze(-1), *([least.unsqueeze(-1)] if len(least) else [])]
+    nibbles = stream_to_halves(q.planes["codes"].unflatten(-1, (-1, 16)))
+    return {"blocks": join_fields(*fields, nibbles).flatten(-2)}
 
+
+def _blocks_to_stream(q: QTensor, codec: Codec, fitted: Fitted) -> dict[str, torch.Tensor]:
+    assert isinstance(q.codec, ggml.Simple) and isinstance(codec, IntK)
+    blocks = q.planes["blocks"].unflatten(-1, (-1, q.codec.block_bytes))
+    planes = {"codes": halves_to_stream(blocks[..., -16:]).flatten(-2), "scales": fitted[0]}
+    return planes if codec.symmetric else planes | {"zeros": pack_bits(fitted[1], 4)}
+
+
+FOURS: dict[tuple[type, type], Callable[[QTensor, Codec, Fitted], dict[str, torch.Tensor]]] = {
+    (IntK, ggml.Simple): _stream_to_blocks, (ggml.Simple, IntK): _blocks_to_stream}

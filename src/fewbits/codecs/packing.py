@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fewbits.lazy import torch
 
+NIBBLES = 0x0F0F0F0F0F0F0F0F  # the low one of each byte
+
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of a little-endian stream of `count` codes."""
@@ -43,6 +45,22 @@ def unpack_bits(stream: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         word |= octets[..., i].long() << (8 * i)
     codes = torch.stack([(word >> (bits * i)) & mask for i in range(8)], -1).to(torch.uint8)
     return codes.flatten(-2)[..., :count].contiguous()
+
+
+def stream_to_halves(stream: torch.Tensor) -> torch.Tensor:
+    """32 4-bit codes side by side `[..., 16 bytes]` to ggml's order: byte i holds columns i and i + 16."""
+    first, last = stream.contiguous().view(torch.int64).unbind(-1)  # columns 0 … 15, 16 … 31
+    even = (first & NIBBLES) | ((last & NIBBLES) << 4)
+    odd = ((first >> 4) & NIBBLES) | (last & ~NIBBLES)
+    return torch.stack([even, odd], -1).view(torch.uint8).unflatten(-1, (2, 8)).transpose(-1, -2).flatten(-2)
+
+
+def halves_to_stream(halves: torch.Tensor) -> torch.Tensor:
+    """The inverse of `stream_to_halves`."""
+    even, odd = halves.unflatten(-1, (8, 2)).transpose(-1, -2).contiguous().flatten(-2).view(torch.int64).unbind(-1)
+    first = (even & NIBBLES) | ((odd & NIBBLES) << 4)
+    last = ((even >> 4) & NIBBLES) | (odd & ~NIBBLES)
+    return torch.stack([first, last], -1).view(torch.uint8)
 
 
 def _padded(x: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -1,0 +1,102 @@
+"""The matrix of conversions: rows from, columns to. Lossless, or the KL divergence that a lossy one costs, or refused.
+
+Every source is made from one model. A cell first asks for a lossless conversion and compares every decoded value with
+the source's; where that is refused, `--lossy` is asked for, and the result is measured against its source on a text.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from common import parser, show
+
+# name of the row -> recipe and container
+SOURCES: dict[str, tuple[str, str]] = {
+    "f16 directory": ("f16", "transformers"), "GGUF F16": ("f16", "gguf"), "GGUF Q4_0": ("Q4_0", "gguf"),
+    "GGUF Q8_0": ("Q8_0", "gguf"), "GGUF Q4_K_M": ("Q4_K_M", "gguf"), "GGUF IQ4_XS": ("IQ4_XS", "gguf"),
+    "GPTQ int4-g128": ("int4-g128", "gptq"), "GPTQ int3-g32-asym": ("int3-g32-asym", "gptq"),
+    "AWQ int4-g128-asym": ("int4-g128-asym", "awq"), "compressed int4-g32": ("int4-g32", "compressed-tensors"),
+    "bitsandbytes nf4": ("nf4", "bitsandbytes"), "bitsandbytes int8": ("int8", "bitsandbytes"),
+    "fp8 tiles": ("fp8-e4m3-b128", "fp8"), "fewbits kmeans4": ("kmeans4", "fewbits"),
+}
+TARGETS = ("transformers", "gguf", "gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8", "fewbits")
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--model", type=Path, help="a full-precision directory; by default smollm2-135m-wide")
+    options.add_argument("--chunks", type=int, default=4, help="windows of 512 tokens to measure on")
+    options.add_argument("--rows", nargs="*", help="only these sources")
+    args = options.parse_args()
+    model = args.model or args.models / "smollm2-135m-wide"
+    text = args.shared / "data" / "text" / "wikitext2-test.txt"
+    work = args.work / "conversions"
+    work.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, (recipe, container) in SOURCES.items():
+        if args.rows and name not in args.rows:
+            continue
+        source = made(model, work, recipe, container)
+        rows.append([name, *(cell(source, work, target, text, args.chunks) for target in TARGETS)])
+        print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    show("From rows to columns", ["from \\ to", *TARGETS], rows, args.json)
+
+
+def made(model: Path, work: Path, recipe: str, container: str) -> Path:
+    from fewbits import quantize
+
+    out = work / f"{container}-{recipe}{'.gguf' if container == 'gguf' else ''}"
+    if not out.exists():
+        quantize(model, out, recipe, container=container)
+    return out
+
+
+def cell(source: Path, work: Path, target: str, text: Path, chunks: int) -> str:
+    from fewbits import FewbitsError, convert
+
+    out = work / ("cell.gguf" if target == "gguf" else "cell")
+    remove(out)
+    try:
+        result = convert(source, out, target)
+        compare(source, out)
+        return "lossless" if {s.how for s in result.tensors} <= {"kept", "recoded"} else "lossless, decoded"
+    except FewbitsError as refusal:
+        if "would change" not in str(refusal):
+            return f"refused: {refusal}"
+    finally:
+        remove(out)
+    try:
+        convert(source, out, target, lossy=True)
+        return f"KL {divergence(out, source, text, chunks):.4f}"
+    except FewbitsError as refusal:
+        return f"refused: {refusal}"
+    finally:
+        remove(out)
+
+
+def compare(source: Path, out: Path) -> None:
+    """Every value of both, bit for bit; raises where a lossless conversion was none."""
+    import torch
+
+    from fewbits import containers
+
+    new = containers.open(out).entries
+    for name, entry in containers.open(source).entries.items():
+        assert torch.equal(entry.load().dequantize(), new[name].load().dequantize()), f"{out}: {name} differs"
+
+
+def divergence(out: Path, source: Path, text: Path, chunks: int) -> float:
+    from fewbits import evaluate
+
+    found = evaluate(out, source, text=text, chunks=chunks)
+    assert found.kl_mean is not None
+    return found.kl_mean
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
