@@ -7,6 +7,7 @@ overrides how entries are gathered from raw tensors, and the `Layout` that says 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from fewbits.checkpoint import Buffer, Checkpoint, Entry
 from fewbits.codecs.floats import BF16, F16, F32, Float
 from fewbits.containers import canonical, experts
 from fewbits.containers.base import Container, Progress
-from fewbits.containers.safetensors import Raw, SafeTensors, Spec, Writer, nbytes
+from fewbits.containers.safetensors import Raw, SafeTensors, Spec, Writer, header_of, nbytes
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
@@ -50,7 +51,7 @@ class Directory(Container):
     """A directory with config.json and safetensors files."""
 
     def claims(self, path: Path, quantization: dict[str, Any] | None) -> bool:
-        """Whether a directory with this `quantization_config` is in this layout."""
+        """Whether a directory, or a file in one, with this `quantization_config` is in this layout."""
         raise NotImplementedError
 
     def entries(self, raws: dict[str, Raw], quantization: dict[str, Any]) -> list[Entry]:
@@ -69,15 +70,20 @@ class Directory(Container):
 
     # reading --------------------------------------------------------------------------------------------------------
     def detect(self, path: Path) -> bool:
-        if not (path / "config.json").is_file() or not any(path.glob("*.safetensors*")):
+        folder = folder_of(path)
+        weights = [path] if path.is_file() else folder.glob("*.safetensors*")
+        if not (folder / "config.json").is_file() or not any(".safetensors" in file.suffixes for file in weights):
             return False
-        config = read_json(path / "config.json")
-        return self.claims(path, self.quantization(path, config))
+        return self.claims(path, self.quantization(folder, read_json(folder / "config.json")))
 
     def read(self, path: Path) -> Checkpoint:
-        config = read_json(path / "config.json")
-        quantization = self.quantization(path, config)
-        raws = raw_tensors(path)
+        return self.gather(path, raw_tensors(path))
+
+    def gather(self, path: Path, raws: dict[str, Raw]) -> Checkpoint:
+        """The checkpoint of the directory or file `path` with these raw tensors."""
+        folder = folder_of(path)
+        config = read_json(folder / "config.json")
+        quantization = self.quantization(folder, config)
         names = list(raws)
         found = {entry.name: entry for entry in self.entries(raws, quantization or {})}
         buffers = {}
@@ -94,7 +100,7 @@ class Directory(Container):
         order = {name: i for i, name in enumerate(names)}
         entries = self.stacked(dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order)))))
         entries = turned(config, canonical.named(config, entries))
-        files = {name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
+        files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
         facts = {"quantization_config": quantization} if quantization else {}
         return Checkpoint(path, self.name, config, entries, files, facts, buffers)
 
@@ -151,7 +157,7 @@ class TransformersDirectory(Directory):
     name: ClassVar[str] = "transformers"
 
     def claims(self, path: Path, quantization: dict[str, Any] | None) -> bool:
-        return quantization is None and not (path / "quantize_config.json").exists()
+        return quantization is None and not (folder_of(path) / "quantize_config.json").exists()
 
     def accepts(self, checkpoint: Checkpoint, entry: Entry) -> str | None:
         return float_reason(entry)
@@ -231,11 +237,29 @@ def split(specs: dict[str, dict[str, Spec]], limit: int) -> list[list[str]]:
     return shards
 
 
+def folder_of(path: Path) -> Path:
+    """The directory of a model that is given as a directory or as one file in it."""
+    return path.parent if path.is_file() else path
+
+
+def names_contain(path: Path, text: str) -> bool:
+    """Whether a tensor of the first file is called so; looks for the text in its header."""
+    found = _files(path, _index(path))
+    return bool(found) and text.encode() in header_of(folder_of(path) / found[0])
+
+
+def _files(path: Path, index: dict[str, str] | None) -> list[str]:
+    if path.is_file():
+        return [path.name]
+    return sorted(set(index.values())) if index is not None else [_only_file(path)]
+
+
 def raw_tensors(path: Path) -> dict[str, Raw]:
-    """Every tensor of the directory, from one file or from all that its index names."""
+    """Every tensor of the directory, from one file or from all that its index names; or of the one file `path`."""
     raws: dict[str, Raw] = {}
     index = _index(path)
-    files = sorted(set(index.values())) if index is not None else [_only_file(path)]
+    files = _files(path, index)
+    path = folder_of(path)
     for name in files:
         if not (path / name).is_file():
             raise FewbitsError(f"{path / INDEX}: names the file {name}, which is missing", "fetch the missing file")
@@ -250,6 +274,11 @@ def raw_tensors(path: Path) -> dict[str, Raw]:
 
 
 def _index(path: Path) -> dict[str, str] | None:
+    if path.is_file():
+        of = re.search(r"-of-0*(\d+)\.safetensors$", path.name)
+        if of and of[1] != "1":
+            raise FewbitsError(f"{path}: one of {of[1]} files of a model", f"open the directory: {path.parent}")
+        return None
     if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
         return None
     weight_map = read_json(path / INDEX).get("weight_map")

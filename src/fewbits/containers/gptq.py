@@ -17,11 +17,22 @@ from fewbits import __version__
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.affine import IntK
 from fewbits.codecs.packing import pack_bits, packed_bytes, unpack_bits
-from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason, read_json
+from fewbits.containers.directory import (
+    Directory,
+    Layout,
+    float_modules,
+    float_reason,
+    folder_of,
+    linear_reason,
+    names_contain,
+    read_json,
+)
 from fewbits.containers.gptq_config import Rules, dynamic_rules
+from fewbits.containers.gptq_inferred import Inferred, infer
 from fewbits.containers.intk import (
     BITS,
     SCALES,
+    all_alike,
     codec_of,
     expect,
     expect_shape,
@@ -55,8 +66,9 @@ class Gptq(Directory):
         self.version = version
 
     def claims(self, path: Path, quantization: dict[str, Any] | None) -> bool:
-        method = (quantization or {}).get("quant_method", "gptq" if quantization and "bits" in quantization else None)
-        return method == "gptq"
+        if quantization is None:
+            return not (folder_of(path) / "quant_config.json").is_file() and names_contain(path, ".qweight")
+        return quantization.get("quant_method", "gptq" if "bits" in quantization else None) == "gptq"
 
     def quantization(self, path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         found = super().quantization(path, config)
@@ -68,7 +80,9 @@ class Gptq(Directory):
         modules = [name.removesuffix(".qweight") for name in raws if name.endswith(".qweight")]
         if not modules:
             return []
-        rules = Rules.parse(next(iter(raws.values())).file.path.parent, quantization)
+        folder = next(iter(raws.values())).file.path.parent
+        rules = Rules.parse(folder, quantization) if quantization else \
+            infer(raws, modules, read_json(folder / "config.json"))
         found = [read_module(raws, module, rules) for module in modules]
         for name, raw in raws.items():
             if name.endswith((".qzeros", ".g_idx")):
@@ -197,7 +211,7 @@ class Module:
 
 
 # reading --------------------------------------------------------------------------------------------------------------
-def read_module(raws: dict[str, Raw], module: str, rules: Rules) -> Entry:
+def read_module(raws: dict[str, Raw], module: str, rules: Rules | Inferred) -> Entry:
     """Take the tensors of one layer out of `raws`."""
     parts = {part: raws.pop(f"{module}.{part}", None) for part in TENSORS}
     qweight, qzeros, scales, g_idx = (parts[part] for part in TENSORS)
@@ -216,17 +230,7 @@ def read_module(raws: dict[str, Raw], module: str, rules: Rules) -> Entry:
     for raw, meant in ((qweight, (words(columns, bits), rows)), (scales, (groups, rows)),
                        (qzeros, (groups, words(rows, bits)))):
         expect_shape(raw, meant, bits, group)
-    symmetric = all_middle(qzeros, bits, rows, rules.version)
+    symmetric = all_alike(qzeros, bits, rows, (1 << (bits - 1)) - (rules.version == V1))
     codec = codec_of(bits, group, symmetric, scales)
     found = Module(qweight, qzeros, scales, g_idx, codec, columns, rules.version)
     return Entry(f"{module}.weight", found.shape, codec, found.load)
-
-
-def all_middle(qzeros: Raw, bits: int, rows: int, version: str) -> bool:
-    """Whether every zero point is the middle of the grid; looks at the file's bytes, without torch."""
-    middle = (1 << (bits - 1)) - (version == V1)
-    eight = sum(middle << (i * bits) for i in range(8)).to_bytes(bits, "little")
-    used = (1 << (rows * bits)) - 1  # what lies behind is padding
-    meant = int.from_bytes(eight * (rows // 8 + 1), "little") & used
-    size, data = 4 * qzeros.shape[1], qzeros.data()
-    return all(int.from_bytes(data[i:i + size], "little") & used == meant for i in range(0, len(data), size))

@@ -87,6 +87,15 @@ def order_of(g_idx: Raw | None, columns: int, unit: int, groups: int) -> torch.T
     return order
 
 
+def all_alike(qzeros: Raw, bits: int, count: int, stored: int) -> bool:
+    """Whether each of the `count` codes of every row of words is `stored`; looks at bytes, without torch."""
+    eight = sum(stored << (i * bits) for i in range(8)).to_bytes(bits, "little")
+    used = (1 << (count * bits)) - 1  # what lies behind is padding
+    meant = int.from_bytes(eight * (count // 8 + 1), "little") & used
+    size, data = 4 * qzeros.shape[1], qzeros.data()
+    return all(int.from_bytes(data[i:i + size], "little") & used == meant for i in range(0, len(data), size))
+
+
 def zeros_of(tensor: QTensor) -> torch.Tensor:
     """Zero points `[rows, groups]` of a tensor, the middle of the grid where the codec stores none."""
     codec, (rows, groups) = tensor.codec, tensor.planes["scales"].shape
