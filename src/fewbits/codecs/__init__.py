@@ -25,4 +25,4 @@ def get(name: str) -> Codec:
             return codec
     raise FewbitsError(f"unknown codec {name!r}", "for example: int4-g128, int3-g32-asym, int8, nf4, nf4-dq, fp4, "
                        "fp8-e4m3, fp8-e4m3-b128, kmeans4, "
-                       "Q4_0, Q5_0, Q8_0, Q4_K, Q6_K, f16, bf16")
+                       "Q4_0, Q8_0, Q2_K, Q4_K, Q6_K, IQ4_XS, MXFP4, TQ2_0, f16, bf16")

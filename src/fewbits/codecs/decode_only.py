@@ -56,13 +56,16 @@ class DecodeOnly(Codec):
         return math.prod(shape) // block * size
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Params | None = None) -> Params:
-        raise FewbitsError(f"{self.kind} can be read, not produced", "take Q4_0, Q5_0, Q8_0, Q4_K or Q6_K")
+        raise self._refusal()
 
     def grid(self, params: Params, columns: int) -> Grid:
         return _Values()
 
     def pack(self, codes: torch.Tensor, params: Params, shape: Shape) -> Planes:
-        raise FewbitsError(f"{self.kind} can be read, not produced", "take Q4_0, Q5_0, Q8_0, Q4_K or Q6_K")
+        raise self._refusal()
+
+    def _refusal(self) -> FewbitsError:
+        return FewbitsError(f"{self.kind} can be read, not produced", "take TQ2_0, Q2_K, Q3_K, IQ4_XS or MXFP4")
 
     def unpack(self, planes: Planes, shape: Shape) -> tuple[torch.Tensor, Params]:
         import numpy as np
