@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbits.codecs.packing import join_fields, pack_bits, packed_bytes, split_fields, unpack_bits
+from fewbits.codecs.packing import (
+    halves_to_stream,
+    join_fields,
+    pack_bits,
+    packed_bytes,
+    split_fields,
+    stream_to_halves,
+    unpack_bits,
+)
 
 BITS = range(1, 9)
 
@@ -53,3 +61,11 @@ def test_fields_there_and_back():
     back = split_fields(block, (2, torch.float16), (3, torch.uint8))
     assert torch.equal(back[0], scale)
     assert torch.equal(back[1], rest)
+
+
+def test_nibbles_change_order_without_being_taken_apart() -> None:
+    codes = torch.arange(5 * 3 * 32).mul(7).bitwise_and(15).to(torch.uint8).view(5, 3, 32)
+    stream = pack_bits(codes, 4)
+    halves = codes[..., :16] | (codes[..., 16:] << 4)
+    assert torch.equal(stream_to_halves(stream), halves)
+    assert torch.equal(halves_to_stream(halves), stream)

@@ -50,14 +50,15 @@ def unpack_bits(stream: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 def stream_to_halves(stream: torch.Tensor) -> torch.Tensor:
     """32 4-bit codes side by side `[..., 16 bytes]` to ggml's order: byte i holds columns i and i + 16."""
     first, last = stream.contiguous().view(torch.int64).unbind(-1)  # columns 0 … 15, 16 … 31
-    even = (first & NIBBLES) | ((last & NIBBLES) << 4)
-    odd = ((first >> 4) & NIBBLES) | (last & ~NIBBLES)
-    return torch.stack([even, odd], -1).view(torch.uint8).unflatten(-1, (2, 8)).transpose(-1, -2).flatten(-2)
+    even = ((first & NIBBLES) | ((last & NIBBLES) << 4)).unsqueeze(-1).view(torch.uint8)
+    odd = (((first >> 4) & NIBBLES) | (last & ~NIBBLES)).unsqueeze(-1).view(torch.uint8)
+    return (even.short() | (odd.short() << 8)).view(torch.uint8)
 
 
 def halves_to_stream(halves: torch.Tensor) -> torch.Tensor:
     """The inverse of `stream_to_halves`."""
-    even, odd = halves.unflatten(-1, (8, 2)).transpose(-1, -2).contiguous().flatten(-2).view(torch.int64).unbind(-1)
+    pairs = halves.contiguous().view(torch.int16)
+    even, odd = (x.to(torch.uint8).view(torch.int64)[..., 0] for x in (pairs, pairs >> 8))
     first = (even & NIBBLES) | ((odd & NIBBLES) << 4)
     last = ((even >> 4) & NIBBLES) | (odd & ~NIBBLES)
     return torch.stack([first, last], -1).view(torch.uint8)
