@@ -90,8 +90,8 @@ def _aligned(size: int) -> int:
 
 
 def _with_offset(entry: Entry) -> Any:
-    """A stand-in for the data of a tensor whose container looks at the offset of nested scales."""
-    return lambda: SimpleNamespace(planes={"offset": SimpleNamespace(item=lambda: OFFSET)})
+    """A stand-in for the data of a tensor whose container looks at the offset of nested scales or the column order."""
+    return lambda: SimpleNamespace(planes={"offset": SimpleNamespace(item=lambda: OFFSET)}, order=None)
 
 
 def _safetensors_header(specs: dict[str, Spec]) -> int:

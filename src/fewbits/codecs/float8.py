@@ -159,6 +159,9 @@ class Float8Tiles(Float8):
     def rows_apart(self, shape: Shape) -> bool:
         return False
 
+    def stacks(self, shape: Shape) -> bool:
+        return True
+
     def begin(self, w: torch.Tensor, importance: torch.Tensor | None) -> Params | None:
         """The scale of every tile, given to each of its rows."""
         rows, columns = w.shape

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fewbits import arch, codecs
 from fewbits.codecs.base import Codec, Shape
 from fewbits.codecs.decode_only import DecodeOnly
+from fewbits.containers import experts
 from fewbits.errors import FewbitsError
 from fewbits.recipe import file, llama, patterns
 from fewbits.recipe.facts import LINEAR, Fact, ModelFacts, float_of
@@ -21,8 +22,10 @@ __all__ = ["Choice", "Fact", "ModelFacts", "PRESETS", "Overrides", "Recipe", "ge
 # shown in lists, from few bits to many; any codec's name is a recipe too
 PRESETS = ("int3-g32-asym", "Q4_K_M", "Q4_0", "int4-g128", "nf4", "nf4-dq", "nf4-b128", "fp4", "Q5_0", "Q5_K_M", "Q6_K",
            "Q8_0", "int8", "f16", "bf16", "f32")
-CONTAINERS = {"ggml": ("gguf",), "int": ("gptq", "awq", "compressed-tensors"), "table": ("bitsandbytes",),
-              "int8": ("bitsandbytes",), "float": ("transformers", "gguf")}  # by family; the first is the default
+CONTAINERS = {"ggml": ("gguf", "mxfp4", "fewbits"), "int": ("gptq", "awq", "compressed-tensors", "fewbits"),
+              "table": ("bitsandbytes", "fewbits"), "int8": ("bitsandbytes", "fewbits"), "codebook": ("fewbits",),
+              "fp8": ("fewbits",), "fp8-tiles": ("fp8", "fewbits"),
+              "float": ("transformers", "gguf", "fewbits")}  # by family; the first is the default
 DEFAULT_SOLVER = "search"
 
 
@@ -83,17 +86,15 @@ class Recipe:
             own = forced[fact.name].solver if fact.name in forced else None
             # an embedding has no inputs to calibrate on
             asked = own or (solver if fact.role in LINEAR else None)
-            out.append(replace(choice, solver=asked) if choice.solver and asked else choice)
+            out += _apart(replace(choice, solver=asked) if choice.solver and asked else choice)
         return out
 
     def _types(self, facts: ModelFacts, has_importance: bool) -> dict[str, tuple[str, str]]:
         if self.mix is None:
             return {}
         if facts.arch is None:
-            named = (facts.config.get("architectures") or [facts.config.get("model_type")])[0]
-            raise FewbitsError(f"{self.name} goes to GGUF, which has no names here for the tensors of {named}",
-                               f"GGUF takes {arch.goes_to_gguf()}; recipes for other containers take any model: nf4, "
-                               "int4-g128")
+            raise FewbitsError(f"{self.name} goes to GGUF: {arch.why_not_gguf(facts.config)}",
+                               "recipes for other containers take any model: nf4, int4-g128")
         return llama.assign(self.mix, facts, has_importance, self.pure)
 
     def _uniform(self, fact: Fact, facts: ModelFacts) -> Choice:
@@ -101,6 +102,9 @@ class Recipe:
         if self.codec.family == "float":
             return Choice(fact.name, fact.shape, self.codec, None)
         keep = fact.codec if fact.codec.family == "float" else float_of(facts.config)
+        unfit = self._unfit(fact) if fact.role in LINEAR else None
+        if unfit:
+            return Choice(fact.name, fact.shape, keep, None, f"{unfit}: {keep.name}")
         if fact.role in LINEAR:
             shape = fact.shape[::-1] if fact.role == "conv1d" else fact.shape
             reason = self.codec.check(shape)
@@ -110,6 +114,15 @@ class Recipe:
             return Choice(fact.name, fact.shape, keep, None, f"{reason}: {keep.name}, {more:+.2f} bits", self.codec)
         other = not fact.role and len(fact.shape) > 1
         return Choice(fact.name, fact.shape, keep, None, f"not a linear layer: {keep.name}" if other else "")
+
+    def _unfit(self, fact: Fact) -> str | None:
+        """Why the container has no layout for a linear layer of this kind, or None."""
+        fused = len(fact.shape) == 3 and not experts.splits(fact.name, fact.shape)
+        if self.container == "mxfp4" and not fused:
+            return "only fused experts are quantized in this layout"
+        if fused and self.container not in ("fewbits", "mxfp4"):
+            return f"{self.container} has no layout for experts fused in one tensor"
+        return None
 
 
 def get(name: str, container: str | None = None) -> Recipe:
@@ -137,7 +150,7 @@ def get(name: str, container: str | None = None) -> Recipe:
     target = container or able[0]
     if target not in able:
         raise FewbitsError(f"{name} does not go to {target}", f"it goes to {' or '.join(able)}")
-    if target != "gguf":
+    if codec is not None and target != "gguf":
         return Recipe(name, target, codec)
     if mix:
         return Recipe(mix, target, mix=llama.MIXES[mix])
@@ -149,6 +162,13 @@ def _refuse_unwritten(name: str) -> None:
     near = llama.UNWRITTEN.get(name.upper())
     if near:
         raise FewbitsError(f"{name.upper()} is read and not written here", f"the nearest that is written: {near}")
+
+
+def _apart(choice: Choice) -> list[Choice]:
+    """A stack of experts as it is, or a choice for each where the codec cannot stack them."""
+    if choice.solver is None or choice.codec.stacks(choice.shape) or not experts.splits(choice.name, choice.shape):
+        return [choice]
+    return [replace(choice, name=experts.one(choice.name, i), shape=choice.shape[1:]) for i in range(choice.shape[0])]
 
 
 def _mixed(fact: Fact, wanted: str, taken: str, recipe: str) -> Choice:
