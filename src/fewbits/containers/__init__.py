@@ -81,12 +81,12 @@ def _why(path: Path) -> tuple[str, str]:
         return f"{path}: no config.json beside it", "a model is its weights and its config.json"
     if path.is_file() and path.suffix != ".safetensors":
         return f"{path}: not a GGUF file", "a model is a .gguf file or a directory with config.json and *.safetensors"
-    folder = folder_of(path)
+    folder, meant = folder_of(path), "a model directory holds config.json and *.safetensors"
     if not (folder / "config.json").is_file():
-        return f"{path}: has no config.json", "a model directory holds config.json and *.safetensors"
+        return f"{path}: has no config.json", meant
     if path.is_dir() and not any(path.glob("*.safetensors*")):
-        hint = pickles.NOT_ASKED if pickles.is_pickled(path) else "a model directory holds config.json and *.safetensors"
-        return f"{path}: has config.json and no *.safetensors", hint
+        return (f"{path}: has config.json and no *.safetensors",
+                pickles.NOT_ASKED if pickles.is_pickled(path) else meant)
     quantization = read_json(folder / "config.json").get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     return (f"{path}: config.json names the quantization method {method!r}, which no container reads",

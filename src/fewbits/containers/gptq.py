@@ -28,7 +28,7 @@ from fewbits.containers.directory import (
     read_json,
 )
 from fewbits.containers.gptq_config import Rules, dynamic_rules
-from fewbits.containers.gptq_inferred import Inferred, infer
+from fewbits.containers.gptq_inferred import Inferred, infer, shapes_of
 from fewbits.containers.intk import (
     BITS,
     SCALES,
@@ -81,8 +81,9 @@ class Gptq(Directory):
         if not modules:
             return []
         folder = next(iter(raws.values())).file.path.parent
-        rules = Rules.parse(folder, quantization) if quantization else \
-            infer(raws, modules, read_json(folder / "config.json"))
+        config = read_json(folder / "config.json")
+        _drop_biases(raws, modules, config)
+        rules = Rules.parse(folder, quantization) if quantization else infer(raws, modules, config)
         found = [read_module(raws, module, rules) for module in modules]
         for name, raw in raws.items():
             if name.endswith((".qzeros", ".g_idx")):
@@ -211,6 +212,14 @@ class Module:
 
 
 # reading --------------------------------------------------------------------------------------------------------------
+def _drop_biases(raws: dict[str, Raw], modules: list[str], config: dict[str, Any]) -> None:
+    """Leave out biases of zeros that the architecture has no place for: older writers gave every layer one."""
+    known = shapes_of(config)
+    for name in (f"{module}.bias" for module in modules):
+        if known and name in raws and name not in known and not raws[name].data().strip(b"\0"):
+            del raws[name]
+
+
 def read_module(raws: dict[str, Raw], module: str, rules: Rules | Inferred) -> Entry:
     """Take the tensors of one layer out of `raws`."""
     parts = {part: raws.pop(f"{module}.{part}", None) for part in TENSORS}

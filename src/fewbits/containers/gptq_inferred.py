@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbits import arch
+from fewbits.codecs.base import Shape
 from fewbits.containers.intk import BITS, SCALES, all_alike, expect, words
 from fewbits.containers.safetensors import Raw
 from fewbits.errors import FewbitsError
@@ -39,7 +40,7 @@ def infer(raws: Mapping[str, Raw], modules: list[str], config: Mapping[str, Any]
     Raises:
         FewbitsError: a layer whose shapes fit none or more than one, or the name of its file says otherwise.
     """
-    widths = _widths(config)
+    widths = {n.removesuffix(".weight"): shape[1] for n, shape in shapes_of(config).items() if len(shape) == 2}
     bits = {module: _bits(raws, module, widths) for module in modules}
     if all(all_alike(raws[f"{m}.qzeros"], b, raws[f"{m}.scales"].shape[1], 1 << (b - 1)) for m, b in bits.items()):
         raise raws[f"{modules[0]}.qzeros"].refuse(
@@ -59,17 +60,16 @@ def infer(raws: Mapping[str, Raw], modules: list[str], config: Mapping[str, Any]
     return Inferred(layers)
 
 
-def _widths(config: Mapping[str, Any]) -> dict[str, int]:
-    """The columns of every layer, as far as the architecture is known."""
+def shapes_of(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """The tensors that a model of this configuration has; empty where its architecture is not known here."""
     family = arch.lookup(dict(config))
     if family is None:
         return {}
     try:
         full = arch.complete(family, dict(config))
-        shapes = {t.hf: t.shape(full) for t in arch.tensors(family, full) if len(t.dims) == 2}
+        return {t.hf: t.shape(full) for t in arch.tensors(family, full)}
     except (KeyError, TypeError, ValueError):
         return {}
-    return {name.removesuffix(".weight"): shape[1] for name, shape in shapes.items()}
 
 
 def _bits(raws: Mapping[str, Raw], module: str, widths: Mapping[str, int]) -> int:
