@@ -20,7 +20,8 @@ from fewbits.hub import choose, locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAMES = ["README.md", "Model-Q4_K_M.gguf", "Model-Q4_K_S.gguf", "Model-IQ4_XS.gguf", "mmproj-F16.gguf",
-         "Model-F16.gguf", "Model.imatrix.gguf", "Q8_0/Model-Q8_0-00001-of-00002.gguf", "Q8_0/Model-Q8_0-00002-of-00002.gguf"]
+         "Model-F16.gguf", "Model.imatrix.gguf", "Q8_0/Model-Q8_0-00001-of-00002.gguf",
+         "Q8_0/Model-Q8_0-00002-of-00002.gguf"]
 LOCATE = """
 import json, sys
 from fewbits import FewbitsError, hub

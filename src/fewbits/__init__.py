@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from fewbits.measure import evaluate
     from fewbits.planning import plan
     from fewbits.quantizing import quantize
+    from fewbits.verifying import verify
 
 __version__ = "0.1.0"
-__all__ = ["FewbitsError", "convert", "evaluate", "inspect", "load", "plan", "quantize"]
+__all__ = ["FewbitsError", "convert", "evaluate", "inspect", "load", "plan", "quantize", "verify"]
 
 _HOMES = {"convert": "fewbits.converting", "evaluate": "fewbits.measure", "inspect": "fewbits.inspection",
-          "load": "fewbits.loading", "plan": "fewbits.planning", "quantize": "fewbits.quantizing"}
+          "load": "fewbits.loading", "plan": "fewbits.planning", "quantize": "fewbits.quantizing",
+          "verify": "fewbits.verifying"}
 
 
 def __getattr__(name: str) -> Any:

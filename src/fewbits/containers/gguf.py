@@ -6,6 +6,7 @@ import json
 import re
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,7 +37,7 @@ from fewbits.qtensor import QTensor
 
 OLD_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|down|up))\.(\d+)\.weight")  # Mixtral before 2024-04
 
-__all__ = ["Files", "Gguf", "SplitGguf", "assemble", "metadata", "records"]
+__all__ = ["Files", "Gguf", "SplitGguf", "assemble", "bare_entries", "metadata", "records"]
 
 
 class Files(UserDict[str, Any]):
@@ -68,7 +69,7 @@ class Gguf(Container):
     def accepts(self, checkpoint: Checkpoint, entry: Entry) -> str | None:
         family = arch.lookup(checkpoint.config)
         if family is None:
-            return f"GGUF needs a table of names for {checkpoint.architecture}; there are {arch.goes_to_gguf()}"
+            return arch.why_not_gguf(checkpoint.config)
         config = own_config(family, checkpoint)
         reason = family.refuse(config)
         if reason or entry.name.endswith(family.skipped):
@@ -207,6 +208,15 @@ def _entry(file: GgufFile, name: str, parts: list[tuple[Spec, Tensor]]) -> Entry
 
     shape = rows.whole(tensor.ops, spec.shape) if len(parts) > 1 else spec.shape
     return Entry(name, shape, rows.codec(tensor.ops, codec), load)
+
+
+def bare_entries(file: GgufFile) -> dict[str, Entry]:
+    """The tensors of any GGUF file under their own names; those that are no weights (integers) are left out."""
+    found = {}
+    for spec in file.tensors.values():
+        with suppress(FewbitsError):
+            found[spec.name] = _entry(file, spec.name, [(spec, Tensor(spec.name, spec.name, "", None, ()))])
+    return found
 
 
 def _planes(codec: Codec, shape: Shape, data: np.ndarray) -> dict[str, torch.Tensor]:

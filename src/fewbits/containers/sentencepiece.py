@@ -28,6 +28,19 @@ def scores(raw: bytes) -> dict[str, float]:
         raise FewbitsError(f"tokenizer.model is not a SentencePiece model ({error})") from None
 
 
+def pieces(raw: bytes) -> list[str]:
+    """The text of every piece, of any kind of model, in the order of their ids.
+
+    Raises:
+        FewbitsError: not such a file.
+    """
+    try:
+        return [bytes(dict(_fields(value))[1]).decode() for number, value in _fields(raw)
+                if number == 1 and isinstance(value, bytes)]
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise FewbitsError(f"not a SentencePiece model ({error})") from None
+
+
 def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Field number and value: an integer (wire type 0) or bytes (1: eight, 2: counted, 5: four)."""
     at = 0
