@@ -23,6 +23,7 @@ from fewbits.calibrate import Statistics, Walk, sample_tokens
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Codec
 from fewbits.codecs.floats import F16, Float
+from fewbits.containers import experts
 from fewbits.containers.base import Container, Progress, check_output, check_space, remove, write
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import CHUNK, QTensor
@@ -72,6 +73,7 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
     choices = recipe.resolve(ModelFacts.of(source), overrides=overrides, has_importance=calibration is not None,
                              solver=solver)
     choices, notes = _solvable(choices)
+    source = replace(source, entries=experts.unstacked(source.entries.values(), but={c.name for c in choices}))
     job = _Job(source, choices, keep_nonfinite, progress)
     goal = job.checkpoint(recipe)
     refusal = target.refusal(goal)
@@ -91,15 +93,20 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
 
 def _solvable(choices: list[Choice]) -> tuple[list[Choice], list[str]]:
     """Choices whose solver takes their tensor: GPTQ gives way to search where blocks cross rows, and that is said."""
-    kept, notes = [], [c.note for c in choices if c.note]
+    kept: list[Choice] = []
+    refused: dict[str, list[str]] = {}
     for c in choices:
-        if c.solver == "gptq":
-            reason = solvers.refuses("gptq", c.codec, c.shape)
-            if reason:
-                notes.append(f"{c.name}: search instead of gptq: {reason}")
-                c = replace(c, solver="search")
+        reason = solvers.refuses("gptq", c.codec, c.shape) if c.solver == "gptq" else None
+        if reason:
+            refused.setdefault(reason, []).append(c.name)
+            c = replace(c, solver="search")
         kept.append(c)
-    return kept, notes
+    notes = [f"{_some(names)}: search instead of gptq: {reason}" for reason, names in refused.items()]
+    return kept, [c.note for c in choices if c.note] + notes
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, …)"
 
 
 def _tokens(source: Checkpoint, calibration: str | Path, samples: int, length: int) -> torch.Tensor:
@@ -192,8 +199,7 @@ class _Job:
                 self._check(name)
             self._skip(name)
         if self.unseen:
-            self.notes.append(f"{len(self.unseen)} tensors: search, because no calibration input was seen of them: "
-                              + ", ".join(self.unseen[:3]) + (", …" if len(self.unseen) > 3 else ""))
+            self.notes.append(f"{_some(self.unseen)}: search instead of gptq: no calibration input reached it")
 
     def _solve_one(self, name: str, statistics: Statistics | None) -> None:
         choice = self.choices[name]

@@ -7,7 +7,7 @@ loaded for that. Experts stay apart where they differ in shape or codec, and whe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from fewbits.checkpoint import Entry
@@ -125,21 +125,22 @@ def splits(name: str, shape: Shape) -> bool:
     return ALL.fullmatch(name) is not None and len(shape) == (3 if name.endswith(".weight") else 2)
 
 
-def unstacked(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """The entries with every expert apart.
+def unstacked(entries: Iterable[Entry], but: Container[str] = ()) -> dict[str, Entry]:
+    """The entries with every expert apart; those of the names `but` as they are.
 
     Raises:
         FewbitsError: the codec's blocks go over the ends of experts.
     """
     held = _Held()
-    return {part.name: part for entry in entries for part in _parts(entry, held)}
+    parts = ([entry] if entry.name in but else _parts(entry, held) for entry in entries)
+    return {part.name: part for found in parts for part in found}
 
 
 def _parts(entry: Entry, held: _Held) -> list[Entry]:
     if not splits(entry.name, entry.shape):
         return [entry]
     if isinstance(entry.load, Stack) and entry.load.parts[0].codec == entry.codec:
-        return list(entry.load.parts)
+        return [part.as_(name=one(entry.name, i)) for i, part in enumerate(entry.load.parts)]
     if not entry.codec.stacks(entry.shape):
         raise FewbitsError(f"{entry.name} {list(entry.shape)} does not come apart into experts: blocks of "
                            f"{entry.codec.name} go over their ends")
