@@ -200,7 +200,7 @@ def test_names_with_a_prefix_that_the_model_lacks():
 
 
 def test_gguf_needs_the_table():
-    with pytest.raises(FewbitsError, match="no names here for the tensors of BertModel"):
+    with pytest.raises(FewbitsError, match="Q4_K_M goes to GGUF: BertModel: llama.cpp takes BERT with"):
         get("Q4_K_M").resolve(ModelFacts.from_config(BERT))
 
 

@@ -19,6 +19,11 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embed
         "long_factor": [1.0 + i / 4 for i in range(6)], "short_factor": [1.0 + i / 8 for i in range(6)],
         "partial_rotary_factor": 0.75}
 
+EXPERTS = {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}
+# the bounds of the ramp are 3 and 10 dimensions, so that rounding them to whole ones, as llama.cpp does, changes nothing
+YARN = {"rope_type": "yarn", "rope_theta": 2756.6979898533536, "original_max_position_embeddings": 888, "factor": 4.0,
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+
 MODELS: dict[str, transformers.PreTrainedConfig] = {
     "llama": transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, rope_parameters=ROPE),
     "mistral": transformers.MistralConfig(**SMALL, sliding_window=None, head_dim=32),
@@ -46,6 +51,11 @@ MODELS: dict[str, transformers.PreTrainedConfig] = {
         **{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}, hidden_act="gelu_new",
         use_parallel_residual=False),
     "olmo2": transformers.Olmo2Config(**SMALL, rope_parameters=ROPE),
+    "mixtral": transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, rope_parameters=ROPE),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**SMALL, head_dim=32, moe_intermediate_size=32, num_experts=8,
+                                             num_experts_per_tok=3, norm_topk_prob=True, rope_parameters=ROPE),
+    "gpt_oss": transformers.GptOssConfig(**SMALL, **EXPERTS, rope_parameters=ROPE),
+    "gpt_oss-yarn": transformers.GptOssConfig(**SMALL, **EXPERTS, rope_parameters=YARN),
 }
 
 

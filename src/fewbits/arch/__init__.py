@@ -1,11 +1,16 @@
-"""Model families as data: `lookup(config)` finds one, `tensors(architecture, config)` lists its tensors in order."""
+"""Model families as data: `lookup(config)` finds one, `tensors(architecture, config)` lists its tensors in order.
+
+Families that do not go to GGUF have an `Outline` instead, the roles of their weights: `outline(config)`.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Container
 
+from fewbits.arch import wrapped
 from fewbits.arch.base import DIMS, Architecture, Config, Tensor, Weight, head_dim
+from fewbits.arch.bert import BERT
 from fewbits.arch.gemma2 import GEMMA2
 from fewbits.arch.gemma3 import GEMMA3
 from fewbits.arch.gpt2 import GPT2
@@ -14,16 +19,21 @@ from fewbits.arch.gpt_oss import GPT_OSS
 from fewbits.arch.llama import LLAMA
 from fewbits.arch.mixtral import MIXTRAL
 from fewbits.arch.olmo2 import OLMO2
+from fewbits.arch.opt import OPT
+from fewbits.arch.outline import Outline, of_type
 from fewbits.arch.phi3 import PHI3
 from fewbits.arch.qwen2 import QWEN2
 from fewbits.arch.qwen3 import QWEN3
 from fewbits.arch.qwen3_moe import QWEN3_MOE
+from fewbits.arch.vit import VIT
+from fewbits.arch.whisper import WHISPER
 
 ARCHITECTURES = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2, GPT_NEOX, OLMO2,
                  MIXTRAL, QWEN3_MOE, GPT_OSS)
+OUTLINES = (OPT, WHISPER, BERT, VIT)
 
-__all__ = ["ARCHITECTURES", "Architecture", "Tensor", "Weight", "by_gguf", "complete", "goes_to_gguf", "head_dim",
-           "lookup", "spelled", "tensors", "transposed"]
+__all__ = ["ARCHITECTURES", "OUTLINES", "Architecture", "Outline", "Tensor", "Weight", "by_gguf", "complete",
+           "goes_to_gguf", "head_dim", "lookup", "outline", "spelled", "tensors", "transposed", "why_not_gguf"]
 
 
 def lookup(config: Config) -> Architecture | None:
@@ -33,6 +43,22 @@ def lookup(config: Config) -> Architecture | None:
         if names[0] in architecture.architectures if names else config.get("model_type") in architecture.model_types:
             return architecture
     return None
+
+
+def outline(config: Config) -> Outline | None:
+    """What is known of a family that goes to Transformers-style layouts only."""
+    found = of_type(OUTLINES, config)
+    inner = wrapped.inner_type(config)
+    family = lookup({"model_type": inner}) if inner else None
+    return found or (wrapped.outline(family) if family else None)
+
+
+def why_not_gguf(config: Config) -> str:
+    """Why a model without an Architecture cannot go to GGUF."""
+    named = (config.get("architectures") or [config.get("model_type")])[0]
+    known = outline(config)
+    return (f"{named}: {known.reason}" if known
+            else f"GGUF needs a table of names for {named}; there are {goes_to_gguf()}")
 
 
 def by_gguf(name: str, experts: bool = False) -> Architecture | None:
@@ -69,7 +95,7 @@ def transposed(config: Config, name: str) -> bool:
 
 def goes_to_gguf() -> str:
     """Transformers' class names of the families that GGUF has, for messages."""
-    return ", ".join(name for a in ARCHITECTURES if a.gguf for name in a.architectures)
+    return ", ".join(name for a in ARCHITECTURES for name in a.architectures)
 
 
 def tensors(architecture: Architecture, config: Config) -> list[Tensor]:

@@ -27,7 +27,7 @@ class Weight:
     """A row of a family's table. `{i}` stands for the layer; `ops` and `present` are asked with the configuration."""
 
     hf: str
-    gguf: str  # empty in families that GGUF does not have
+    gguf: str
     role: str  # a key of DIMS, or bias
     ops: Callable[[Config], Ops] = lambda config: ()
     present: Callable[[Config], bool] = lambda config: True
@@ -73,7 +73,7 @@ class Architecture:
     """A model family. `extra_metadata` and `extra_config` map what a table of fields cannot say."""
 
     name: str
-    gguf: str | None  # GGUF's name; None: llama.cpp does not have it, or it goes to Transformers' layouts only
+    gguf: str
     architectures: tuple[str, ...]  # Transformers class names; the first is written
     model_types: tuple[str, ...]  # the first is written
     weights: tuple[Weight, ...]
@@ -119,13 +119,8 @@ def plus_one(config: Config) -> Ops:
     return (AddOne(),)
 
 
-def no_gguf(reason: str) -> Callable[[Config], str]:
-    """`refuse` of a family that GGUF does not have."""
-    return lambda config: reason
-
-
 def no_values(config: Config) -> Values:
-    """`extra_metadata` and `extra_config` of a family whose table of fields says all, or that GGUF does not have."""
+    """`extra_metadata` and `extra_config` of a family whose table of fields says all."""
     return {}
 
 

@@ -49,12 +49,16 @@ class ModelFacts:
         if family:
             whole = arch.complete(family, checkpoint.config, checkpoint.entries)
             table = {t.hf: t for t in arch.tensors(family, whole)}
-        roles = {} if family else _roles(checkpoint.config, checkpoint.path, set(checkpoint.entries))
+        outline = arch.outline(checkpoint.config)
+        roles = {} if family or outline else _roles(checkpoint.config, checkpoint.path, set(checkpoint.entries))
         facts = []
         for e in checkpoint.entries.values():
             t = table.get(e.name)
-            facts.append(Fact(e.name, e.shape, e.codec, t.role, t.layer, t.gguf) if t
-                         else Fact(e.name, e.shape, e.codec, roles.get(e.name, "")))
+            if t:
+                facts.append(Fact(e.name, e.shape, e.codec, t.role, t.layer, t.gguf))
+            else:
+                role, layer = outline.role(e.name) if outline else (roles.get(e.name, ""), None)
+                facts.append(Fact(e.name, e.shape, e.codec, role, layer))
         return cls(checkpoint.config, tuple(facts), family.gguf if family else None)
 
     @classmethod
@@ -75,11 +79,11 @@ class ModelFacts:
             return cls(config, tuple(Fact(n, s, codec, roles.get(n, "")) for n, s in targets.shapes(model).items()))
         try:
             whole = arch.complete(family, config)
-            facts = tuple(Fact(t.hf, t.shape(whole), codec, t.role, t.layer, t.gguf)
-                          for t in arch.tensors(family, whole))
+            facts = {t.hf: Fact(t.hf, t.shape(whole), codec, t.role, t.layer, t.gguf)
+                     for t in arch.tensors(family, whole)}
         except KeyError as e:
             raise FewbitsError(f"{name}: no entry {e}, which {family.name} needs") from None
-        return cls(config, facts, family.gguf)
+        return cls(config, tuple(facts.values()), family.gguf)
 
     @property
     def layers(self) -> int:
