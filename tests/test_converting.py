@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fewbits import containers
 from fewbits.converting import DECODED, KEPT, RECODED, ROUNDED, convert, summary
@@ -98,3 +100,33 @@ def test_float_types(tiny: Path, tmp_path: Path) -> None:
 def test_what_makes_no_sense_is_refused(tiny: Path, tmp_path: Path, out: str, to: str, message: str) -> None:
     with pytest.raises(FewbitsError, match=message):
         convert(tiny, tmp_path / out, to)
+
+
+def test_split(tiny: Path, tmp_path: Path) -> None:
+    convert(tiny, tmp_path / "parts", split=200_000)
+    assert len(list((tmp_path / "parts").glob("*-of-*.gguf"))) > 1 and equal(tiny, tmp_path / "parts")
+    convert(tmp_path / "parts", tmp_path / "joined.gguf")
+    assert equal(tiny, tmp_path / "joined.gguf")
+    with pytest.raises(FewbitsError, match="only GGUF is split"):
+        convert(tiny, tmp_path / "x", "gptq", split=100_000)
+
+
+def test_adapter_there_and_back(tiny: Path, tmp_path: Path) -> None:
+    peft = tmp_path / "peft"
+    peft.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    module = "base_model.model.model.layers.1.self_attn.q_proj"
+    tensors = {f"{module}.lora_A.weight": torch.randn(4, 96, generator=draw),
+               f"{module}.lora_B.weight": torch.randn(96, 4, generator=draw)}
+    save_file(tensors, peft / "adapter_model.safetensors")
+    (peft / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}))
+    with pytest.raises(FewbitsError, match="is a LoRA adapter"):
+        convert(peft, tmp_path / "a.gguf")
+    result = convert(peft, tmp_path / "a.gguf", base=tiny)
+    assert (result.source, result.container, len(result.tensors)) == ("peft", "gguf-lora", 2)
+    convert(tmp_path / "a.gguf", tmp_path / "back", base=tiny)
+    back = load_file(tmp_path / "back" / "adapter_model.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
+    with pytest.raises(FewbitsError, match="not a LoRA adapter"):
+        convert(tiny, tmp_path / "x", base=tiny)

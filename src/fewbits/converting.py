@@ -14,7 +14,10 @@ from fewbits import codecs, containers, hub, solvers
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Codec
 from fewbits.codecs.floats import BF16, F16, F32, Float
+from fewbits.containers import gguf_lora
 from fewbits.containers.base import Container, Progress, check_output, write
+from fewbits.containers.directory import read_json
+from fewbits.containers.gguf import SplitGguf
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import CHUNK, QTensor
 from fewbits.recipe.facts import float_of
@@ -73,7 +76,7 @@ class Conversion:
 
 
 def convert(model: str | Path | Checkpoint, out: str | Path, to: str | None = None, *, lossy: bool = False,
-            progress: Progress | None = None) -> Conversion:
+            split: int | None = None, base: str | Path | None = None, progress: Progress | None = None) -> Conversion:
     """Write `model` (a path in any format or a hub id) to `out` in another layout, without requantizing.
 
     `to` is a container ("gguf", "gptq", "transformers" …) or a float type ("f16"), which goes to a Transformers
@@ -81,14 +84,22 @@ def convert(model: str | Path | Checkpoint, out: str | Path, to: str | None = No
     directory layout that keeps the codes. Codes are kept where the container can hold them, or moved to another codec
     with the same values. A tensor that would change is refused, unless `lossy` allows to quantize it again.
 
+    `split` writes GGUF as a directory of files of at most so many bytes. A LoRA adapter (peft's directory or GGUF) goes
+    to the other layout; `base` is then the model that it belongs to.
+
     Raises:
         FewbitsError: a tensor would change its values, or has no place in the container.
     """
     began = time.monotonic()
-    source = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
     out = Path(out).resolve()
+    path = None if isinstance(model, Checkpoint) else hub.locate(model)
+    if path is not None and gguf_lora.is_adapter(path):
+        return _adapter(path, out, base)
+    if base is not None:
+        raise FewbitsError(f"{path}: not a LoRA adapter, so it has no base model", "leave --base out")
+    source = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
     check_output(out, source.path)
-    target, kind = _target(source, out, to)
+    target, kind = _target(source, out, to, split)
     steps, entries = [], {}
     done, total = 0, source.nbytes
     for entry in source.entries.values():
@@ -109,8 +120,12 @@ def convert(model: str | Path | Checkpoint, out: str | Path, to: str | None = No
 
 
 # where to ---------------------------------------------------------------------------------------------------------
-def _target(source: Checkpoint, out: Path, to: str | None) -> tuple[Container, Codec | None]:
+def _target(source: Checkpoint, out: Path, to: str | None, split: int | None) -> tuple[Container, Codec | None]:
     """The container, and the float type of every tensor where one was asked for."""
+    if split is not None:
+        if to not in (None, "gguf") or out.suffix:
+            raise FewbitsError(f"{out}: only GGUF is split, into a directory of files", "give a directory with -o")
+        return SplitGguf(most_bytes=split), None
     gguf = out.suffix == ".gguf"
     if to is None:
         return containers.by_name("gguf" if gguf else _keeping(source)), None
@@ -148,6 +163,31 @@ def _exact(source: Checkpoint, entry: Entry, container: Container) -> bool:
     """Whether `container` takes the entry's codes, or those of a codec that may hold the same values."""
     codecs_ = [entry.codec, *candidates(entry.codec, entry.shape[-1])]
     return any(container.refuses(source, entry.as_(codec=c)) is None for c in codecs_)
+
+
+def _adapter(path: Path, out: Path, base: str | Path | None) -> Conversion:
+    """A LoRA adapter into the other of its two layouts."""
+    began = time.monotonic()
+    if base is None:
+        raise FewbitsError(f"{path}: is a LoRA adapter, whose names and rows follow from its base model",
+                           "name the model with --base; its config.json is enough")
+    config = _config(hub.locate(base, weights=False))
+    to = gguf_lora.to_gguf if path.is_dir() else gguf_lora.to_peft
+    if path.is_dir() != (out.suffix == ".gguf"):
+        form = "file *.gguf" if path.is_dir() else "directory"
+        raise FewbitsError(f"{out}: the adapter {path.name} becomes a {form}", "give another name with -o")
+    lora = to(path, config, out)
+    sides = [(f"{name} {side}", q) for name, pair in lora.pairs.items() for side, q in (("a", pair.a), ("b", pair.b))]
+    steps = [Step(name, q.shape, q.codec.name, q.codec.name, KEPT) for name, q in sides]
+    names = ("peft", "gguf-lora") if path.is_dir() else ("gguf-lora", "peft")
+    return Conversion(out, *names, sum(q.nbytes for _, q in sides), time.monotonic() - began, steps)
+
+
+def _config(base: Path) -> dict[str, Any]:
+    """The configuration of a model, of which config.json is enough."""
+    if base.is_dir() and (base / "config.json").is_file():
+        return read_json(base / "config.json")
+    return containers.open(base).config
 
 
 # what becomes of a tensor -----------------------------------------------------------------------------------------

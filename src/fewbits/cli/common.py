@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fewbits.containers.base import Progress as Report
+from fewbits.errors import FewbitsError
+
+if TYPE_CHECKING:
+    from fewbits.checkpoint import Checkpoint
+
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights in *.pt and *.bin; runs no code.")]
 
 console = Console()
 log = Console(stderr=True)
@@ -31,6 +39,15 @@ def progress() -> Iterator[Report]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield report
+
+
+def source(model: str, allow_pickle: bool) -> str | Checkpoint:
+    """What a command works on: `model`, opened here where pickles are allowed."""
+    if not allow_pickle:
+        return model
+    from fewbits import containers, hub
+
+    return containers.open(hub.locate(model), allow_pickle=True)
 
 
 def emit(data: dict[str, Any]) -> None:
@@ -57,3 +74,19 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def nbytes(text: str) -> int:
+    """Bytes of `2GB`, `500M`, `1.5 GiB` or a plain number.
+
+    Raises:
+        FewbitsError: no size, or none above zero.
+    """
+    match = re.fullmatch(r"([\d.]+)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
+    try:
+        found = int(float(match[1]) * (1024 if match[3] else 1000) ** (" kmgt".index(match[2] or " "))) if match else 0
+    except ValueError:
+        found = 0
+    if found < 1:
+        raise FewbitsError(f"{text!r} is no size", "for example 2GB or 500MB")
+    return found

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fewbits.cli.common import console, emit, log, progress, quiet_libraries, size
+from fewbits.cli.common import AllowPickle, console, emit, log, nbytes, progress, quiet_libraries, size, source
 
 
 def command(
@@ -17,7 +17,11 @@ def command(
     to: Annotated[str | None, typer.Option("--to", help="A container (gguf, gptq, awq, transformers, …) or f16, bf16, "
                                                         "f32; left out, it follows from the name of OUT.")] = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="Quantize again what cannot keep its values.")] = False,
+    split: Annotated[str | None, typer.Option(help="GGUF in files of at most this size, for example 2GB; OUT is a "
+                                                   "directory.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that a LoRA adapter belongs to.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for every tensor.")] = False,
+    allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     """Move a model to another layout, keeping its codes wherever both layouts can hold them."""
@@ -25,7 +29,8 @@ def command(
 
     quiet_libraries()
     with progress() as report:
-        result = convert(model, out, to, lossy=lossy, progress=report)
+        result = convert(source(model, allow_pickle), out, to, lossy=lossy,
+                         split=None if split is None else nbytes(split), base=base, progress=report)
     if json:
         emit(result.to_json())
         return
