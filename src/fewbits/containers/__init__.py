@@ -13,6 +13,7 @@ from fewbits.containers.compressed import CompressedTensors
 from fewbits.containers.directory import TransformersDirectory, folder_of, read_json
 from fewbits.containers.fewbits import Fewbits
 from fewbits.containers.fp8 import Fp8
+from fewbits.containers.ggml_legacy import Ggml
 from fewbits.containers.gguf import Gguf
 from fewbits.containers.gptq import Gptq
 from fewbits.containers.mxfp4 import Mxfp4
@@ -20,7 +21,7 @@ from fewbits.errors import FewbitsError
 
 __all__ = ["CONTAINERS", "Container", "by_name", "detect", "open", "write"]
 
-CONTAINERS: tuple[Container, ...] = (Gguf(), Gptq(), Awq(), CompressedTensors(), BitsAndBytes(), Fp8(),
+CONTAINERS: tuple[Container, ...] = (Gguf(), Ggml(), Gptq(), Awq(), CompressedTensors(), BitsAndBytes(), Fp8(),
                                      Mxfp4(), Fewbits(), TransformersDirectory())
 
 VARIANTS: dict[str, Container] = {"gptq-v1": Gptq("gptq"), "gptq-v2": Gptq("gptq_v2")}  # for writing

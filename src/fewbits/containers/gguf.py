@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -182,6 +182,8 @@ def _check_vocabulary(file: GgufFile, config: dict[str, Any]) -> None:
 
 
 def _codec(file: GgufFile, spec: Spec) -> Codec:
+    if spec.type in file.codecs:
+        return cast(Codec, file.codecs[spec.type])
     try:
         return codecs.get(spec.type)
     except FewbitsError:

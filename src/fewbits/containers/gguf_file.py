@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ class GgufFile:
     start: int  # where tensor data begin
     buffer: mmap.mmap
     parts: tuple[GgufFile, ...] = ()  # where the tensors are, if not here
+    codecs: Mapping[str, Any] = field(default_factory=dict)  # of types that today's ggml does not have
 
     def data(self, spec: Spec) -> np.ndarray:
         """The tensor's bytes, mapped (changes to them stay in memory)."""
@@ -82,7 +83,7 @@ class GgufFile:
         return np.frombuffer(self.buffer, np.uint8, spec.nbytes, self.start + spec.offset)
 
 
-class _Reader:
+class Reader:
     """A cursor over the header that never steps past the end of the file."""
 
     def __init__(self, path: Path, buffer: mmap.mmap):
@@ -108,10 +109,14 @@ class _Reader:
             raise self.error(f"{what} is {count}; at most {most} are read")
         return count
 
-    def string(self, what: str) -> str:
-        size = self.count(f"length of {what}", 1)
-        raw = self.buffer[self.at:self.at + size]
+    def bytes(self, size: int, what: str) -> bytes:
+        if self.at + size > self.size:
+            raise self.error(f"ends inside {what} (byte {self.size})", "the file is cut short: fetch it again")
         self.at += size
+        return self.buffer[self.at - size:self.at]
+
+    def string(self, what: str) -> str:
+        raw = self.bytes(self.count(f"length of {what}", 1), what)
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
@@ -202,7 +207,7 @@ def read(path: Path) -> GgufFile:
             raise FewbitsError(f"{path}: too short for a GGUF file ({file.tell()} bytes)")
         # private and writable, because torch warns about read-only memory; what is written never reaches the file
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    reader = _Reader(path, buffer)
+    reader = Reader(path, buffer)
     if buffer[:4] != MAGIC:
         raise FewbitsError(f"{path}: not a GGUF file (starts with {buffer[:4]!r})")
     reader.at = 4
@@ -231,14 +236,14 @@ def read(path: Path) -> GgufFile:
     return GgufFile(path, version, metadata, tensors, start, buffer)
 
 
-def _alignment(reader: _Reader, metadata: dict[str, Value]) -> int:
+def _alignment(reader: Reader, metadata: dict[str, Value]) -> int:
     found = metadata.get("general.alignment", Value("UINT32", ALIGNMENT))
     if found.type != "UINT32" or not 1 <= found.value <= MAX_ALIGNMENT or found.value & (found.value - 1):
         raise reader.error(f"general.alignment is {found.value!r} ({found.type}); a power of two (UINT32) is needed")
     return int(found.value)
 
 
-def _check_places(reader: _Reader, tensors: dict[str, Spec], start: int, alignment: int) -> None:
+def _check_places(reader: Reader, tensors: dict[str, Spec], start: int, alignment: int) -> None:
     """Tensors lie one after the other in the order of their records, each on the alignment, as llama.cpp demands."""
     at = 0
     for spec in tensors.values():
