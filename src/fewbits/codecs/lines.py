@@ -12,6 +12,7 @@ from fewbits.codecs.pieces import TINY, Piece, invert, pick, rounded
 from fewbits.lazy import torch
 
 STRETCHES = (0.6, 0.69, 0.78, 0.87, 0.96, 1.05)  # parts of a unit's range that starts cover
+FINE_STRETCHES = (0.6, 0.69, 0.77, 0.84, 0.89, 0.93, 0.97, 1.0, 1.03, 1.06)  # with more than 16 levels
 SHIFTS = (0.0, 0.25, -0.25, 0.5, -0.5)  # of its middle, in steps
 
 
@@ -81,7 +82,7 @@ def search_line(p: Piece, top: int, below_zero: bool, rounds: int = 2) -> tuple[
     if below_zero:
         low = low.clamp_(max=0)
         high = torch.maximum(high, low)
-    grid = [(stretch, shift) for stretch in STRETCHES for shift in SHIFTS]
+    grid = [(stretch, shift) for stretch in (FINE_STRETCHES if top > 15 else STRETCHES) for shift in SHIFTS]
     stretches, shifts = (low.new_tensor(t).view(-1, 1, 1) for t in zip(*grid, strict=True))
     s = (high - low) * (stretches / top)
     offset = (high + low) / 2 - s * (top / 2 + shifts)

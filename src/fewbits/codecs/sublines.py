@@ -10,7 +10,7 @@ from itertools import product
 from typing import NamedTuple
 
 from fewbits.codecs.base import Params
-from fewbits.codecs.lines import Moments, codes_on, line_errors, moments, search_line
+from fewbits.codecs.lines import Moments, codes_on, least_squares, line_errors, moments, search_line
 from fewbits.codecs.pieces import TINY, Piece, invert, pick, rounded
 from fewbits.codecs.subscales import ROUNDS, flat, pick_units, steps, table
 from fewbits.lazy import torch
@@ -57,21 +57,24 @@ def _descend(p: Piece, top: int, most: int, now: _Lines) -> Iterator[_Lines]:
             now = _Lines(error, *_best_pair(p, moments(p, q), scales, mins), scales, mins)
 
 
-# where d and dmin are looked for ---------------------------------------------------------------------------------------
+# where d and dmin are looked for --------------------------------------------------------------------------------------
 def _start(p: Piece, top: int, most: int) -> _Lines:
-    """The best of many d and dmin of both signs, for the codes of the best real lines; its error lacks a constant."""
+    """The best of many d and dmin of both signs, with the codes of the best real lines."""
     s, offset = search_line(p, top, below_zero=True)
-    upright = moments(p, codes_on(p, invert(s), offset, top))
-    ds, tries = steps(table(p, s), most), []
+    q = codes_on(p, invert(s), offset, top)
+    unused = q.amin(-1, True)
+    q -= torch.where(offset + unused * s <= 0, unused, 0.0)  # the lowest code in use is 0, as most quantizers have it
+    upright, tries = moments(p, q), []
+    s, offset, _ = least_squares(upright, below_zero=True)
     for sign, m, low in ((1, upright, -offset), (-1, _flipped(upright, top), (offset + top * s).clamp_(min=0))):
-        m, low = Moments(*(table(p, t) for t in m)), table(p, low)
-        dmins = steps(low, most)
-        lost = (m.w - m.q * m.q / m.qq.clamp(min=TINY)) * (rounded(low * invert(dmins), 0, most) * dmins - low).square()
-        nearest = lost.sum(-1, True).topk(MINIMA, 0, largest=False).indices
-        for dmin in dmins.gather(0, nearest):
-            error, scales, mins = _round_lines(m, low, ds, dmin, most)
+        at = _at(Moments(*(table(p, t) for t in m)), table(p, s), table(p, low))
+        ds, dmins = steps(at.s, most), steps(at.low, most)
+        shift = rounded(at.low * invert(dmins), 0, most) * dmins - at.low
+        fixed = shift * (shift * (at.m.w - at.m.q * at.slope) + at.pull)
+        for dmin in dmins.gather(0, fixed.sum(-1, True).topk(MINIMA, 0, largest=False).indices):
+            error, scales, mins = _round_lines(at, ds, dmin, most)
             error, index = error.sum(-1, True).min(0, keepdim=True)
-            d, wide = ds.gather(0, index)[0], index.expand(1, *low.shape)
+            d, wide = ds.gather(0, index)[0], index.expand(1, *at.s.shape)
             tries.append(_Lines(error[0], p.kept(sign * d), p.kept(sign * dmin), scales.gather(0, wide)[0],
                                 mins.gather(0, wide)[0]))
     return _Lines(*pick_units(tries))
@@ -83,20 +86,38 @@ def _flipped(m: Moments, top: int) -> Moments:
     return m._replace(x=-m.x, q=q, qq=top * (q - m.q) + m.qq, qx=m.qx - top * m.x)
 
 
-def _round_lines(m: Moments, low: torch.Tensor, d: torch.Tensor, dmin: torch.Tensor,
-                 most: int) -> list[torch.Tensor]:
-    """Error (less the sum of x^2), scales and minimums for each `d` `[starts, units, 1]`, codes as they are: the three
-    minimums nearest to `low`, and the best scale for each."""
-    near = rounded(low * invert(dmin), 0, most)
+class _Parabola(NamedTuple):
+    """How the error of sub-blocks `[units, subs]` changes around a line, while codes stay as they are."""
+
+    m: Moments
+    s: torch.Tensor
+    low: torch.Tensor  # values are s * q - low
+    error: torch.Tensor
+    grow: torch.Tensor  # by s
+    pull: torch.Tensor  # by low; both are 0 where nothing keeps the line from being the best
+    slope: torch.Tensor  # of the best s by low
+
+
+def _at(m: Moments, s: torch.Tensor, low: torch.Tensor) -> _Parabola:
+    grow, pull = 2 * (s * m.qq - low * m.q - m.qx), 2 * (m.x - s * m.q + low * m.w)
+    error = m.xx + s * (grow / 2 - m.qx) + low * (pull / 2 + m.x)
+    return _Parabola(m, s, low, error, grow, pull, m.q / m.qq.clamp(min=TINY))
+
+
+def _round_lines(at: _Parabola, d: torch.Tensor, dmin: torch.Tensor, most: int) -> list[torch.Tensor]:
+    """Error, scales and minimums for each `d` `[starts, units, 1]`: the three nearest minimums are tried, with the best
+    scale for each."""
+    near, free = rounded(at.low * invert(dmin), 0, most), at.s - at.grow / (2 * at.m.qq.clamp(min=TINY))
     best: list[torch.Tensor] = []
     for step in (0, -1, 1):
         mins = (near + step).clamp_(0, most)
-        minimum = mins * dmin
-        qx = m.qx + minimum * m.q
-        scales = rounded(qx / m.qq.clamp(min=TINY) * invert(d), 0, most)
-        s = scales * d
-        tried = [s * (s * m.qq - 2 * qx) + minimum * (minimum * m.w + 2 * m.x), scales, mins.expand(scales.shape)]
-        best = [torch.where(tried[0] < best[0], t, b) for t, b in zip(tried, best, strict=True)] if best else tried
+        lower = mins * dmin - at.low
+        scales = rounded((free + at.slope * lower) * invert(d), 0, most)
+        wider = scales * d - at.s
+        error = at.error + lower * (lower * at.m.w + at.pull)
+        error = error + wider * (wider * at.m.qq - 2 * lower * at.m.q + at.grow)
+        tried = [error, scales, mins.expand(scales.shape)]
+        best = [torch.where(error < best[0], t, b) for t, b in zip(tried, best, strict=True)] if best else tried
     return best
 
 

@@ -59,7 +59,7 @@ def pick_units(tries: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
     return list(best)
 
 
-# (d * scale) * level, signed scales ------------------------------------------------------------------------------------
+# (d * scale) * level, signed scales -----------------------------------------------------------------------------------
 def fit_scales(p: Piece, bits: int, scale_bits: int) -> Params:
     """Q3_K, Q6_K: even levels. Never worse than putting each sub-block's largest magnitude on the lowest level."""
     low, high, total = -(1 << (bits - 1)), (1 << (bits - 1)) - 1, energy(p)
