@@ -14,6 +14,7 @@ import transformers
 from fewbits import containers
 from fewbits.containers import gguf_lora
 from fewbits.containers.gguf import Gguf, SplitGguf
+from tests.containers import test_ggml_legacy as legacy
 
 pytestmark = pytest.mark.peer
 LOGITS = """
@@ -27,7 +28,7 @@ llama = Llama(path, lora_path=lora or None, n_ctx=len(tokens), n_batch=64, logit
 llama.eval(tokens)
 np.save(out, llama.scores[:len(tokens)])
 """
-TOKENS = torch.randint(3, 500, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+TOKENS = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 @pytest.fixture
@@ -104,3 +105,13 @@ def test_an_adapter_changes_the_model_as_merging_it_does(kind, logits, shared, t
     gguf_lora.to_gguf(tmp_path / "peft", base.config, tmp_path / "adapter.gguf")
     assert apart(logits(tmp_path / "base.gguf"), before) <= 1e-6
     assert apart(logits(tmp_path / "base.gguf", tmp_path / "adapter.gguf"), merged) <= 1e-6
+
+
+@pytest.mark.parametrize("layout, kind", [("ggml", "F32"), ("ggmf 1", "F16"), ("ggjt 1", "Q5_1"), ("ggjt 2", "Q5_0")])
+def test_a_model_older_than_gguf_computes_the_same_after_conversion(layout, kind, logits, tmp_path):
+    model = legacy.model()
+    wanted = legacy.write(tmp_path / "old.bin", layout, kind, model)
+    model.load_state_dict(wanted)
+    containers.write(Gguf(), tmp_path / "new.gguf", containers.open(tmp_path / "old.bin"))
+    bound = 1e-6 if kind == "F32" else 1e-3  # llama.cpp rounds inputs of F16 and Q5 products to 16 and 8 bits
+    assert apart(logits(tmp_path / "new.gguf"), theirs(model)) <= bound
