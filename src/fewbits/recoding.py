@@ -7,6 +7,7 @@ scale and a code are exact in float32, so scales and zero points alone decide wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fewbits.codecs import ggml
@@ -14,7 +15,9 @@ from fewbits.codecs.affine import IntK
 from fewbits.codecs.base import Codec
 from fewbits.codecs.packing import halves_to_stream, join_fields, pack_bits, stream_to_halves, unpack_bits
 from fewbits.lazy import torch
-from fewbits.qtensor import CHUNK, QTensor
+from fewbits.qtensor import QTensor
+
+PART = 1 << 18  # weights that a worker moves at a time, few enough that torch starts no threads of its own
 
 
 def candidates(codec: Codec, columns: int) -> list[Codec]:
@@ -42,14 +45,17 @@ def holds(q: QTensor, codec: Codec) -> bool:
 def recode(q: QTensor, codec: Codec) -> QTensor:
     """`q` in `codec`, which `holds` it."""
     rows, columns = q.codec.matrix(q.shape)
-    planes: dict[str, list[torch.Tensor]] = {}
-    for at in range(0, rows, max(1, CHUNK // columns)):
-        part = q.part(slice(at, min(at + max(1, CHUNK // columns), rows)))
+    step = max(1, PART // columns)
+
+    def moved(at: int) -> dict[str, torch.Tensor]:
+        part = q.part(slice(at, min(at + step, rows)))
         fitted = _fit(_line(part), part, codec)
         assert fitted is not None
-        for k, plane in _build(part, codec, fitted).items():
-            planes.setdefault(k, []).append(plane)
-    return QTensor(codec, q.shape, {k: torch.cat(parts) for k, parts in planes.items()}, q.order)
+        return _build(part, codec, fitted)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        parts = list(pool.map(moved, range(0, rows, step)))
+    return QTensor(codec, q.shape, {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, q.order)
 
 
 @dataclass(frozen=True)
