@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fewbits import arch, inspect
+from fewbits import arch, inspect, load, plan
 from fewbits.errors import FewbitsError
 from fewbits.recipe import ModelFacts
 
@@ -100,3 +100,26 @@ def test_nothing_there(tmp_path):
     (tmp_path / "notes.txt").write_text("no model")
     with pytest.raises(FewbitsError, match="not a GGUF file"):
         inspect(tmp_path / "notes.txt")
+
+
+def test_a_gguf_file_of_an_architecture_outside_the_table(tmp_path):
+    """Its tensors are shown under their own names; nothing else takes it."""
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "starcoder2")
+    writer.add_uint32("starcoder2.block_count", 1)
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("blk.0.attn_q.weight", np.ones((4, 32), np.float32))
+    writer.add_tensor("token_embd.weight", np.zeros((2, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = inspect(path)
+    assert found.architecture == "starcoder2" and found.container == "gguf" and found.tokenizer
+    assert {(t.name, t.shape, t.codec) for t in found.tensors} == {("blk.0.attn_q.weight", (4, 32), "F32"),
+                                                                   ("token_embd.weight", (2, 32), "Q8_0")}
+    assert found.metadata["names"] == "the file's own: there is no table for starcoder2"
+    assert found.metadata["starcoder2.block_count"] == 1
+    for use in (plan, load):
+        with pytest.raises(FewbitsError, match="general.architecture is 'starcoder2'; there are tables for gemma2"):
+            use(path)

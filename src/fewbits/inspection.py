@@ -11,6 +11,7 @@ from typing import Any
 
 from fewbits import containers, hub
 from fewbits.checkpoint import Checkpoint
+from fewbits.errors import FewbitsError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 LONGEST = 8  # values of a list that are shown
@@ -61,7 +62,7 @@ def inspect(model: str | Path | Checkpoint) -> Info:
     Raises:
         FewbitsError: nothing readable there.
     """
-    cp = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
+    cp = model if isinstance(model, Checkpoint) else _open(hub.locate(model))
     tensors = [TensorInfo(e.name, e.shape, e.codec.name, e.nbytes) for e in cp.entries.values()]
     groups = [CodecInfo(name, count, sum(e.parameters for e in cp.entries.values() if e.codec.name == name),
                         sum(t.nbytes for t in tensors if t.codec == name))
@@ -70,7 +71,21 @@ def inspect(model: str | Path | Checkpoint) -> Info:
                 nbytes=sum(map(size_on_disk, cp.facts.get("parts") or [cp.path])), tensor_bytes=cp.nbytes,
                 bits_per_weight=cp.nbytes * 8 / max(1, cp.parameters),
                 codecs=sorted(groups, key=lambda g: -g.nbytes), tensors=tensors, metadata=_metadata(cp),
-                tokenizer=any(name in cp.files for name in TOKENIZERS), chat_template=_has_template(cp))
+                tokenizer=any(name in cp.files for name in TOKENIZERS) or _has_tokens(cp),
+                chat_template=_has_template(cp))
+
+
+def _open(path: Path) -> Checkpoint:
+    """Any model, and a GGUF file of an architecture that there is no table for."""
+    try:
+        return containers.open(path)
+    except FewbitsError:
+        from fewbits.containers import gguf
+
+        found = gguf.bare(path) if containers.by_name("gguf").detect(path) else None
+        if found is None:
+            raise
+        return found
 
 
 def size_on_disk(path: Path) -> int:
@@ -93,6 +108,10 @@ def _short(value: Any) -> Any:
     if isinstance(value, Sequence) or hasattr(value, "tolist"):
         return f"{len(value)} values" if len(value) > LONGEST else list(map(_short, value))
     return str(value)
+
+
+def _has_tokens(cp: Checkpoint) -> bool:
+    return "tokenizer.ggml.tokens" in (cp.facts.get("metadata") or {})
 
 
 def _has_template(cp: Checkpoint) -> bool:

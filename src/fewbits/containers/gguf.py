@@ -37,7 +37,7 @@ from fewbits.qtensor import QTensor
 
 OLD_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|down|up))\.(\d+)\.weight")  # Mixtral before 2024-04
 
-__all__ = ["Files", "Gguf", "SplitGguf", "assemble", "bare_entries", "metadata", "records"]
+__all__ = ["Files", "Gguf", "SplitGguf", "assemble", "bare", "bare_entries", "metadata", "records"]
 
 
 class Files(UserDict[str, Any]):
@@ -163,6 +163,7 @@ def assemble(file: GgufFile, container: str) -> Checkpoint:
     if missing:
         raise FewbitsError(f"{file.path}: tensor {sorted(missing)[0]!r} is missing ({len(missing)} tensors are)",
                            "the file is incomplete: fetch it again")
+    _check_shapes(file, config, table, entries)
     facts = {"metadata": file.metadata, "version": file.version, "name": get(file, "general.name", "STRING"),
              "file_type": get(file, "general.file_type", "UINT32"),
              "parts": [part.path for part in file.parts] or None}
@@ -175,10 +176,14 @@ def _check_vocabulary(file: GgufFile, config: dict[str, Any]) -> None:
     tokens = file.metadata.get(gguf_tokenizer.KEY + "tokens")
     if tokens is not None and tokens.type == "ARRAY" and len(tokens.value) != config["vocab_size"]:
         raise FewbitsError(f"{file.path}: the embedding has {config['vocab_size']} rows, for {len(tokens.value)} tokens")
-    embedding = file.tensors["token_embd.weight"]
-    if len(embedding.shape) != 2 or embedding.shape[1] != config["hidden_size"]:
-        raise FewbitsError(f"{file.path}: tensor 'token_embd.weight' has the shape {list(embedding.shape)}, and "
-                           f"embedding_length is {config['hidden_size']}")
+
+
+def _check_shapes(file: GgufFile, config: dict[str, Any], table: dict[str, Tensor], entries: dict[str, Entry]) -> None:
+    for tensor in table.values():
+        found, wanted = entries[tensor.hf].shape, tensor.shape(config)
+        if tensor.dims and found != wanted:
+            raise FewbitsError(f"{file.path}: tensor {tensor.gguf!r} has the shape {list(found)}; the metadata make it "
+                               f"{list(wanted)}")
 
 
 def _codec(file: GgufFile, spec: Spec) -> Codec:
@@ -219,6 +224,22 @@ def bare_entries(file: GgufFile) -> dict[str, Entry]:
         with suppress(FewbitsError):
             found[spec.name] = _entry(file, spec.name, [(spec, Tensor(spec.name, spec.name, "", None, ()))])
     return found
+
+
+def bare(path: Path) -> Checkpoint | None:
+    """A GGUF file that is no model of a family in the table, its tensors under their own names; None where it is one.
+
+    It can be looked at, and neither be run nor converted: what its tensors are for is not known.
+    """
+    file = gguf_split.read(path)
+    name = get(file, "general.architecture", "STRING")
+    adapter = get(file, "general.type", "STRING") == "adapter"
+    if arch.by_gguf(name) is not None and not adapter:
+        return None
+    facts = {"metadata": file.metadata, "version": file.version, "parts": [part.path for part in file.parts] or None,
+             "names": "the file's own: " + ("it is a LoRA adapter" if adapter else f"there is no table for {name}")}
+    return Checkpoint(file.path, Gguf.name, {"architectures": [str(name)]}, bare_entries(file), {},
+                      {k: v for k, v in facts.items() if v is not None})
 
 
 def _planes(codec: Codec, shape: Shape, data: np.ndarray) -> dict[str, torch.Tensor]:
