@@ -4,7 +4,9 @@ Both get the same float32 weights; in the weighted case also the same importance
 ratio is our error over llama.cpp's, each summed over all matrices relative to their squared weights. The importances
 are seeded and lognormal (sigma 1.5), like second moments of activations: a few inputs count a hundred times the median.
 
-    python benchmarks/squared_error.py [--peer-python .peers/llama/bin/python] [--types Q4_0 ...] [--rows 256]
+All ggml types that both can produce are run, or those that are named:
+
+    python benchmarks/squared_error.py [--peer-python .peers/llama/bin/python] [--types Q2_K ...] [--rows 256]
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import ROOT, parser, show
+from gguf.constants import GGMLQuantizationType
 from safetensors import safe_open
 
 from fewbits import codecs
+from fewbits.codecs import ggml, iq4, kquants, mxfp4, ternary
 from fewbits.codecs.base import Codec
 from fewbits.qtensor import CHUNK, QTensor
 from fewbits.solvers.nearest import nearest, search
 
-TYPES = ("Q4_0", "Q8_0", "Q5_0", "Q4_K", "Q6_K")
-MODELS = ("smollm2-135m-wide", "minilm")
+TYPES = (*ggml.TYPES, *kquants.TYPES, *iq4.TYPES, *mxfp4.TYPES, *ternary.TYPES)
+MODELS = ("smollm2-135m-wide", "minilm", "stories260k")
 PEER = """
 import ctypes, pathlib, sys, time
 import llama_cpp, numpy as np
@@ -50,7 +54,6 @@ for line in sys.stdin:
     np.save(folder + "/blocks.npy", out)
     print(seconds, flush=True)
 """
-NUMBERS = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 
 
 class Peer:
@@ -67,7 +70,8 @@ class Peer:
         np.save(f"{self.folder}/w.npy", w.numpy())
         if importance is not None:
             np.save(f"{self.folder}/importance.npy", importance.numpy())
-        self.process.stdin.write(f"{NUMBERS[codec.name]} {self.folder} {int(importance is not None)}\n")
+        number = GGMLQuantizationType[codec.name].value
+        self.process.stdin.write(f"{number} {self.folder} {int(importance is not None)}\n")
         self.process.stdin.flush()
         seconds = float(self.process.stdout.readline())
         blocks = torch.from_numpy(np.load(f"{self.folder}/blocks.npy"))
@@ -96,7 +100,7 @@ def matrices(path: Path, codec: Codec, most_rows: int) -> Iterator[tuple[str, to
         with safe_open(file, "pt") as f:
             for name in f.keys():  # noqa: SIM118
                 w = f.get_tensor(name)
-                if w.ndim == 2 and codec.check(tuple(w.shape)) is None:
+                if w.ndim == 2 and w.is_floating_point() and codec.check(tuple(w.shape)) is None:
                     yield name, w[:most_rows or None].float().contiguous()
 
 
@@ -111,7 +115,7 @@ def error(w: torch.Tensor, decoded: torch.Tensor, importance: torch.Tensor | flo
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--peer-python", type=Path, default=ROOT / ".peers" / "llama" / "bin" / "python")
-    p.add_argument("--types", nargs="+", default=TYPES, choices=sorted(NUMBERS))
+    p.add_argument("--types", nargs="+", default=TYPES, choices=TYPES)
     p.add_argument("--names", nargs="+", default=MODELS, help="models, by folder")
     p.add_argument("--rows", type=int, default=0, help="take only the first rows of each matrix")
     options = p.parse_args()
@@ -122,8 +126,9 @@ def main() -> None:
             codec = codecs.get(kind)
             for model in options.names:
                 sums = {key: 0.0 for key in ("plain", "theirs", "weighted", "theirs weighted", "ours s", "theirs s")}
-                weights = 0
-                for name, w in matrices(options.models / model, codec, options.rows):
+                weights, path = 0, options.models / model
+                path = path if path.exists() else options.shared / "data" / "models" / model
+                for name, w in matrices(path, codec, options.rows):
                     weights += w.numel()
                     for key, importance in (("", None), (" weighted", importances(name, w.shape[1]))):
                         scale: torch.Tensor | float = 1.0 if importance is None else importance
@@ -133,6 +138,8 @@ def main() -> None:
                         sums["theirs" + key] += error(w, other, scale)
                         sums["ours s"] += seconds / 2
                         sums["theirs s"] += other_seconds / 2
+                if not weights:  # no matrix is as wide as a block
+                    continue
                 rows.append([kind, model, weights, sums["plain"] / sums["theirs"],
                              sums["weighted"] / sums["theirs weighted"], sums["ours s"], sums["theirs s"]])
                 print(*rows[-1], flush=True)
