@@ -187,6 +187,9 @@ def agree(found: list, meant: list) -> int:
     """The number of tensors whose types are equal."""
     checked = 0
     for (types, file_type), (shape, name, facts, weighted) in zip(found, meant, strict=True):
+        if name == "Q1_0" and types is None:  # llama.cpp has no type to take instead where the width does not divide
+            assert ("Q1_0", "F16") in llama.assign(llama.MIXES[name], facts, weighted).values()
+            continue
         assert types is not None, f"llama.cpp refused {shape} {name}"
         wanted = {f.gguf: t for f, t in assigned(name, facts, weighted).items()}
         differ = {k: (types[k], wanted[k]) for k in types if types[k] != wanted[k]}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from fewbits import arch, codecs
 from fewbits.codecs.base import Codec, Shape
-from fewbits.codecs.decode_only import DecodeOnly
 from fewbits.containers import experts
 from fewbits.errors import FewbitsError
 from fewbits.recipe import file, llama, patterns
@@ -20,11 +19,11 @@ from fewbits.recipe.patterns import Override, Overrides
 __all__ = ["Choice", "Fact", "ModelFacts", "PRESETS", "Overrides", "Recipe", "get"]
 
 # shown in lists, from few bits to many; any codec's name is a recipe too
-PRESETS = ("int3-g32-asym", "Q4_K_M", "Q4_0", "int4-g128", "nf4", "nf4-dq", "nf4-b128", "fp4", "Q5_0", "Q5_K_M", "Q6_K",
-           "Q8_0", "int8", "f16", "bf16", "f32")
+PRESETS = ("Q2_K", "int3-g32-asym", "Q3_K_M", "kmeans4", "IQ4_XS", "Q4_K_M", "Q4_0", "int4-g128", "nf4", "nf4-dq",
+           "nf4-b128", "fp4", "Q5_0", "Q5_K_M", "Q6_K", "Q8_0", "int8", "fp8-e4m3-b128", "f16", "bf16", "f32")
 CONTAINERS = {"ggml": ("gguf", "mxfp4", "fewbits"), "int": ("gptq", "awq", "compressed-tensors", "fewbits"),
               "table": ("bitsandbytes", "fewbits"), "int8": ("bitsandbytes", "fewbits"), "codebook": ("fewbits",),
-              "fp8": ("fewbits",), "fp8-tiles": ("fp8", "fewbits"),
+              "fp8": ("compressed-tensors", "fewbits"), "fp8-tiles": ("fp8", "fewbits"),
               "float": ("transformers", "gguf", "fewbits")}  # by family; the first is the default
 DEFAULT_SOLVER = "search"
 
@@ -173,9 +172,6 @@ def _apart(choice: Choice) -> list[Choice]:
 
 def _mixed(fact: Fact, wanted: str, taken: str, recipe: str) -> Choice:
     codec = codecs.get(taken)
-    if isinstance(codec, DecodeOnly):
-        raise FewbitsError(f"{recipe} wants {taken} for {fact.name} ({fact.gguf}), which is read and not written here",
-                           f"choose another type for it: --override '{fact.gguf}=Q6_K'")
     solver = None if codec.family == "float" else DEFAULT_SOLVER
     if wanted == taken:
         return Choice(fact.name, fact.shape, codec, solver)

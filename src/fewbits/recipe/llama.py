@@ -140,16 +140,17 @@ MIXES: dict[str, Mix] = {
     "IQ4_XS": Mix(30, "IQ4_XS", _iq4("IQ4_XS")),
     "TQ1_0": Mix(36, "TQ1_0", (("embedding", "Q4_K", always),)),
     "TQ2_0": Mix(37, "TQ2_0", (("embedding", "Q4_K", always),)),
+    "Q1_0": Mix(40, "Q1_0"),
     "MXFP4_MOE": Mix(38, "Q8_0", tuple((kind, "MXFP4", stacked) for kind in ("ffn_gate", "ffn_up", "ffn_down"))),
 }
 # mixes of types that are read and not written, each with the nearest that is
-UNWRITTEN = {"IQ1_S": "TQ1_0", "IQ1_M": "TQ2_0", "IQ2_XXS": "TQ2_0", "IQ2_XS": "Q2_K_S", "IQ2_S": "Q2_K_S",
+UNWRITTEN = {"IQ1_S": "Q2_K_S", "IQ1_M": "Q2_K_S", "IQ2_XXS": "Q2_K_S", "IQ2_XS": "Q2_K_S", "IQ2_S": "Q2_K_S",
              "IQ2_M": "Q2_K", "IQ3_XXS": "Q3_K_S", "IQ3_XS": "Q3_K_S", "IQ3_S": "Q3_K_S", "IQ3_M": "Q3_K_M",
-             "NVFP4": "MXFP4", "Q1_0": "TQ1_0", "Q2_0": "Q2_K"}
+             "NVFP4": "MXFP4", "Q2_0": "Q2_K"}
 
 FILE_TYPE = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11,
              "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37,
-             "MXFP4": 38}  # of a file that is all of one type
+             "MXFP4": 38, "Q1_0": 40}  # of a file that is all of one type
 
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0",
             "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -158,7 +159,7 @@ BLOCK = {name: (32, size) for name, size in (("Q4_0", 18), ("Q4_1", 20), ("Q5_0"
                                              ("IQ4_NL", 18), ("MXFP4", 17))}
 BLOCK |= {name: (256, size) for name, size in (("Q2_K", 84), ("Q3_K", 110), ("Q4_K", 144), ("Q5_K", 176),
                                                ("Q6_K", 210), ("IQ4_XS", 136), ("TQ1_0", 54), ("TQ2_0", 66))}
-BLOCK |= {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}  # columns, bytes of a block
+BLOCK |= {"Q1_0": (128, 18), "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}  # columns, bytes of a block
 
 # parts of names of matrices that llama.cpp leaves alone
 KEPT = ("_norm.weight", "ffn_gate_inp.weight", "altup", "laurel", "per_layer_model_proj", "ssm_conv1d",
