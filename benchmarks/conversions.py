@@ -7,7 +7,9 @@ the source's; where that is refused, `--lossy` is asked for, and the result is m
 from __future__ import annotations
 
 import shutil
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from common import parser, show
 
@@ -38,7 +40,8 @@ def main() -> None:
         if args.rows and name not in args.rows:
             continue
         source = made(model, work, recipe, container)
-        rows.append([name, *(cell(source, work, target, text, args.chunks) for target in TARGETS)])
+        against = Reference(source)
+        rows.append([name, *(cell(source, work, target, against, text, args.chunks) for target in TARGETS)])
         print("| " + " | ".join(rows[-1]) + " |", flush=True)
     show("From rows to columns", ["from \\ to", *TARGETS], rows, args.json)
 
@@ -52,7 +55,20 @@ def made(model: Path, work: Path, recipe: str, container: str) -> Path:
     return out
 
 
-def cell(source: Path, work: Path, target: str, text: Path, chunks: int) -> str:
+class Reference:
+    """The source as a model, loaded once, when a cell of its row first needs it."""
+
+    def __init__(self, source: Path):
+        self.source = source
+
+    @cached_property
+    def model(self) -> Any:
+        from fewbits import load
+
+        return load(self.source)
+
+
+def cell(source: Path, work: Path, target: str, against: Reference, text: Path, chunks: int) -> str:
     from fewbits import FewbitsError, convert
 
     out = work / ("cell.gguf" if target == "gguf" else "cell")
@@ -68,7 +84,7 @@ def cell(source: Path, work: Path, target: str, text: Path, chunks: int) -> str:
         remove(out)
     try:
         convert(source, out, target, lossy=True)
-        return f"KL {divergence(out, source, text, chunks):.4f}"
+        return f"KL {divergence(out, against.model, text, chunks):.4f}"
     except FewbitsError as refusal:
         return f"refused: {refusal}"
     finally:
@@ -86,7 +102,7 @@ def compare(source: Path, out: Path) -> None:
         assert torch.equal(entry.load().dequantize(), new[name].load().dequantize()), f"{out}: {name} differs"
 
 
-def divergence(out: Path, source: Path, text: Path, chunks: int) -> float:
+def divergence(out: Path, source: Any, text: Path, chunks: int) -> float:
     from fewbits import evaluate
 
     found = evaluate(out, source, text=text, chunks=chunks)

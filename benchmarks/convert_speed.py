@@ -17,9 +17,11 @@ from common import parser, show
 from memory import make
 
 # source, where it goes, container
-CASES = [("random-1.1b", "f16.gguf", "gguf"), ("f16.gguf", "floats", "transformers"), ("f16.gguf", "again.gguf", "gguf"),
-         ("gptq-g128", "q4_0.gguf", "gguf"), ("q4_0.gguf", "gptq-g32", "gptq"),
-         ("gptq-g128", "compressed", "compressed-tensors"), ("gptq-g128", "awq", "awq")]
+CASES = [
+    ("random-1.1b", "f16.gguf", "gguf"), ("f16.gguf", "floats", "transformers"), ("f16.gguf", "again.gguf", "gguf"),
+    ("gptq-g128", "gptq-again", "gptq"), ("gptq-g128", "q4_0.gguf", "gguf"), ("q4_0.gguf", "gptq-g32", "gptq"),
+    ("gptq-g128", "compressed", "compressed-tensors"), ("gptq-g128", "awq", "awq"),
+]
 
 
 def main() -> None:

@@ -285,11 +285,13 @@ def _refuse_changes(source: Checkpoint, target: Container, steps: list[Step], lo
 
 
 def _measured(step: Step, before: Entry, after: Entry) -> Step:
+    """The step with what the file holds now (GGUF has vectors in float32), and how far that is from what was."""
     if step.lossless:
-        return step
+        how = DECODED if step.how == KEPT and after.codec != before.codec else step.how
+        return replace(step, after=after.codec.name, how=how)
     old, new = before.load().dequantize(), after.load().dequantize()
     change = float((new - old).norm() / old.norm()) if bool(old.any()) else 0.0
-    return replace(step, error=change)
+    return replace(step, after=after.codec.name, error=change)
 
 
 def summary(conversion: Conversion) -> list[tuple[str, str, str, int, float]]:
