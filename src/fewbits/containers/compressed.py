@@ -3,7 +3,7 @@
 Beside each other, for a linear layer `x` [out, in] of k bits: `x.weight_packed` int32 [out, in * k / 32], codes along
 `in` in a little-endian bit stream; `x.weight_scale` [out, groups]; where weights are asymmetric `x.weight_zero_point`
 int32 [out * k / 32, groups], packed along `out`; `x.weight_shape` int64 [2]. Codes and zero points are signed numbers
-with 2^(k-1) added. "int-quantized" has int8 in `x.weight` itself.
+with 2^(k-1) added. "int-quantized" has int8 in `x.weight` itself, "float-quantized" float8 (compressed_float8.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.affine import IntK
 from fewbits.codecs.packing import pack_bits, packed_bytes, unpack_bits
+from fewbits.containers import compressed_float8 as float8
 from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason
 from fewbits.containers.intk import (
     BITS,
@@ -37,8 +38,8 @@ from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
-PACKED = "pack-quantized"
-FORMATS = (PACKED, "int-quantized", "naive-quantized", "mixed-precision", "dense")
+PACKED, MIXED = "pack-quantized", "mixed-precision"
+FORMATS = (PACKED, float8.FORMAT, "int-quantized", "naive-quantized", MIXED, "dense")
 OF_ACTIVATIONS = tuple(f".{what}_{part}" for what in ("input", "output", "k", "v", "q")
                        for part in ("scale", "zero_point", "global_scale"))
 
@@ -73,6 +74,8 @@ class CompressedTensors(Directory):
         found = [_read_packed(raws, name, kinds) for name in packed]
         found += [_read_int8(raws, name) for name, raw in list(raws.items())
                   if name.endswith(".weight") and raw.dtype == "I8"]
+        tiles = float8.tiles(quantization["config_groups"].values())
+        found += [float8.read(raws, name, tiles) for name, raw in list(raws.items()) if raw.dtype == "F8_E4M3"]
         for name, raw in raws.items():
             if name.endswith((".weight_scale", ".weight_zero_point", ".weight_g_idx")):
                 raise raw.refuse("belongs to a quantized weight that is missing, or is in no form that is read")
@@ -82,8 +85,10 @@ class CompressedTensors(Directory):
         if float_reason(entry) is None:
             return None
         codec = entry.codec
+        if float8.writes(codec):
+            return linear_reason(checkpoint, entry)
         if not isinstance(codec, IntK) or codec.bits not in BITS:
-            return "compressed-tensors has int2, int3, int4 and int8 in groups only"
+            return "compressed-tensors has int2, int3, int4 and int8 in groups only, and fp8-e4m3"
         return group_reason(codec, entry.shape[-1]) or linear_reason(checkpoint, entry)
 
     def layout(self, checkpoint: Checkpoint) -> Layout:
@@ -101,6 +106,8 @@ class CompressedLayout(Layout):
 
     def specs(self, entry: Entry) -> dict[str, Spec]:
         codec = entry.codec
+        if float8.writes(codec):
+            return float8.specs(entry)
         if not isinstance(codec, IntK):
             return super().specs(entry)
         rows, columns = entry.shape
@@ -113,6 +120,8 @@ class CompressedLayout(Layout):
         return found
 
     def tensors(self, name: str, tensor: QTensor) -> dict[str, torch.Tensor]:
+        if float8.writes(tensor.codec):
+            return float8.tensors(name, tensor)
         if not isinstance(tensor.codec, IntK):
             return super().tensors(name, tensor)
         if tensor.order is not None:
@@ -123,23 +132,32 @@ class CompressedLayout(Layout):
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What compressed-tensors wants to know: a group for all layers but those that differ, which are named."""
-    kinds = {e.name.removesuffix(".weight"): Kind(e.codec.bits, e.codec.group, e.codec.symmetric)
-             for e in checkpoint.entries.values() if isinstance(e.codec, IntK)}
+    kinds: dict[str, Kind | None] = {}  # None: float8
+    for entry in checkpoint.entries.values():
+        codec, module = entry.codec, entry.name.removesuffix(".weight")
+        if isinstance(codec, IntK):
+            kinds[module] = Kind(codec.bits, codec.group, codec.symmetric)
+        elif float8.writes(codec):
+            kinds[module] = None
     if not kinds:
         return None
     ignore = float_modules(checkpoint)
     if "lm_head.weight" not in checkpoint.entries:
         ignore.append("lm_head")  # tied: transformers makes the layer, and nothing quantized is there for it
-    groups = {}
+    groups: dict[str, dict[str, Any]] = {}
     for i, (kind, _) in enumerate(Counter(kinds.values()).most_common()):
         groups[f"group_{i}"] = {
             "targets": ["Linear"] if i == 0 else [module for module, k in kinds.items() if k == kind],
-            "weights": {"num_bits": kind.bits, "type": "int", "symmetric": kind.symmetric, "dynamic": False,
-                        "strategy": "channel" if kind.group == -1 else "group",
-                        "group_size": None if kind.group == -1 else kind.group},
-            "input_activations": None, "output_activations": None, "format": PACKED}
-    return {"quant_method": "compressed-tensors", "format": PACKED, "quantization_status": "compressed",
-            "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None, "global_compression_ratio": None}
+            "weights": float8.weights() if kind is None else {
+                "num_bits": kind.bits, "type": "int", "symmetric": kind.symmetric, "dynamic": False,
+                "strategy": "channel" if kind.group == -1 else "group",
+                "group_size": None if kind.group == -1 else kind.group},
+            "input_activations": None, "output_activations": None,
+            "format": float8.FORMAT if kind is None else PACKED}
+    formats = {group["format"] for group in groups.values()}
+    return {"quant_method": "compressed-tensors", "format": formats.pop() if len(formats) == 1 else MIXED,
+            "quantization_status": "compressed", "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None,
+            "global_compression_ratio": None}
 
 
 # the file's tensors and the canonical planes --------------------------------------------------------------------------
