@@ -59,7 +59,7 @@ class BitsAndBytes(Directory):
             return "bitsandbytes has nf4, fp4 and int8 only"
         if isinstance(entry.codec, Table) and entry.codec.block not in BLOCKS:
             return f"bitsandbytes has blocks of {', '.join(map(str, BLOCKS))} only"
-        first = next(e for e in checkpoint.entries.values() if e.codec.family in ("table", "int8"))
+        first = next((e for e in checkpoint.entries.values() if e.codec.family in ("table", "int8")), entry)
         if first.codec.family != entry.codec.family:
             return f"a model is either in 4 or in 8 bits in bitsandbytes, and {first.name} is {first.codec.name}"
         return linear_reason(checkpoint, entry)
