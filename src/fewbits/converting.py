@@ -36,6 +36,7 @@ CLOSEST: dict[str, tuple[tuple[float, str], ...]] = {
     "fp8": ((32, "fp8-e4m3-b128"),),
     "mxfp4": ((32, "MXFP4"),),
 }
+UNIFORM = ("bitsandbytes",)  # one codec for the whole model, chosen by its average
 HOLD_FLOATS = ("transformers", "gguf", "fewbits")
 
 
@@ -204,7 +205,7 @@ def _choose(source: Checkpoint, entry: Entry, target: Container, kind: Codec | N
             return entry.as_(codec=codec, load=partial(_recoded, entry, codec)), RECODED
     if isinstance(entry.codec, Float):
         raise FewbitsError(f"{target.name} cannot hold {entry.name} ({entry.codec.name}): {reason}")
-    close = _closest(entry, target)
+    close = _closest(source, entry, target)
     if close is not None and target.refuses(source, entry.as_(codec=close)) is None:
         return entry.as_(codec=close, load=partial(_requantized, entry, close)), ROUNDED
     for codec in (F32, F16, BF16):
@@ -222,8 +223,10 @@ def _ordered(entry: Entry, target: Container) -> bool:
     return entry.codec.family == "int" and not target.ordered and entry.load().order is not None
 
 
-def _closest(entry: Entry, target: Container) -> Codec | None:
-    bits = entry.codec.bits_per_weight(entry.shape)
+def _closest(source: Checkpoint, entry: Entry, target: Container) -> Codec | None:
+    """What of the container's own is nearest to the entry's codec in size."""
+    like = [e for e in source.entries.values() if not isinstance(e.codec, Float)] if target.name in UNIFORM else [entry]
+    bits = 8 * sum(e.nbytes for e in like) / sum(e.parameters for e in like)
     return next((codecs.get(name) for most, name in CLOSEST.get(target.name, ()) if bits <= most), None)
 
 

@@ -52,7 +52,7 @@ class Fp8(Directory):
         codec = entry.codec
         if not isinstance(codec, Float8Tiles) or codec.kind.name != "e4m3":
             return "Transformers' fp8 directories have fp8-e4m3 with a scale a tile only (fp8-e4m3-b128)"
-        first = next(e for e in checkpoint.entries.values() if isinstance(e.codec, Float8Tiles))
+        first = next((e for e in checkpoint.entries.values() if isinstance(e.codec, Float8Tiles)), entry)
         if first.codec != codec:
             return f"all tiles have one size in this layout, and {first.name} is {first.codec.name}"
         return linear_reason(checkpoint, entry)
