@@ -244,10 +244,26 @@ def test_files_that_are_no_such_model_are_refused(change, message, tmp_path):
     assert "b.gguf" in str(error.value)
 
 
-def test_rows_that_do_not_divide_into_heads_are_refused_when_loaded(tmp_path):
-    path = _rewritten(tmp_path, specs={"blk.0.attn_q.weight": Spec("blk.0.attn_q.weight", (6, 64), "F32")})
-    with pytest.raises(FewbitsError, match="blk.0.attn_q.weight.*6 rows do not divide into 4 heads"):
-        GGUF.read(path).entries["model.layers.0.self_attn.q_proj.weight"].load()
+@pytest.mark.parametrize("name, shape", [("blk.0.attn_q.weight", (6, 64)), ("token_embd.weight", (48, 32)),
+                                         ("blk.1.ffn_norm.weight", (1, 64)), ("output_norm.weight", (65,))])
+def test_shapes_that_do_not_follow_from_the_metadata_are_refused(name, shape, tmp_path):
+    path = _rewritten(tmp_path, specs={name: Spec(name, shape, "F32")})
+    with pytest.raises(FewbitsError, match=f"{name}' has the shape .{', '.join(map(str, shape))}.; the metadata make"):
+        GGUF.read(path)
+
+
+def test_a_vocabulary_of_another_size_than_the_embedding_is_refused(tmp_path):
+    words = Value("ARRAY", ["a", "b"], "STRING")
+    path = _rewritten(tmp_path, metadata={"tokenizer.ggml.model": Value("STRING", "llama"),
+                                          "tokenizer.ggml.tokens": words})
+    with pytest.raises(FewbitsError, match="the embedding has 48 rows, for 2 tokens"):
+        GGUF.read(path)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    path = _rewritten(tmp_path, metadata={"general.type": Value("STRING", "adapter")})
+    with pytest.raises(FewbitsError, match="is a LoRA adapter, not a model"):
+        GGUF.read(path)
 
 
 def test_a_header_is_read_without_torch_and_transformers(tmp_path):
