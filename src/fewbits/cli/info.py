@@ -7,18 +7,19 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fewbits.cli.common import console, emit, size
+from fewbits.cli.common import AllowPickle, console, emit, size, source
 
 
 def command(
     model: Annotated[str, typer.Argument(help="A path in any format, or a hub id.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
     """Say what a model file holds, from its header alone."""
     from fewbits.inspection import inspect
 
-    found = inspect(model)
+    found = inspect(source(model, allow_pickle))
     if json:
         emit(found.to_json())
         return

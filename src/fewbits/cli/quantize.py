@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fewbits.cli.common import console, emit, log, progress, quiet_libraries, size
+from fewbits.cli.common import AllowPickle, console, emit, log, progress, quiet_libraries, size, source
 
 
 def command(
@@ -21,6 +21,7 @@ def command(
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=CODEC, may be repeated.")] = None,
     container: Annotated[str | None, typer.Option(help="Another layout than the recipe's own.")] = None,
     keep_nonfinite: Annotated[bool, typer.Option(help="Leave tensors with NaN or infinities unquantized.")] = False,
+    allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     """Quantize a model into a recipe."""
@@ -28,8 +29,9 @@ def command(
 
     quiet_libraries()
     with progress() as report:
-        result = quantize(model, out, to, solver=solver, calibration=calibration, samples=samples, length=length,
-                          overrides=override, container=container, keep_nonfinite=keep_nonfinite, progress=report)
+        result = quantize(source(model, allow_pickle), out, to, solver=solver, calibration=calibration,
+                          samples=samples, length=length, overrides=override, container=container,
+                          keep_nonfinite=keep_nonfinite, progress=report)
     if json:
         emit(result.to_json())
         return

@@ -22,6 +22,7 @@ from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
+JSON_LIMIT = 100_000_000  # bytes of config.json or an index
 SHARD = 5_000_000_000  # bytes a file, as transformers splits by default
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -83,6 +84,7 @@ class Directory(Container):
         """The checkpoint of the directory or file `path` with these raw tensors."""
         folder = folder_of(path)
         config = read_json(folder / "config.json")
+        check_config(folder / "config.json", config)
         quantization = self.quantization(folder, config)
         names = list(raws)
         found = {entry.name: entry for entry in self.entries(raws, quantization or {})}
@@ -244,26 +246,28 @@ def folder_of(path: Path) -> Path:
 
 def names_contain(path: Path, text: str) -> bool:
     """Whether a tensor of the first file is called so; looks for the text in its header."""
-    found = _files(path, _index(path))
-    return bool(found) and text.encode() in header_of(folder_of(path) / found[0])
+    return text.encode() in header_of(_files(path, _index(path))[0])
 
 
-def _files(path: Path, index: dict[str, str] | None) -> list[str]:
+def _files(path: Path, index: dict[str, str] | None) -> list[Path]:
     if path.is_file():
-        return [path.name]
-    return sorted(set(index.values())) if index is not None else [_only_file(path)]
+        return [path]
+    if index is None:
+        return [path / _only_file(path)]
+    found = [path / name for name in sorted(set(index.values()))]
+    for file in found:
+        if not file.is_file():
+            raise FewbitsError(f"{path / INDEX}: names the file {file.name}, which is missing",
+                               "fetch the missing file")
+    return found
 
 
 def raw_tensors(path: Path) -> dict[str, Raw]:
     """Every tensor of the directory, from one file or from all that its index names; or of the one file `path`."""
     raws: dict[str, Raw] = {}
     index = _index(path)
-    files = _files(path, index)
-    path = folder_of(path)
-    for name in files:
-        if not (path / name).is_file():
-            raise FewbitsError(f"{path / INDEX}: names the file {name}, which is missing", "fetch the missing file")
-        for raw in SafeTensors(path / name).tensors.values():
+    for file in _files(path, index):
+        for raw in SafeTensors(file).tensors.values():
             if raw.name in raws:
                 raise raw.refuse(f"is in {raws[raw.name].file.path.name} too")
             raws[raw.name] = raw
@@ -285,7 +289,8 @@ def _index(path: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FewbitsError(f"{path / INDEX}: weight_map is not an object of tensor names")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or "\\" in name:
+        plain = isinstance(name, str) and Path(name).name == name and name.isprintable() and "\\" not in name
+        if not plain or not name.endswith(".safetensors"):
             raise FewbitsError(f"{path / INDEX}: {tensor}: {name!r} is not the name of a file in this directory")
     return weight_map
 
@@ -301,7 +306,19 @@ def _only_file(path: Path) -> str:
     return files[0]
 
 
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Refuse what everything else takes for granted: names of classes and types are text."""
+    for key in ("model_type", "dtype", "torch_dtype"):
+        if not isinstance(config.get(key), str | None):
+            raise FewbitsError(f"{path}: {key} {config[key]!r}", "text was expected")
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+        raise FewbitsError(f"{path}: architectures {classes!r}", "a list of class names was expected")
+
+
 def read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > JSON_LIMIT:
+        raise FewbitsError(f"{path}: {path.stat().st_size} bytes, where at most {JSON_LIMIT} are read")
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

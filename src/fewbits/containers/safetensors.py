@@ -12,6 +12,7 @@ import mmap
 import os
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 }
 RANK = {name: i for i, name in enumerate(DTYPES)}
 HEADER_LIMIT = 100_000_000  # bytes; the library's own limit
+NAME_LIMIT, DIMENSIONS = 500, 64  # torch has no more dimensions
 
 
 def nbytes(spec: Spec) -> int:
@@ -120,12 +122,12 @@ class SafeTensors:
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             found = dict(pairs)
             if len(found) < len(pairs):
-                names = [name for name, _ in pairs]
-                raise self._bad(f"{next(n for n in names if names.count(n) > 1)!r} appears twice in the header")
+                name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+                raise self._bad(f"{name[:NAME_LIMIT]!r} appears twice in the header")
             return found
 
         try:
-            header = json.loads(text, object_pairs_hook=unique)
+            header = json.loads(text.decode(), object_pairs_hook=unique)  # of bytes, json would take UTF-16 too
         except FewbitsError:
             raise
         except (ValueError, RecursionError) as error:
@@ -135,11 +137,15 @@ class SafeTensors:
         return header
 
     def _raw(self, name: str, info: Any, begin: int) -> Raw:
+        if not name or not name.isprintable() or ".." in name or len(name) > NAME_LIMIT:
+            raise self._bad(f"a tensor called {name[:NAME_LIMIT]!r}")
         if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
             raise self._bad(f"{name}: needs dtype, shape and data_offsets")
         dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise self._bad(f"{name}: unknown dtype {dtype!r}")
+        if isinstance(shape, list) and len(shape) > DIMENSIONS:
+            raise self._bad(f"{name}: {len(shape)} dimensions")
         if not _naturals(shape):
             raise self._bad(f"{name}: shape {shape!r}")
         if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= self.size - begin:
@@ -181,7 +187,7 @@ def header_of(path: Path) -> bytes:
     """The bytes of a file's header, unchecked; of no more than it has."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return file.read(min(length, HEADER_LIMIT))
+        return file.read(min(length, HEADER_LIMIT, os.fstat(file.fileno()).st_size))
 
 
 def _naturals(value: Any) -> bool:
