@@ -76,17 +76,18 @@ def cell(source: Path, work: Path, target: str, against: Reference, text: Path, 
     try:
         result = convert(source, out, target)
         compare(source, out)
-        return "lossless" if {s.how for s in result.tensors} <= {"kept", "recoded"} else "lossless, decoded"
+        floats = sum(s.how == "decoded" and s.before not in ("F32", "F16", "BF16") for s in result.tensors)
+        return "lossless" + (f", {floats} as floats" if floats else "")
     except FewbitsError as refusal:
         if "would change" not in str(refusal):
-            return f"refused: {refusal}"
+            return "refused: " + str(refusal).removeprefix(f"{source}: ")
     finally:
         remove(out)
     try:
         convert(source, out, target, lossy=True)
         return f"KL {divergence(out, against.model, text, chunks):.4f}"
     except FewbitsError as refusal:
-        return f"refused: {refusal}"
+        return "refused: " + str(refusal).removeprefix(f"{source}: ")
     finally:
         remove(out)
 
