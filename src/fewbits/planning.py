@@ -11,6 +11,7 @@ from typing import Any
 
 from fewbits import containers, hub
 from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.containers import experts
 from fewbits.containers.directory import CARRIED, read_json
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import CHUNK, QTensor
@@ -80,7 +81,7 @@ def plan(model: str | Path | Checkpoint, memory_bytes: int | None = None, contex
     sizes = Sizes(source)
     rows = [_row(name, source, facts, overrides, sizes, memory - kv - working) for name in recipes or PRESETS]
     rows.sort(key=lambda r: (bool(r.reason), r.linear_bits, r.weight_bytes))
-    rows = [r if r.reason else replace(r, total_bytes=r.weight_bytes + kv + working) for r in rows]
+    rows = [r if r.reason else replace(r, total_bytes=r.total_bytes + kv + working) for r in rows]
     take, why = _take(rows, source, facts, memory, kv + working)
     return Plan(str(source.path), source.architecture, facts.parameters, context, memory, memory_bytes is None, kv,
                 working, tuple(rows), take, why)
@@ -114,8 +115,15 @@ def _row(name: str, source: Checkpoint, facts: ModelFacts, overrides: Overrides,
         size = sizes.of(container, goal)
     except FewbitsError as error:
         return Row(recipe.name, recipe.container, reason=str(error))
+    held = goal.nbytes + _decoded(goal)
     return Row(recipe.name, recipe.container, size, goal.nbytes, goal.nbytes * 8 / max(1, goal.parameters),
-               _linear(goal, facts)[0], fits=goal.nbytes <= room, notes=_notes(choices))
+               _linear(goal, facts)[0], held, held <= room, notes=_notes(choices))
+
+
+def _decoded(checkpoint: Checkpoint) -> int:
+    """What experts take in memory beyond their packed size: they are decoded to float32 when a model is loaded."""
+    packed = [e for e in checkpoint.entries.values() if e.codec.family != "float"]
+    return sum(4 * e.parameters - e.nbytes for e in packed if len(e.shape) == 3 or experts.ONE.fullmatch(e.name))
 
 
 def _goal(source: Checkpoint, choices: list[Choice]) -> Checkpoint:
@@ -161,11 +169,11 @@ def working_bytes(facts: ModelFacts, context: int) -> int:
     """Activations of 512 tokens through the widest layer, their attention scores, the largest weight decoded (often
     the output head), what decoding it holds besides, and the logits of one token, all in float32."""
     tokens = min(PROMPT, context)
-    inner = max([f.shape[0] for f in facts.tensors if f.role.startswith("ffn")] or [4 * facts.hidden])
+    inner = max([f.shape[-2] for f in facts.tensors if f.role in LINEAR and f.role.startswith("ffn")] or [4 * facts.hidden])
     queries = (facts.heads + 2 * facts.kv_heads) * facts.head_dim
     activations = tokens * (3 * facts.hidden + max(queries + facts.heads * context, 3 * inner))
     head = "output" if facts.has_output else "token_embd"
-    largest = max([f.shape[0] * f.shape[-1] for f in facts.tensors if f.role in LINEAR or f.role == head] or [0])
+    largest = max([f.shape[-2] * f.shape[-1] for f in facts.tensors if f.role in LINEAR or f.role == head] or [0])
     return 4 * (activations + largest + 4 * CHUNK + facts.number("vocab_size"))
 
 
@@ -207,7 +215,9 @@ def _take(rows: list[Row], source: Checkpoint, facts: ModelFacts, memory: int, b
 
 def _linear(checkpoint: Checkpoint, facts: ModelFacts) -> tuple[float, str]:
     """Bits per weight of the linear layers (of all tensors where none is known to be one), and their main codec."""
-    found = [checkpoint.entries[f.name] for f in facts.tensors if f.role in LINEAR] or list(checkpoint.entries.values())
+    linear = {f.name for f in facts.tensors if f.role in LINEAR}
+    found = [e for n, e in checkpoint.entries.items() if experts.stack_of(n) in linear] or list(
+        checkpoint.entries.values())
     kinds: Counter[str] = Counter()
     for entry in found:
         kinds[entry.codec.name] += entry.parameters

@@ -62,8 +62,8 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
     """
     began = time.monotonic()
     source = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
-    recipe = get_recipe(to) if isinstance(to, str) else to
-    target = containers.by_name(container or recipe.container)
+    recipe = get_recipe(to, container) if isinstance(to, str) else replace(to, container=container or to.container)
+    target = containers.by_name(recipe.container)
     out = Path(out).resolve()
     check_output(out, source.path)
     solver = solver or recipe.solver or ("gptq" if calibration else "search")

@@ -52,7 +52,7 @@ def stacked(entries: dict[str, Entry]) -> dict[str, Entry]:
     for entry in entries.values():
         match = ONE.fullmatch(entry.name)
         if match:
-            found.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = entry
+            found.setdefault(stack_of(entry.name), {})[int(match[2])] = entry
     owner: dict[str, Entry | None] = {}  # an expert's name -> its stack, or None where the stack stands already
     for name, parts in found.items():
         missing = next((i for i in range(len(parts)) if i not in parts), None)
@@ -118,6 +118,12 @@ def one(name: str, index: int) -> str:
     match = ALL.fullmatch(name)
     assert match is not None, name
     return f"{match[1]}.{index}.{match[2]}"
+
+
+def stack_of(name: str) -> str:
+    """The name of the stack that an expert belongs to; of everything else its own."""
+    match = ONE.fullmatch(name)
+    return f"{match[1]}.{match[3]}" if match else name
 
 
 def splits(name: str, shape: Shape) -> bool:

@@ -134,7 +134,7 @@ class Places:
 
     def _find_fused(self, entry: Entry) -> Place | None:
         one = experts.ONE.fullmatch(entry.name)
-        name = self._renamed(f"{one[1]}.{one[3]}" if one else entry.name)
+        name = self._renamed(experts.stack_of(entry.name))
         for ending, (target, part) in self._fused.items():
             if name.endswith(ending):
                 owner, _, leaf = (name.removesuffix(ending) + target).rpartition(".")
