@@ -151,11 +151,6 @@ class Float8Tiles(Float8):
     def unit(self, columns: int) -> int:
         return max(1, min(self.tile, columns))
 
-    def check(self, shape: Shape) -> str | None:
-        if len(shape) > 2 and shape[-2] % self.tile:
-            return f"tiles of {self.tile} rows would cross from one matrix of {shape[-2]} rows into the next"
-        return None
-
     def rows_apart(self, shape: Shape) -> bool:
         return False
 
@@ -163,7 +158,7 @@ class Float8Tiles(Float8):
         return True
 
     def begin(self, w: torch.Tensor, importance: torch.Tensor | None) -> Params | None:
-        """The scale of every tile, given to each of its rows."""
+        """The scale of every tile of one matrix, given to each of its rows."""
         rows, columns = w.shape
         scales = torch.empty(base.units(rows, self.tile), base.units(columns, self.tile))
         for down, across, height, width, at in self._tiles(rows, columns):

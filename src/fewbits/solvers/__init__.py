@@ -45,6 +45,9 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Sta
         raise FewbitsError(f"{solver} into {codec.name} at shape {list(shape)}: {reason}")
     if solver in NEEDS_STATISTICS and statistics is None:
         raise FewbitsError(f"solver {solver} needs calibration text", "give one with --calibration FILE")
+    if len(shape) > 2 and codec.stacks(shape) and not codec.rows_apart(shape):  # blocks end where a matrix ends
+        planes = [solve(part, codec, solver, statistics).planes for part in w.flatten(0, -3)]
+        return QTensor(codec, shape, {k: torch.cat([p[k] for p in planes]) for k in planes[0]})
     rows, columns = codec.matrix(shape)
     matrix = w.reshape(rows, columns)
     importance = statistics.importance(shape, (rows, columns)) if statistics is not None else None
