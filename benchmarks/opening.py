@@ -1,4 +1,4 @@
-"""How long does it take to open a big GGUF file, and how much of it comes into memory? Beside the gguf package's reader.
+"""How long does opening a big GGUF file take, and how much of it comes into memory? Beside the gguf package's reader.
 
     python benchmarks/opening.py [--times 5]
 

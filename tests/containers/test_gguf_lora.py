@@ -1,4 +1,4 @@
-"""LoRA adapters between peft's directories and llama.cpp's files: bytes kept, rows in the file's order, lies refused."""
+"""LoRA adapters between peft's directories and llama.cpp's files: bytes kept, rows in order, lies refused."""
 
 from __future__ import annotations
 
@@ -143,7 +143,8 @@ V = ATTENTION + "v_proj"
     (pair(V), {"lora_alpha": 0}, "alpha is 0.0"),
     ({k: v for k, v in pair(V).items() if "lora_A" in k}, {}, "v_proj has one half of its LoRA pair"),
     ({**pair(V), "base_model.model.lm_head.weight": torch.ones(48, 64)}, {}, "lm_head.weight: is no half"),
-    ({k.replace("layers.1", "layers.2"): v for k, v in pair(V).items()}, {}, "v_proj.weight, which llama does not have"),
+    ({k.replace("layers.1", "layers.2"): v for k, v in pair(V).items()}, {},
+     "v_proj.weight, which llama does not have"),
     ({k.replace(V, "lm_head"): v for k, v in pair(V).items()}, {}, "lm_head.weight, which is tied to the embedding"),
     ({k: v[..., :3].contiguous() for k, v in pair(V).items()}, {}, r"do not make \[32, 64\]"),
     ({k: v.long() for k, v in pair(V).items()}, {}, r"I64 .*; a matrix of floats is expected"),

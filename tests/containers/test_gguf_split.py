@@ -114,7 +114,7 @@ def test_files_that_do_not_belong_together_are_refused(folder, whole):
     files = parts(folder)
     kept = files[1].read_bytes()
     shutil.copyfile(files[2], files[1])
-    with pytest.raises(FewbitsError, match=rf"{files[1].name}: says it is file 2 of {len(files)}.*1 of {len(files)} is"):
+    with pytest.raises(FewbitsError, match=rf"{files[1].name}: says it is file 2 of .*1 of {len(files)} is"):
         containers.open(files[0])
     files[1].write_bytes(kept)
     changed(files[1], count=Value("UINT16", 9))

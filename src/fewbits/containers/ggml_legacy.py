@@ -1,11 +1,11 @@
 """llama.cpp's files of the time before GGUF, for Llama alone: magic ggml, ggmf (version 1), ggjt (versions 1 to 3).
 
 Layout, little-endian: magic, version (not in ggml); n_vocab, n_embd, n_mult, n_head, n_layer, n_rot, ftype; n_vocab
-tokens (length, text, and from ggmf on a float32 score); tensors up to the end of the file: number of dimensions, length of
-the name, type, dimensions innermost first, name, from ggjt on padding to a multiple of 32, data. All numbers have 32 bits.
+tokens (length, text, and from ggmf on a float32 score); tensors up to the end of the file: number of dimensions, length
+of the name, type, dimensions innermost first, name, from ggjt on padding to a multiple of 32, data. Numbers: 32 bits.
 
-The file is read as what it would be in GGUF. What it does not say follows from shapes (the width of the MLP, heads of keys)
-or is what all its models had (context, epsilon, rotary base); `facts["assumed"]` lists the latter.
+The file is read as what it would be in GGUF. What it does not say follows from shapes (the width of the MLP, heads of
+keys) or is what all its models had (context, epsilon, rotary base); `facts["assumed"]` lists the latter.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fewbits.containers import gguf_tokenizer
 from fewbits.containers.base import Container, Progress
 from fewbits.containers.gguf import assemble
 from fewbits.containers.gguf_file import MAX_RECORDS, REMOVED, GgufFile, Reader, Spec, Value
-from fewbits.containers.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN
 from fewbits.containers.gguf_pretokenizer import SPACE
+from fewbits.containers.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 
@@ -148,7 +148,7 @@ def _vocabulary(reader: Reader, count: int, scored: bool) -> tuple[list[bytes], 
 
 
 def _tensors(reader: Reader, layout: str, version: int, padded: bool) -> Iterator[Spec]:
-    names = set()
+    names: set[str] = set()
     while reader.at < reader.size:
         dims, size, kind = (reader.take("<I", f"{what} of a tensor") for what in ("dimensions", "name", "type"))
         if not 1 <= dims <= 2 or not 1 <= size <= LONGEST:

@@ -175,7 +175,8 @@ def assemble(file: GgufFile, container: str) -> Checkpoint:
 def _check_vocabulary(file: GgufFile, config: dict[str, Any]) -> None:
     tokens = file.metadata.get(gguf_tokenizer.KEY + "tokens")
     if tokens is not None and tokens.type == "ARRAY" and len(tokens.value) != config["vocab_size"]:
-        raise FewbitsError(f"{file.path}: the embedding has {config['vocab_size']} rows, for {len(tokens.value)} tokens")
+        raise FewbitsError(f"{file.path}: the embedding has {config['vocab_size']} rows, for {len(tokens.value)} "
+                           "tokens")
 
 
 def _check_shapes(file: GgufFile, config: dict[str, Any], table: dict[str, Tensor], entries: dict[str, Entry]) -> None:
@@ -203,8 +204,8 @@ def _entry(file: GgufFile, name: str, parts: list[tuple[Spec, Tensor]]) -> Entry
         if not (isinstance(_codec(file, other), Float) or all(op.packed for op in row.ops)):
             raise FewbitsError(f"{file.path}: tensor {other.name!r} is {other.type}; floats are expected of a norm")
         if other.shape != spec.shape or other.type != spec.type:
-            raise FewbitsError(f"{file.path}: tensor {spec.name!r} is {spec.type} {list(spec.shape)} and {other.name!r} "
-                               f"{other.type} {list(other.shape)}; they are parts of one tensor")
+            raise FewbitsError(f"{file.path}: tensor {spec.name!r} is {spec.type} {list(spec.shape)} and "
+                               f"{other.name!r} {other.type} {list(other.shape)}; they are parts of one tensor")
 
     def load() -> QTensor:
         stored = [(row.ops, QTensor(codec, s.shape, _planes(codec, s.shape, file.data(s)))) for s, row in parts]

@@ -5,9 +5,9 @@ peft: adapter_config.json says rank and alpha (by pattern, if it likes), adapter
 `base_model.model.<module>.lora_A.weight` `[rank, in]` and `lora_B.weight` `[out, rank]`; of an embedding `[vocabulary,
 width]` `lora_embedding_A` `[rank, vocabulary]` and `lora_embedding_B` `[width, rank]`.
 
-GGUF: `general.type` "adapter", `adapter.type` "lora", `adapter.lora.alpha`; `<weight>.lora_a` and `<weight>.lora_b` under
-GGUF's names, rows of b in the file's order; of the embedding a is `[vocabulary, rank]` and b `[width, rank]`. The scale
-is alpha / rank, or 1 where alpha is 0. https://github.com/ggml-org/llama.cpp/pull/8332
+GGUF: `general.type` "adapter", `adapter.type` "lora", `adapter.lora.alpha`; `<weight>.lora_a` and `<weight>.lora_b`
+under GGUF's names, rows of b in the file's order; of the embedding a is `[vocabulary, rank]` and b `[width, rank]`. The
+scale is alpha / rank, or 1 where alpha is 0. https://github.com/ggml-org/llama.cpp/pull/8332
 """
 
 from __future__ import annotations
