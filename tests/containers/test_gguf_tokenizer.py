@@ -22,6 +22,13 @@ CORPUS = ["The quick brown fox can't jump over 12 lazy dogs, they'll see 3456.",
           "def f(x):\n    return x ** 2\n\n\n", "Всё хорошо 🙂🙂", "こんにちは世界"] * 3
 TEXTS = st.text(st.one_of(st.sampled_from(" \n\t'sltredoxfj,.!123é—В🙂世 ▁<>"), st.characters(codec="utf-8")),
                 max_size=40)
+# as openai/tiktoken and mistralai/Mistral-Nemo spell them
+O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 PRE = {
     "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False), None, False),
     "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]), None, False),
@@ -31,6 +38,16 @@ PRE = {
     "qwen2": (pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORDS % ""), "isolated"),
         pre_tokenizers.ByteLevel(False, use_regex=False)]), normalizers.NFC(), False),
+    "olmo": (pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.NFC(), False),
+    "dbrx": (pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS % "{1,3}"), "removed", invert=True),  # how converters from tiktoken write it
+        pre_tokenizers.ByteLevel(False, use_regex=False)]), None, False),
+    "gpt-4o": (pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(O200K), "isolated"),
+        pre_tokenizers.ByteLevel(False, use_regex=False)]), None, False),
+    "tekken": (pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(TEKKEN), "isolated"),
+        pre_tokenizers.ByteLevel(False, use_regex=False)]), None, True),
 }
 
 
@@ -77,6 +94,21 @@ def test_byte_level_tokens_are_equal(pair, text):
     _, before, _, after = pair
     assert after.encode(text + "<tool>x</s>").ids == before.encode(text + "<tool>x</s>").ids
     assert after.decode(after.encode(text).ids) == before.decode(before.encode(text).ids)
+
+
+def test_spaces_behind_the_added_tokens_of_phi_3():
+    """llama.cpp swallows them in files of that name: written where tokenizer.json says so too, refused elsewhere."""
+    tokenizer = byte_level("gpt-2")
+    spec = json.loads(tokenizer.to_str())
+    for token in spec["added_tokens"]:
+        token["rstrip"] = token["content"] not in gt.NOT_STRIPPING
+    files = {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": b'{"bos_token": "<s>"}'}
+    metadata = gt.to_metadata(files, {}, 400, "Phi-3-mini")
+    back = json.loads(gt.tokenizer_json(metadata | {"general.name": Value("STRING", "Phi-3-mini")}))
+    assert [t["rstrip"] for t in back["added_tokens"]] == [t["content"] != "<s>" for t in back["added_tokens"]]
+    for name, given in (("tiny", files), ("phi3", files_of(tokenizer))):
+        with pytest.raises(FewbitsError, match="strips its surroundings"):
+            gt.to_metadata(given, {}, 400, name)
 
 
 # SentencePiece ------------------------------------------------------------------------------------------------------

@@ -158,7 +158,8 @@ def metadata(checkpoint: Checkpoint) -> dict[str, Value]:
     if gguf_tokenizer.KEY + "model" not in kept:
         embedding = checkpoint.entries[next(w.hf for w in family.weights if w.role == "token_embd")].shape[0]
         try:
-            tokenizer = gguf_tokenizer.to_metadata(checkpoint.files, config, embedding)
+            named = str((out | kept)["general.name"].value)
+            tokenizer = gguf_tokenizer.to_metadata(checkpoint.files, config, embedding, named)
         except FewbitsError as error:
             raise FewbitsError(f"{checkpoint.path}: {error}", error.hint) from None
         if tokenizer[gguf_tokenizer.KEY + "model"].value == "no_vocab":

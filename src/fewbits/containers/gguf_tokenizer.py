@@ -22,6 +22,8 @@ Json = dict[str, Any]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 KEY = "tokenizer.ggml."
 # names in tokenizer_config.json <-> keys in GGUF (whose spelling of "separator" is this)
+# llama.cpp lets added tokens swallow the spaces behind them in models of such names, but for these tokens
+STRIPPING, NOT_STRIPPING = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
 SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
            "pad_token": "padding_token_id", "sep_token": "seperator_token_id", "mask_token": "mask_token_id"}
 
@@ -40,7 +42,10 @@ def tokenizer_json(metadata: Mapping[str, Value]) -> bytes:
     types = np.asarray(get("token_type", np.full(len(tokens), NORMAL)))
     if len(types) != len(tokens):
         raise FewbitsError(f"{KEY}token_type has {len(types)} entries for {len(tokens)} tokens")
-    added = [{"id": int(i), "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
+    name = metadata.get("general.name")
+    strips = name is not None and stripping(str(name.value))
+    added = [{"id": int(i), "content": tokens[i], "single_word": False, "lstrip": False,
+              "rstrip": strips and tokens[i] not in NOT_STRIPPING,
               "normalized": False, "special": bool(types[i] != USER_DEFINED)}
              for i in np.flatnonzero(np.isin(types, (UNKNOWN, CONTROL, USER_DEFINED)))]
     parts = _gpt2(get, tokens) if model == "gpt2" else _llama(get, tokens, types)
@@ -48,6 +53,11 @@ def tokenizer_json(metadata: Mapping[str, Value]) -> bytes:
             "normalizer": parts["normalizer"], "pre_tokenizer": parts["pre_tokenizer"],
             "post_processor": _template(get, tokens), "decoder": parts["decoder"], "model": parts["model"]}
     return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def stripping(name: str) -> bool:
+    """Whether llama.cpp strips spaces behind the added tokens of a model of this `general.name`."""
+    return any(part in name.lower() for part in STRIPPING)
 
 
 TYPES = {"STRING": ("model", "pre"), "BOOL": ("add_bos_token", "add_eos_token", "add_space_prefix"),
@@ -170,8 +180,10 @@ def tokenizer_config(metadata: Mapping[str, Value]) -> bytes:
 
 
 # tokenizer.json -> GGUF ---------------------------------------------------------------------------------------------
-def to_metadata(files: Mapping[str, bytes], config: Json, rows: int) -> dict[str, Value]:
+def to_metadata(files: Mapping[str, bytes], config: Json, rows: int, name: str = "") -> dict[str, Value]:
     """`tokenizer.*` metadata of a Transformers directory's files, for an embedding of `rows` rows.
+
+    `name` is the file's `general.name`, which llama.cpp looks at too.
 
     Raises:
         FewbitsError: a tokenizer that GGUF has no name for.
@@ -190,7 +202,7 @@ def to_metadata(files: Mapping[str, bytes], config: Json, rows: int) -> dict[str
         raise FewbitsError("tokenizer.json has BPE dropout, prefixes or suffixes, which GGUF cannot hold")
     model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     spm = bool(model.get("byte_fallback"))
-    tokens, types = _tokens(spec, rows, spm)
+    tokens, types = _tokens(spec, rows, spm, stripping(name))
     out = {KEY + "model": Value("STRING", "llama" if spm else "gpt2")}
     if spm:
         out[KEY + "pre"] = Value("STRING", "default")
@@ -209,16 +221,19 @@ def to_metadata(files: Mapping[str, bytes], config: Json, rows: int) -> dict[str
     return out | _special(spec, settings, config, tokens) | _templates(files, settings)
 
 
-def _tokens(spec: Json, rows: int, spm: bool) -> tuple[list[str], list[int]]:
+def _tokens(spec: Json, rows: int, spm: bool, strips: bool) -> tuple[list[str], list[int]]:
     """Tokens and types of `rows` ids; ids that no token has are filled up, tokens past the embedding left out."""
     by_id = {i: token for token, i in spec["model"]["vocab"].items() if i < rows}
     kinds = {i: BYTE for i, token in by_id.items() if spm and re.fullmatch("<0x[0-9A-F]{2}>", token)}
     for added in spec.get("added_tokens", []):
         if added["id"] >= rows:
             continue
-        if added.get("lstrip") or added.get("rstrip") or added.get("single_word"):
+        right = strips and added["content"] not in NOT_STRIPPING
+        if added.get("lstrip") or added.get("single_word") or bool(added.get("rstrip")) != right:
             raise FewbitsError(f"the added token {added['content']!r} strips its surroundings or stands for single "
-                               "words, which GGUF cannot say", "another container keeps tokenizer.json as it is")
+                               f"words{' or should' if right else ''}, which GGUF cannot say",
+                               "another container keeps tokenizer.json as it is"
+                               + ("; of Phi-3, a directory named phi-3 says it" if added.get("rstrip") else ""))
         plain = spm and not added["special"]
         by_id[added["id"]] = added["content"].replace(SPACE, " ") if plain else added["content"]
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
