@@ -24,7 +24,7 @@ from fewbits.containers.intk import (
     to_words,
     zeros_of,
 )
-from fewbits.containers.safetensors import Raw, Spec
+from fewbits.containers.safetensors import Raw, Spec, take
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
@@ -33,7 +33,6 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbours lies where in a wo
 BACK = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of them lies
 BITS, LANES = 4, 8  # bits a code, codes a word
 MIDDLE = b"\x88"  # two zero points of 8
-PARTS = ("qweight", "qzeros", "scales")
 
 
 class Awq(Directory):
@@ -151,11 +150,8 @@ def _group(folder: Path, config: dict[str, Any]) -> int:
 
 def read_module(raws: dict[str, Raw], module: str, group: int) -> Entry:
     """Take the tensors of one layer out of `raws`."""
-    parts = {part: raws.pop(f"{module}.{part}", None) for part in PARTS}
-    qweight, qzeros, scales = (parts[part] for part in PARTS)
-    assert qweight is not None
-    if qzeros is None or scales is None:
-        raise qweight.refuse(f"needs {module}.{'qzeros' if qzeros is None else 'scales'}, which is missing")
+    qweight = raws.pop(f"{module}.qweight")
+    qzeros, scales = (take(raws, f"{module}.{part}", qweight) for part in ("qzeros", "scales"))
     expect(qweight, ("I32",), 2)
     expect(qzeros, ("I32",), 2)
     expect(scales, tuple(SCALES), 2)

@@ -20,7 +20,7 @@ from fewbits.codecs.base import Codec
 from fewbits.codecs.table import NESTED_BLOCK, Table, dynamic_map, table
 from fewbits.containers.base import flat_bytes
 from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason
-from fewbits.containers.safetensors import Raw, Spec
+from fewbits.containers.safetensors import Raw, Spec, take
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
@@ -163,7 +163,7 @@ def blocks_of(codec: Table, shape: tuple[int, ...]) -> int:
 def _read_table(raws: dict[str, Raw], state_name: str, name: str, kind: str) -> Entry:
     state_raw = raws.pop(state_name)
     codec, shape, offset = _parse_state(state_raw, kind)
-    parts = {part: _take(raws, part, state_raw) for part in _parts(name, codec)}
+    parts = {part: take(raws, part, state_raw) for part in _parts(name, codec)}
     weight, absmax = parts[name], parts[f"{name}.absmax"]
     count, blocks = math.prod(shape), blocks_of(codec, shape)
     if weight.end - weight.start != -(-count // 2):
@@ -227,7 +227,7 @@ def _parse_state(raw: Raw, kind: str) -> tuple[Table, tuple[int, ...], float | N
 
 def _read_rows(raws: dict[str, Raw], module: str) -> Entry:
     scale = raws.pop(f"{module}.SCB")
-    weight = _take(raws, f"{module}.weight", scale)
+    weight = take(raws, f"{module}.weight", scale)
     layout = raws.pop(f"{module}.weight_format", None)
     if layout is not None and any(layout.data()):
         raise layout.refuse(f"{layout.data()[0]}: only row-major weights (0) are read",
@@ -238,12 +238,6 @@ def _read_rows(raws: dict[str, Raw], module: str) -> Entry:
     codec: Codec = codecs.get("int8")
     return Entry(f"{module}.weight", weight.shape, codec, lambda: QTensor(
         codec, weight.shape, {"codes": weight.tensor(), "absmax": scale.finite().reshape(-1, 1)}))
-
-
-def _take(raws: dict[str, Raw], name: str, owner: Raw) -> Raw:
-    if name not in raws:
-        raise owner.refuse(f"needs {name}, which is missing")
-    return raws.pop(name)
 
 
 def _expect(raw: Raw, dtype: str, shape: tuple[int, ...]) -> None:

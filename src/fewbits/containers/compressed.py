@@ -33,7 +33,7 @@ from fewbits.containers.intk import (
     words,
     zeros_of,
 )
-from fewbits.containers.safetensors import Raw, Spec
+from fewbits.containers.safetensors import Raw, Spec, take
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
@@ -214,7 +214,7 @@ def _read_packed(raws: dict[str, Raw], name: str, kinds: list[Kind]) -> Entry:
     """Take the tensors of one packed weight out of `raws`."""
     packed = raws.pop(f"{name}_packed")
     expect(packed, ("I32",), 2)
-    scale, shape_raw = (_take(raws, f"{name}_{part}", packed) for part in ("scale", "shape"))
+    scale, shape_raw = (take(raws, f"{name}_{part}", packed) for part in ("scale", "shape"))
     zero, g_idx = (raws.pop(f"{name}_{part}", None) for part in ("zero_point", "g_idx"))
     expect(scale, tuple(SCALES), 2)
     rows, columns = _shape(shape_raw)
@@ -295,7 +295,7 @@ def _read_int8(raws: dict[str, Raw], name: str) -> Entry:
     """Take an int8 weight with one scale a row, or one in all, out of `raws`."""
     weight = raws.pop(name)
     expect(weight, ("I8",), 2)
-    scale, zero = _take(raws, f"{name}_scale", weight), raws.pop(f"{name}_zero_point", None)
+    scale, zero = take(raws, f"{name}_scale", weight), raws.pop(f"{name}_zero_point", None)
     rows, columns = weight.shape
     for raw, dtypes in ((scale, tuple(SCALES)), (zero, ("I8",))):
         if raw is not None and (raw.dtype not in dtypes or raw.shape not in ((rows, 1), (1,), ())):
@@ -314,9 +314,3 @@ def _read_int8(raws: dict[str, Raw], name: str) -> Entry:
 
 def _column(values: torch.Tensor, rows: int) -> torch.Tensor:
     return values.reshape(-1, 1).expand(rows, 1).contiguous()
-
-
-def _take(raws: dict[str, Raw], name: str, owner: Raw) -> Raw:
-    if name not in raws:
-        raise owner.refuse(f"needs {name}, which is missing")
-    return raws.pop(name)

@@ -42,13 +42,12 @@ from fewbits.containers.intk import (
     words,
     zeros_of,
 )
-from fewbits.containers.safetensors import Raw, Spec
+from fewbits.containers.safetensors import Raw, Spec, take
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
 V1, V2 = "gptq", "gptq_v2"
-TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 class Gptq(Directory):
@@ -222,11 +221,9 @@ def _drop_biases(raws: dict[str, Raw], modules: list[str], config: dict[str, Any
 
 def read_module(raws: dict[str, Raw], module: str, rules: Rules | Inferred) -> Entry:
     """Take the tensors of one layer out of `raws`."""
-    parts = {part: raws.pop(f"{module}.{part}", None) for part in TENSORS}
-    qweight, qzeros, scales, g_idx = (parts[part] for part in TENSORS)
-    assert qweight is not None
-    if qzeros is None or scales is None:
-        raise qweight.refuse(f"needs {module}.{'qzeros' if qzeros is None else 'scales'}, which is missing")
+    qweight = raws.pop(f"{module}.qweight")
+    qzeros, scales = (take(raws, f"{module}.{part}", qweight) for part in ("qzeros", "scales"))
+    g_idx = raws.pop(f"{module}.g_idx", None)
     bits, group = rules.of(module)
     for raw in (qweight, qzeros):
         expect(raw, ("I32",), 2)

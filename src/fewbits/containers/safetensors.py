@@ -183,6 +183,17 @@ class SafeTensors:
         return self._base
 
 
+def take(raws: dict[str, Raw], name: str, owner: Raw) -> Raw:
+    """Take the tensor `name`, which `owner` cannot do without, out of `raws`.
+
+    Raises:
+        FewbitsError: it is missing.
+    """
+    if name not in raws:
+        raise owner.refuse(f"needs {name}, which is missing")
+    return raws.pop(name)
+
+
 def header_of(path: Path) -> bytes:
     """The bytes of a file's header, unchecked; of no more than it has."""
     with open(path, "rb") as file:
