@@ -7,9 +7,11 @@ import json
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from fewbits import codecs
+from fewbits import codecs, load
+from fewbits import quantize as quantize_model
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.floats import BF16
 from fewbits.containers import base
@@ -84,6 +86,29 @@ def test_written_checked_and_read_back(tmp_path):
     assert found[BLOCKS].shape == (3, 8, 2, 16) and found[SCALES].shape == (3, 8, 2)
     base.write(Mxfp4(), tmp_path / "again", got)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+
+
+def test_transformers_loads_what_is_written(tmp_path):
+    """A small gpt-oss: every value is ours, and so are the logits."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2,
+                                       head_dim=16, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+                                       num_experts_per_tok=2, initializer_range=0.2,
+                                       rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    transformers.GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
+    quantize_model(tmp_path / "source", tmp_path / "out", "MXFP4", container="mxfp4")
+    ours = open_model(tmp_path / "out")
+    quantized = [n for n, e in ours.entries.items() if e.codec == CODEC]
+    assert len(quantized) == 4 and all(len(ours.entries[n].shape) == 3 for n in quantized)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    theirs = dict(model.named_parameters())
+    assert theirs.keys() == ours.entries.keys()
+    for name, entry in ours.entries.items():
+        meant = entry.load().dequantize(torch.bfloat16)
+        assert torch.equal(theirs[name], meant.transpose(1, 2) if name in quantized else meant), name
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.allclose(model.float()(ids).logits, load(ours)(ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("name,codec,shape,message", [
