@@ -13,7 +13,8 @@ from fewbits.solvers import solve
 from fewbits.solvers.gptq import gptq, inverse_factor, refuses, unit_order
 
 CODECS = ["int4-g128", "int4-g32-asym", "int3-g32", "int2-g16-asym", "int8-g64", "int4-row", "int8", "nf4", "fp4-b32",
-          "nf4-dq", "Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "TQ2_0", "Q1_0"]
+          "nf4-dq", "Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+          "TQ2_0", "Q1_0"]
 
 
 def correlated(rows: int, columns: int, tokens: int = 600, seed: int = 0) -> tuple[torch.Tensor, Statistics]:
