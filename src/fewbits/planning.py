@@ -21,6 +21,7 @@ from fewbits.sizes import Sizes
 
 PROMPT = 512  # tokens of a prompt that are computed together
 FLOATS = ("F32", "F16", "BF16")
+FULL_EVERY = {"gemma2": 2, "gemma3": 6}  # layers to each that sees all positions, where a configuration is silent
 KV_BYTES = 2  # a key or value in the cache, float16
 
 
@@ -156,8 +157,8 @@ def windows(facts: ModelFacts) -> list[int | None]:
     config = facts.config.get("text_config") or facts.config
     window = config.get("sliding_window") if config.get("use_sliding_window") is not False else None
     kinds = config.get("layer_types")
-    if kinds is None and facts.arch == "gemma3":
-        every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+    if kinds is None and facts.arch in FULL_EVERY:
+        every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or FULL_EVERY[facts.arch]
         kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(facts.layers)]
     if kinds is None:
         return [window] * facts.layers
@@ -169,7 +170,8 @@ def working_bytes(facts: ModelFacts, context: int) -> int:
     """Activations of 512 tokens through the widest layer, their attention scores, the largest weight decoded (often
     the output head), what decoding it holds besides, and the logits of one token, all in float32."""
     tokens = min(PROMPT, context)
-    inner = max([f.shape[-2] for f in facts.tensors if f.role in LINEAR and f.role.startswith("ffn")] or [4 * facts.hidden])
+    wide = [f.shape[-2] for f in facts.tensors if f.role in LINEAR and f.role.startswith("ffn")]
+    inner = max(wide or [4 * facts.hidden])
     queries = (facts.heads + 2 * facts.kv_heads) * facts.head_dim
     activations = tokens * (3 * facts.hidden + max(queries + facts.heads * context, 3 * inner))
     head = "output" if facts.has_output else "token_embd"

@@ -20,7 +20,8 @@ from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.quantizing import quantize
 from fewbits.recipe import ModelFacts, get
-from tests.arch.models import MODELS, VOCAB, directory, tiny as small
+from tests.arch.models import MODELS, VOCAB, directory
+from tests.arch.models import tiny as small
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
 EXPERTS = {"mixtral": "model.layers.0.block_sparse_moe.experts.", "qwen3_moe": "model.layers.0.mlp.experts.",

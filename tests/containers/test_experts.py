@@ -104,6 +104,12 @@ def test_an_expert_missing_among_its_neighbours_is_named():
         experts.stacked(entries)
 
 
+@pytest.mark.parametrize("number", ["01", "-1", "1" * 5000, "\u0661"])
+def test_odd_numbers_are_no_experts(number):
+    entries = {n: floats(n, draw(4, 8)) for n in (GATE.format("0"), GATE.format("1"), GATE.format(number))}
+    assert experts.stacked(entries).keys() == {ALL, GATE.format(number)}
+
+
 @pytest.mark.parametrize("other", ["codec", "shape"])
 def test_experts_that_differ_stay_apart(other):
     entries = {GATE.format(i): floats(GATE.format(i), draw(4, 8)) for i in range(2)}

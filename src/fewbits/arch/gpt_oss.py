@@ -1,8 +1,8 @@
 """gpt-oss: fused experts with biases and a clamped SwiGLU, attention sinks, a sliding layer before each full one.
 
 Gate and up lie in turns in the rows of one tensor; GGUF has them apart. Float checkpoints hold that tensor and the one
-for `down` as `[experts, in, out]`. `yarn` is written with `truncate` false, as OpenAI's models have it; llama.cpp rounds
-the bounds of its ramp to whole dimensions all the same.
+for `down` as `[experts, in, out]`. OpenAI's models set `truncate` to false in their yarn settings; llama.cpp rounds the
+bounds of the ramp to whole dimensions all the same, and always takes 32 and 1 turns for them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
-ONE = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+\.(?:weight|bias))")
+NUMBER = "(0|[1-9][0-9]{0,5})"
+ONE = re.compile(rf"(.+\.experts)\.{NUMBER}\.([^.]+\.(?:weight|bias))")
 ALL = re.compile(r"(.+\.experts)\.([^.]+\.(?:weight|bias))")
 
 
