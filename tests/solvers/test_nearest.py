@@ -10,7 +10,8 @@ from fewbits.calibrate import Statistics
 from fewbits.errors import FewbitsError
 from fewbits.solvers import solve
 
-CODECS = ["int4-g128", "int3-g32-asym", "int8", "nf4", "nf4-dq", "fp4", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K"]
+CODECS = ["int4-g128", "int3-g32-asym", "int8", "nf4", "nf4-dq", "fp4", "Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K",
+          "Q6_K"]
 
 
 @pytest.fixture
