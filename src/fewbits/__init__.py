@@ -9,6 +9,7 @@ from fewbits.errors import FewbitsError
 
 if TYPE_CHECKING:
     from fewbits.converting import convert
+    from fewbits.explaining import explain
     from fewbits.inspection import inspect
     from fewbits.loading import load
     from fewbits.measure import evaluate
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from fewbits.verifying import verify
 
 __version__ = "0.1.0"
-__all__ = ["FewbitsError", "convert", "evaluate", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = ["FewbitsError", "convert", "evaluate", "explain", "inspect", "load", "plan", "quantize", "verify"]
 
-_HOMES = {"convert": "fewbits.converting", "evaluate": "fewbits.measure", "inspect": "fewbits.inspection",
-          "load": "fewbits.loading", "plan": "fewbits.planning", "quantize": "fewbits.quantizing",
-          "verify": "fewbits.verifying"}
+_HOMES = {"convert": "fewbits.converting", "evaluate": "fewbits.measure", "explain": "fewbits.explaining",
+          "inspect": "fewbits.inspection", "load": "fewbits.loading", "plan": "fewbits.planning",
+          "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
 
 
 def __getattr__(name: str) -> Any:

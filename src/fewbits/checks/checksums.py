@@ -52,7 +52,7 @@ def of_tensors(path: Path) -> dict[str, str]:
     from fewbits.containers import gguf_split
 
     file = gguf_split.read(path)
-    return {f"{part.path.name}:{spec.name}": hashlib.sha256(part.data(spec)).hexdigest()
+    return {f"{part.path.name}:{spec.name}": hashlib.sha256(part.data(spec).data).hexdigest()
             for part in file.parts or (file,) for spec in part.tensors.values()}
 
 

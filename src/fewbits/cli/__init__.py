@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from fewbits.cli import chat, convert, evaluate, info, plan, quantize, run, verify
+from fewbits.cli import chat, convert, evaluate, explain, info, plan, quantize, run, verify
 from fewbits.errors import FewbitsError
 
 app = typer.Typer(name="fewbits", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -16,6 +16,8 @@ app.command("convert")(convert.command)
 app.command("info")(info.command)
 app.command("plan")(plan.command)
 app.command("verify")(verify.command)
+# a negative number is no option
+app.command("explain", context_settings={"ignore_unknown_options": True})(explain.command)
 app.command("eval")(evaluate.command)
 app.command("run")(run.command)
 app.command("chat")(chat.command)
