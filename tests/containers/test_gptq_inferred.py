@@ -211,3 +211,25 @@ def test_an_index_of_pickles_stays_in_its_directory(tmp_path, name):
     (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(FewbitsError, match="index.json"):
         containers.open(path, allow_pickle=True)
+
+
+def test_a_whole_model_of_that_time(tmp_path, tiny):
+    """No configuration, no g_idx, biases of zeros and rotary frequencies beside: it loads and computes the same."""
+    import fewbits
+
+    base = tmp_path / "now"
+    fewbits.quantize(tiny, base, "int4-g32", solver="nearest")
+    meant = fewbits.load(base)(torch.arange(8)[None]).logits
+    files = safetensors.torch.load_file(base / "model.safetensors")
+    old = {k: v for k, v in files.items() if not k.endswith("g_idx")}
+    old |= {k.replace("qweight", "bias"): torch.zeros(v.shape[1]).half() for k, v in files.items() if "qweight" in k}
+    old |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(12) for i in range(2)}
+    path = tmp_path / "then" / "tiny-4bit-32g.safetensors"
+    path.parent.mkdir()
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization_config"]
+    (path.parent / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(old, path)
+    found = containers.open(path)
+    assert found.entries.keys() - {n for n in found.entries if "inv_freq" in n} == containers.open(base).entries.keys()
+    assert torch.equal(fewbits.load(path)(torch.arange(8)[None]).logits, meant)

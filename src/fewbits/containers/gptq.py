@@ -9,6 +9,7 @@ through the words. Version 1 ("gptq") stores zero - 1; version 2 ("gptq_v2") sto
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 from fewbits import __version__
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.affine import IntK
+from fewbits.codecs.base import Shape
 from fewbits.codecs.packing import pack_bits, packed_bytes, unpack_bits
 from fewbits.containers.directory import (
     Directory,
@@ -80,10 +82,11 @@ class Gptq(Directory):
         if not modules:
             return []
         folder = next(iter(raws.values())).file.path.parent
-        config = read_json(folder / "config.json")
-        _drop_biases(raws, modules, config)
-        rules = Rules.parse(folder, quantization) if quantization else infer(raws, modules, config)
-        found = [read_module(raws, module, rules) for module in modules]
+        shapes = shapes_of(read_json(folder / "config.json"))
+        widths = {name.removesuffix(".weight"): shape[-1] for name, shape in shapes.items() if len(shape) > 1}
+        _drop_biases(raws, modules, shapes)
+        rules = Rules.parse(folder, quantization) if quantization else infer(raws, modules, widths)
+        found = [read_module(raws, module, rules, widths.get(module)) for module in modules]
         for name, raw in raws.items():
             if name.endswith((".qzeros", ".g_idx")):
                 raise raw.refuse("belongs to a quantized layer whose qweight is missing")
@@ -211,16 +214,15 @@ class Module:
 
 
 # reading --------------------------------------------------------------------------------------------------------------
-def _drop_biases(raws: dict[str, Raw], modules: list[str], config: dict[str, Any]) -> None:
+def _drop_biases(raws: dict[str, Raw], modules: list[str], known: Mapping[str, Shape]) -> None:
     """Leave out biases of zeros that the architecture has no place for: older writers gave every layer one."""
-    known = shapes_of(config)
     for name in (f"{module}.bias" for module in modules):
         if known and name in raws and name not in known and not raws[name].data().strip(b"\0"):
             del raws[name]
 
 
-def read_module(raws: dict[str, Raw], module: str, rules: Rules | Inferred) -> Entry:
-    """Take the tensors of one layer out of `raws`."""
+def read_module(raws: dict[str, Raw], module: str, rules: Rules | Inferred, width: int | None) -> Entry:
+    """Take the tensors of one layer out of `raws`; `width` is how many columns the architecture wants, if known."""
     qweight = raws.pop(f"{module}.qweight")
     qzeros, scales = (take(raws, f"{module}.{part}", qweight) for part in ("qzeros", "scales"))
     g_idx = raws.pop(f"{module}.g_idx", None)
@@ -230,7 +232,7 @@ def read_module(raws: dict[str, Raw], module: str, rules: Rules | Inferred) -> E
     expect(scales, tuple(SCALES), 2)
     if g_idx is not None:
         expect(g_idx, ("I32", "I64"), 1)
-    columns = g_idx.shape[0] if g_idx is not None else qweight.shape[0] * 32 // bits
+    columns = g_idx.shape[0] if g_idx is not None else width or qweight.shape[0] * 32 // bits
     rows = scales.shape[1]
     groups = 1 if group == -1 else -(-columns // group)
     for raw, meant in ((qweight, (words(columns, bits), rows)), (scales, (groups, rows)),

@@ -34,13 +34,12 @@ class Inferred:
         return self.layers[module]
 
 
-def infer(raws: Mapping[str, Raw], modules: list[str], config: Mapping[str, Any]) -> Inferred:
-    """What the tensors of `modules` say of themselves.
+def infer(raws: Mapping[str, Raw], modules: list[str], widths: Mapping[str, int]) -> Inferred:
+    """What the tensors of `modules` say of themselves; `widths` are the columns that the architecture wants, if known.
 
     Raises:
         FewbitsError: a layer whose shapes fit none or more than one, or the name of its file says otherwise.
     """
-    widths = {n.removesuffix(".weight"): shape[1] for n, shape in shapes_of(config).items() if len(shape) == 2}
     bits = {module: _bits(raws, module, widths) for module in modules}
     if all(all_alike(raws[f"{m}.qzeros"], b, raws[f"{m}.scales"].shape[1], 1 << (b - 1)) for m, b in bits.items()):
         raise raws[f"{modules[0]}.qzeros"].refuse(
