@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from fewbits import containers
+from fewbits.containers import ggml_legacy, gguf_file
 from fewbits.containers.gguf import Gguf
 from fewbits.errors import FewbitsError
 
@@ -139,6 +140,12 @@ def test_every_layout_and_type_decodes_to_its_values(layout, kind, tmp_path):
     assert found.nbytes <= (tmp_path / "m.bin").stat().st_size
 
 
+def test_types_have_the_numbers_that_ggml_kept():
+    kept = {n: label for n, label in ggml_legacy.TYPES.items() if n not in gguf_file.REMOVED}
+    assert {n: gguf.GGMLQuantizationType(n).name for n in kept} == kept
+    assert {n: gguf_file.REMOVED[n] for n in ggml_legacy.TYPES.keys() - kept.keys()} == {4: "Q4_2", 5: "Q4_3"}
+
+
 def test_what_the_file_does_not_say_is_established(tmp_path):
     for layout, epsilon in (("ggml", 1e-6), ("ggjt 3", 5e-6)):
         write(tmp_path / "m.bin", layout, "F16", model())
@@ -220,6 +227,7 @@ HOSTILE = {
     "no heads": (resized(n_head=0), "not the header of a Llama"),
     "quantization version in ftype": (resized(ftype=2002), "not the header of a Llama"),
     "vocabulary of 2^32 - 1": (resized(n_vocab=2**32 - 1), "n_vocab is 4294967295, more than"),
+    "a million tokens": (lambda raw: resized(n_vocab=1 << 20)(raw) + bytes(1 << 24), "n_vocab is 1048576; at most"),
     "one token more": (resized(n_vocab=WORDS + 1), "ends inside|bytes; at most|dimensions and a name"),
     "one token less": (resized(n_vocab=WORDS - 1), "dimensions and a name of"),
     "token of 1 GB": (patched(36, 1 << 30), "token 0 has 1073741824 bytes"),

@@ -69,6 +69,12 @@ def test_files_of_so_many_tensors(whole, tmp_path):
     assert [len(gguf_file.read(f).tensors) for f in parts(tmp_path / "split")] == [7, 7, 6]
 
 
+def test_one_file_may_be_enough(whole, tmp_path):
+    found = containers.write(SplitGguf(most_bytes=10**9), tmp_path / "split", containers.open(whole))
+    assert [f.name for f in parts(tmp_path / "split")] == ["model-00001-of-00001.gguf"]
+    assert found.path == tmp_path / "split" and len(found.entries) == 20
+
+
 def test_metadata_may_fill_the_first_file_alone(whole, tmp_path):
     source = containers.open(whole)
     metadata = dict(gguf_file.read(whole).metadata)

@@ -37,6 +37,7 @@ MAGICS = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}  # the letters as a
 VERSIONS = {"ggmf": (1,), "ggjt": (1, 2, 3)}
 HEADER = ("n_vocab", "n_embd", "n_mult", "n_head", "n_layer", "n_rot", "ftype")
 LONGEST = 4096  # bytes of a token or a name
+MOST_TOKENS = 1 << 18  # Llama had 32 000
 TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "Q4_2", 5: "Q4_3", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K",
          11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 SINCE = {"Q2_K": 3, "Q3_K": 3, "Q4_K": 3, "Q5_K": 3, "Q6_K": 3}  # versions of ggjt
@@ -135,6 +136,8 @@ def _vocabulary(reader: Reader, count: int, scored: bool) -> tuple[list[bytes], 
     """Texts of the tokens, and their scores (not before ggmf: SentencePiece numbers pieces by falling score)."""
     if count > (reader.size - reader.at) // (8 if scored else 4):
         raise reader.error(f"n_vocab is {count}, more than the remaining {reader.size - reader.at} bytes can hold")
+    if count > MOST_TOKENS:
+        raise reader.error(f"n_vocab is {count}; at most {MOST_TOKENS} are read")
     tokens, scores = [], -np.arange(count, dtype=np.float32)
     for i in range(count):
         size = reader.take("<I", f"length of token {i}")

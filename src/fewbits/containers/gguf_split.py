@@ -30,7 +30,7 @@ def locate(path: Path) -> Path:
     """`path`, or the first of the files if it is a folder that holds one split model.
 
     Raises:
-        FewbitsError: a folder with the files of several models.
+        FewbitsError: a folder with the files of several models, or of none.
     """
     if not path.is_dir():
         return path
@@ -61,7 +61,7 @@ def read(path: Path) -> GgufFile:
     first = gguf_file.read(locate(path))
     count = _number(first, COUNT)
     if count in (None, 0, 1):
-        return first
+        return replace(first, path=path)
     parts = [_part(first, file, i, count) for i, file in enumerate(_names(first, count))]
     tensors: dict[str, Spec] = {}
     for part in parts:
