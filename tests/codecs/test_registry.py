@@ -129,7 +129,7 @@ def plain(codec: Codec, w: torch.Tensor) -> torch.Tensor:
         middle = 1 << (bits - 1)
         if codec.family in ("table", "int8"):
             params = {"absmax": peak}
-        elif codec.family == "fp8":
+        elif codec.family.startswith("fp8"):
             params = {"scale": peak / codec.kind.top}
         elif codec.name == "MXFP4":
             params = {"exponent": (peak.log2().floor() + 125).to(torch.uint8)}

@@ -85,7 +85,11 @@ class Float8(Codec):
     """One float32 scale a row."""
 
     kind: Kind
-    family: ClassVar[str] = "fp8"
+    shared: ClassVar[str] = "fp8"  # family of those that other programs read
+
+    @property
+    def family(self) -> str:  # type: ignore[override]
+        return self.shared if self.kind.name == "e4m3" else "fp8-e5m2"
 
     @property
     def name(self) -> str:
@@ -142,7 +146,7 @@ class Float8Tiles(Float8):
     """
 
     tile: int = 128
-    family: ClassVar[str] = "fp8-tiles"
+    shared: ClassVar[str] = "fp8-tiles"
 
     @property
     def name(self) -> str:

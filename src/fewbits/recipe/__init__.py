@@ -23,7 +23,7 @@ PRESETS = ("Q2_K", "int3-g32-asym", "Q3_K_M", "kmeans4", "IQ4_XS", "Q4_K_M", "Q4
            "nf4-b128", "fp4", "Q5_0", "Q5_K_M", "Q6_K", "Q8_0", "int8", "fp8-e4m3-b128", "f16", "bf16", "f32")
 CONTAINERS = {"ggml": ("gguf", "mxfp4", "fewbits"), "int": ("gptq", "awq", "compressed-tensors", "fewbits"),
               "table": ("bitsandbytes", "fewbits"), "int8": ("bitsandbytes", "fewbits"), "codebook": ("fewbits",),
-              "fp8": ("compressed-tensors", "fewbits"), "fp8-tiles": ("fp8", "fewbits"),
+              "fp8": ("compressed-tensors", "fewbits"), "fp8-tiles": ("fp8", "fewbits"), "fp8-e5m2": ("fewbits",),
               "float": ("transformers", "gguf", "fewbits")}  # by family; the first is the default
 DEFAULT_SOLVER = "search"
 
