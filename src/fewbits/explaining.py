@@ -27,8 +27,8 @@ SHOWN = ("Q8_0", "int8", "fp8-e4m3", "fp8-e5m2", "Q6_K", "Q5_1", "Q5_K", "Q5_0",
          "Q2_K", "TQ2_0", "Q1_0")
 COLUMNS, AT = 256, 17  # of the block around the number, and where in it the number stands
 SHAPES = ((4096, 4096), (4096, 11008), (576, 1536), (64, 172))
-PAGES = {"float": "floats.md", "fp8": "floats.md", "fp8-tiles": "floats.md", "int": "integers.md",
-           "int8": "integers.md", "table": "tables.md", "codebook": "codebooks.md", "ggml": "ggml-blocks.md"}
+PAGES = {"float": "floats.md", "fp8": "floats.md", "fp8-e5m2": "floats.md", "fp8-tiles": "floats.md",
+         "int": "integers.md", "int8": "integers.md", "table": "tables.md", "codebook": "codebooks.md", "ggml": "ggml-blocks.md"}
 READERS = {
     "gguf": "llama.cpp, Ollama, LM Studio", "gptq": "Transformers (with gptqmodel), vLLM", "awq": "Transformers, vLLM",
     "compressed-tensors": "Transformers, vLLM", "bitsandbytes": "Transformers (with bitsandbytes)",
@@ -129,7 +129,8 @@ def neighbours(value: float, block: Sequence[float] | None = None,
         if not given or not all(map(math.isfinite, given)):
             raise FewbitsError(f"a block of {given} is no block of finite numbers", "for example --block 0.1,-0.3,0.2")
         own = given if value in given else [value, *given]
-        row = (own * (COLUMNS // len(own) + 1))[:max(COLUMNS, -(-len(own) // COLUMNS) * COLUMNS)]
+        columns = -(-len(own) // COLUMNS) * COLUMNS
+        row = (own * (columns // len(own) + 1))[:columns]
         return row, f"the {len(own)} numbers given, again and again to fill {len(row)} columns"
     if largest is not None and not 0 < largest < math.inf:
         raise FewbitsError(f"--max {largest} is no magnitude", "a positive number")

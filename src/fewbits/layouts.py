@@ -94,8 +94,9 @@ PLANES: dict[str, tuple[str, dict[str, tuple[str, tuple[str, ...]]]]] = {
     "table": ("absmax * levels[code]", {
         "codes": ("4 bits a code: the first column in the high half", ("codes",)),
         "absmax": ("largest magnitude of the block", ("absmax",))}),
-    "fp8": ("scale * float8(code)", {
-        "codes": ("the bits of an 8-bit float a column", ("codes",)), "scales": ("scale of the row", ("scale",))}),
+    **{family: ("scale * float8(code)", {
+        "codes": ("the bits of an 8-bit float a column", ("codes",)), "scales": ("scale of the row", ("scale",))})
+       for family in ("fp8", "fp8-e5m2")},
     "fp8-tiles": ("scale * float8(code)", {
         "codes": ("the bits of an 8-bit float a column", ("codes",)), "scales": ("scale of the tile", ("scale",))}),
     "codebook": ("levels[code]", {

@@ -1,4 +1,4 @@
-"""The bits of one number in the floating point formats of machine learning. Exact: fractions, no arithmetic of floats."""
+"""The bits of one number in the floating point formats of machine learning. Exact: fractions, no float arithmetic."""
 
 from __future__ import annotations
 
