@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import struct
 import tracemalloc
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -106,6 +108,22 @@ def test_version_2_is_read(sample):
 def test_a_value_that_does_not_fit_its_type_is_named(tmp_path):
     with pytest.raises(FewbitsError, match="k = -1 does not fit UINT32"):
         gguf_file.write(tmp_path / "a", {"k": Value("UINT32", -1)}, [], [])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_a_large_tensor_is_mapped_and_not_copied(tmp_path):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    path, specs = tmp_path / "large.gguf", [Spec("w", (1 << 15, 1 << 15), "Q8_0")]
+    with open(path, "wb") as out:  # 1.1 GB, of which nothing is on disk
+        out.write(gguf_file.header({}, specs))
+        out.truncate(128 + specs[0].nbytes)
+    before = resident()
+    data = gguf_file.read(path)
+    found = data.data(data.tensors["w"])
+    assert found.nbytes == specs[0].nbytes and found[-1] == 0
+    assert resident() - before < 10 << 20
 
 
 # files that lie -----------------------------------------------------------------------------------------------------
