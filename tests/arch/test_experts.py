@@ -106,6 +106,16 @@ def test_a_part_of_the_experts_is_not_enough(folder):
         fewbits.load(replace(source, entries=source.entries | {wrong.name: wrong}))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_apart_in_their_codec_are_stacked_in_floats(name, folder, tmp_path):
+    quantize(folder(name), tmp_path / "nf4", "nf4-dq")
+    assert EXPERTS[name] + "0." in " ".join(containers.open(tmp_path / "nf4").entries)
+    for out in ("floats", "m.gguf"):
+        fewbits.convert(tmp_path / "nf4", tmp_path / out, "f32")
+        assert EXPERTS[name] + "0." not in " ".join(containers.open(tmp_path / out).entries)
+        assert error(tmp_path / out, tmp_path / "nf4") < 1e-9
+
+
 # GGUF ---------------------------------------------------------------------------------------------------------------
 def test_mixtral_and_llama_are_told_apart(folder, tmp_path):
     containers.write(Gguf(), tmp_path / "m.gguf", containers.open(folder("mixtral")))

@@ -115,6 +115,9 @@ class Directory(Container):
         entries = turned(checkpoint.config, checkpoint.entries)
         return replace(checkpoint, entries=experts.unstacked(entries.values()))
 
+    def meant(self, checkpoint: Checkpoint) -> Checkpoint:
+        return replace(checkpoint, entries=self.stacked(checkpoint.entries))
+
     def stage(self, path: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
         checkpoint = self.as_filed(checkpoint)
         layout = self.layout(checkpoint)

@@ -35,7 +35,7 @@ from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
-OLD_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|down|up))\.(\d+)\.weight")  # Mixtral before 2024-04
+OLD_EXPERT = re.compile(rf"(blk\.\d+\.ffn_(?:gate|down|up))\.{experts.NUMBER}\.weight")  # Mixtral before 2024-04
 
 __all__ = ["Files", "Gguf", "SplitGguf", "assemble", "bare", "bare_entries", "metadata", "records"]
 
@@ -74,7 +74,7 @@ class Gguf(Container):
         reason = family.refuse(config)
         if reason or entry.name.endswith(family.skipped):
             return reason
-        tensor = _find(family, config, entry.name)
+        tensor = _find(family, config, experts.stack_of(entry.name))
         if tensor is None:
             return f"{family.gguf} has no tensor of that name"
         if entry.codec.family not in ("ggml", "float"):
@@ -285,10 +285,11 @@ def _find(family: Architecture, config: dict[str, Any], name: str) -> Tensor | N
 
 def _pairs(family: Architecture, checkpoint: Checkpoint) -> Iterator[tuple[Tensor, Entry]]:
     """Tensors in file order with their entries."""
+    entries = experts.stacked(checkpoint.entries)
     for tensor in arch.tensors(family, own_config(family, checkpoint)):
-        if tensor.hf not in checkpoint.entries:
+        if tensor.hf not in entries:
             raise FewbitsError(f"{checkpoint.path}: {tensor.hf} is missing, which {family.name} has")
-        yield tensor, checkpoint.entries[tensor.hf]
+        yield tensor, entries[tensor.hf]
 
 
 def _stored_codec(tensor: Tensor, entry: Entry) -> Codec:
