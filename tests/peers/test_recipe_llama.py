@@ -160,9 +160,11 @@ def test_types_are_llama_cpps(peer, tmp_path):
         source = tmp_path / f"{number}.gguf"
         write_f16(source, config, facts)
         for name, weighted in mixes():
+            if facts.layers == 80 and weighted and name != "Q2_K_S":
+                continue  # the deep ones take long, and are here for the rule of 70B models
             jobs.append([str(source), str(tmp_path / "out.gguf"), llama.MIXES[name].file_type, False, weighted])
             meant.append((shape, name, facts, weighted))
-    assert agree(llama_types(python, jobs), meant) > 80_000
+    assert agree(llama_types(python, jobs), meant) > 60_000
 
 
 @pytest.mark.peer

@@ -30,6 +30,11 @@ def by_name(name: str, **options) -> dict:
     return {f.gguf: c for f, c in zip(facts.tensors, get(name).resolve(facts, **options), strict=True)}
 
 
+def test_the_guide_shows_the_example():
+    guide = (EXAMPLES.parents[1] / "docs" / "guides" / "recipes.md").read_text(encoding="utf-8")
+    assert (EXAMPLES / "careful-q4.toml").read_text(encoding="utf-8") in guide
+
+
 def test_the_example():
     got, plain = by_name(str(EXAMPLES / "careful-q4.toml"), solver="gptq"), by_name("Q4_K_M", solver="gptq")
     assert got["blk.2.attn_v.weight"].codec.name == got["blk.0.ffn_down.weight"].codec.name == "Q8_0"
