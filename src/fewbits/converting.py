@@ -14,7 +14,7 @@ from fewbits import codecs, containers, hub, solvers
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Codec
 from fewbits.codecs.floats import BF16, F16, F32, Float
-from fewbits.containers import gguf_lora
+from fewbits.containers import experts, gguf_lora
 from fewbits.containers.base import Container, Progress, check_output, write
 from fewbits.containers.directory import read_json
 from fewbits.containers.gguf import SplitGguf
@@ -116,7 +116,8 @@ def convert(model: str | Path | Checkpoint, out: str | Path, to: str | None = No
         facts.pop("file_type", None)  # another mix now
     goal = replace(source, entries=entries, facts=facts)
     written = write(target, out, goal, progress)
-    steps = [_measured(s, source.entries[s.name], written.entries[s.name]) for s in steps]
+    found = experts.unstacked(written.entries.values(), but=source.entries)
+    steps = [_measured(s, source.entries[s.name], found[s.name]) for s in steps]
     return Conversion(out, source.container, target.name, written.nbytes, time.monotonic() - began, steps)
 
 
