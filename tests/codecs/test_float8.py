@@ -40,6 +40,19 @@ def test_e5m2_by_hand():
     assert QTensor(codecs.get("fp8-e5m2"), (1, 4), planes).dequantize().tolist() == [[2.0, 114688.0, 2.0 ** -15, -6.0]]
 
 
+@pytest.mark.parametrize("kind,exponent_bits,mantissa_bits", [("e4m3", 4, 3), ("e5m2", 5, 2)])
+def test_every_code_by_its_bits(kind, exponent_bits, mantissa_bits):
+    bias, found = (1 << exponent_bits - 1) - 1, values(KINDS[kind])
+    for code in range(256):
+        exponent, mantissa = code >> mantissa_bits & (1 << exponent_bits) - 1, code & (1 << mantissa_bits) - 1
+        part = mantissa / (1 << mantissa_bits)
+        meant = part * 2.0 ** (1 - bias) if exponent == 0 else (1 + part) * 2.0 ** (exponent - bias)
+        if abs(meant) <= KINDS[kind].top:
+            assert found[code] == (-meant if code >> 7 else meant), hex(code)
+        else:
+            assert not found[code].isfinite(), hex(code)
+
+
 def test_codes_that_are_no_numbers():
     table = values(KINDS["e4m3"])
     assert table.isnan().nonzero().view(-1).tolist() == [0x7F, 0xFF]
