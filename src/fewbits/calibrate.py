@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from fewbits.checkpoint import Checkpoint, Entry
@@ -77,14 +78,17 @@ class Walk:
         hidden: list[torch.Tensor] = []
         arguments: list[list[dict[str, Any]]] = [[] for _ in self.modules]
         originals = [m.forward for m in self.modules]
+        positions = [[p.name for p in signature(f).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
+                     for f in originals]
 
         def recorder(i: int) -> Any:
             def forward(x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
                 if i == 0:
                     hidden.append(x.detach())
-                if rest:
-                    raise FewbitsError(f"block {i} of {type(self.model).__name__} takes positional arguments",
+                if len(rest) > len(positions[i]):
+                    raise FewbitsError(f"block {i} of {type(self.model).__name__} takes arguments without a name",
                                        "use --solver search")
+                named |= zip(positions[i], rest, strict=False)
                 named.pop("past_key_values", None)
                 arguments[i].append({**named, "use_cache": False} if "use_cache" in named else named)
                 return x

@@ -12,6 +12,7 @@ from fewbits import arch
 from fewbits.arch import rope, rows
 from fewbits.codecs.floats import BF16, F16, F32
 from fewbits.qtensor import QTensor
+from tests.arch.models import MODELS
 
 SMALL = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4,
          "num_key_value_heads": 2}
@@ -58,6 +59,56 @@ def test_the_table_agrees_with_the_names_of_the_gguf_package():
             assert names.get_name(stem) + "." + kind == t.gguf
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "phi3", "gpt2-inner", "gpt_neox", "olmo2"])
+def test_names_of_later_families_are_those_of_the_gguf_package(name):
+    import gguf
+
+    config = MODELS[name].to_dict()
+    family = arch.lookup(config)
+    kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == family.gguf)
+    names = gguf.get_tensor_name_map(kind, config.get("num_hidden_layers") or config["n_layer"])
+    for t in arch.tensors(family, config):
+        stem, _, part = t.hf.rpartition(".")
+        assert names.get_name(stem) + "." + part == t.gguf
+
+
+@pytest.mark.parametrize("name, changes, reason", [
+    ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu', gpt2 in GGUF means 'gelu_new'"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is false"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention is set"),
+    ("gpt_neox", {"attention_bias": False}, "attention_bias is false"),
+    ("gpt_neox", {"tie_word_embeddings": True}, "tied to the embedding"),
+    ("olmo2", {"tie_word_embeddings": True}, "tied to the embedding"),
+    ("olmo2", {"attention_bias": True}, "attention_bias is set"),
+    ("qwen3", {"use_sliding_window": True}, "use_sliding_window is set"),
+    ("qwen3", {"attention_bias": True}, "attention_bias is set"),
+    ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is None: gemma2 in GGUF always caps"),
+    ("gemma2", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar is 100: gemma2 in GGUF means 32"),
+    ("gemma2", {"layer_types": ["full_attention"] * 3}, "do not follow 1 sliding to 1 full"),
+    ("phi3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'; known here"),
+    ("phi3-longrope", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}},
+     "long_factor has 1 entries for 16 rotated columns"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+])
+def test_what_gguf_cannot_say_is_refused_with_the_reason(name, changes, reason):
+    config = MODELS[name].to_dict() | changes
+    family = arch.lookup(config)
+    assert reason in family.refuse(arch.complete(family, config))
+    assert family.refuse(arch.complete(family, MODELS[name].to_dict())) is None
+
+
+def test_phi_3_of_the_first_days_says_the_same():
+    """`su` and rope_scaling, the original length beside it."""
+    factors = {"long_factor": [1.0, 2.0], "short_factor": [1.0, 1.5]}
+    old = {"model_type": "phi3", "hidden_size": 16, "num_attention_heads": 4, "max_position_embeddings": 131072,
+           "original_max_position_embeddings": 4096, "rope_theta": 1e4, "rope_scaling": {"type": "su", **factors}}
+    family = arch.lookup(old)
+    found = family.extra_metadata(arch.complete(family, old))
+    assert family.refuse(arch.complete(family, old)) is None
+    assert found["rope.scaling.original_context_length"] == ("UINT32", 4096)
+    assert found["rope.scaling.attn_factor"][1] == pytest.approx((1 + 5 / 12) ** 0.5)  # ln 32 / ln 4096
+
+
 def test_lookup():
     assert arch.lookup({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}).name == "llama"
     assert arch.lookup({"model_type": "gemma3_text"}).name == "gemma3"
@@ -86,6 +137,16 @@ def test_rope_permutation_is_undone(heads, pairs, columns, vector):
     assert torch.equal(op.undo(there).dequantize(), w)
     flat = w.view(heads, 2, pairs, -1).swapaxes(1, 2).reshape(w.shape)  # the formula of llama.cpp's converter
     assert torch.equal(there.dequantize(), flat)
+
+
+def test_fused_rows_by_hand():
+    # two heads of q, k and v, two rows each: all of q first, then k, then v
+    rows_ = torch.tensor([0, 1, 10, 11, 20, 21, 100, 101, 110, 111, 120, 121.0])
+    there = rows.Regroup(2, 3).apply(_floats(rows_))
+    assert there.dequantize().tolist() == [0, 1, 100, 101, 10, 11, 110, 111, 20, 21, 120, 121]
+    assert torch.equal(rows.Regroup(2, 3).undo(there).dequantize(), rows_)
+    with pytest.raises(ValueError, match="12 rows do not divide into 5 heads of 3 parts"):
+        rows.Regroup(5, 3).apply(_floats(rows_))
 
 
 def test_rope_permutation_refuses_odd_heads():

@@ -106,9 +106,9 @@ def test_spaces_behind_the_added_tokens_of_phi_3():
     metadata = gt.to_metadata(files, {}, 400, "Phi-3-mini")
     back = json.loads(gt.tokenizer_json(metadata | {"general.name": Value("STRING", "Phi-3-mini")}))
     assert [t["rstrip"] for t in back["added_tokens"]] == [t["content"] != "<s>" for t in back["added_tokens"]]
-    for name, given in (("tiny", files), ("phi3", files_of(tokenizer))):
+    for name, other in (("tiny", files), ("phi3", files_of(tokenizer))):
         with pytest.raises(FewbitsError, match="strips its surroundings"):
-            gt.to_metadata(given, {}, 400, name)
+            gt.to_metadata(other, {}, 400, name)
 
 
 # SentencePiece ------------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 def _texts() -> list[str]:
     """Letters of many scripts, digits, signs and white space; composed, for llama.cpp normalizes nothing."""
     rng = random.Random(0)
-    sets = ["abcdefgh", "ABCdefGH", "  \n\t", "\r\n", "0123456789", ".,!?'\"-_<>[]/", "éüñçßøåÉÜ", "приветМИР", "你好世界",
-            "こんにちは", "مرحبا", "🙂🎉👍", "'s't'll'RE", "\u00a0\u3000"]
+    sets = ["abcdefgh", "ABCdefGH", "  \n\t", "\r\n", "0123456789", ".,!?'\"-_<>[]/", "éüñçßøåÉÜ", "приветМИР",
+            "你好世界", "こんにちは", "مرحبا", "🙂🎉👍", "'s't'll'RE", "\u00a0\u3000"]
     words = ["".join(rng.choice(rng.choice(sets)) for _ in range(rng.randint(1, 120))) for _ in range(150)]
     plain = ["", " ", "Hello world", "  two  spaces", "camelCase HTTPServer's don'T", "a/b//\n/c", "1234567 12 1",
              "<s>x</s> y", "x<tool>  y"]

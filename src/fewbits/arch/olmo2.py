@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fewbits.arch import rope
-from fewbits.arch.base import HEAD_SIZES, LAYER, MLP, Architecture, Config, Weight, head_dim, tied, untied
+from fewbits.arch.base import HEAD_SIZES, LAYER, MLP, Architecture, Config, Values, Weight, head_dim, tied, untied
 
 
 def _refuse(config: Config) -> str | None:
@@ -16,6 +16,12 @@ def _refuse(config: Config) -> str | None:
     if head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
         return f"head_dim is {head_dim(config)}: olmo2 in GGUF means hidden_size / num_attention_heads"
     return rope.refuse(config, ("default", "linear", "yarn"))
+
+
+def _config(values: Values) -> Config:
+    if values.get("attention.sliding_window"):
+        raise ValueError("attention.sliding_window is set: this is OLMo 3, which there is no table for")
+    return rope.config(values)
 
 
 OLMO2 = Architecture(
@@ -42,5 +48,5 @@ OLMO2 = Architecture(
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
     refuse=_refuse,
     extra_metadata=rope.metadata,
-    extra_config=rope.config,
+    extra_config=_config,
 )

@@ -11,6 +11,8 @@ import math
 from fewbits.arch import rope
 from fewbits.arch.base import HEAD_SIZES, LAYER, Architecture, Config, Field, Values, Weight, head_dim, untied
 
+ORIGINAL = "original_max_position_embeddings"
+
 
 def _refuse(config: Config) -> str | None:
     if config.get("hidden_act", "silu") != "silu":
@@ -27,8 +29,7 @@ def _refuse(config: Config) -> str | None:
 
 def _metadata(config: Config) -> Values:
     settings = rope.parameters(config)
-    original = int(settings.get("original_max_position_embeddings")
-                   or config.get("original_max_position_embeddings", config["max_position_embeddings"]))
+    original = int(settings.get(ORIGINAL) or config.get(ORIGINAL) or config["max_position_embeddings"])
     values: Values = {"rope.freq_base": ("FLOAT32", settings["rope_theta"]),
                       "rope.dimension_count": ("UINT32", rope.rotary(config, head_dim(config))),
                       "rope.scaling.original_context_length": ("UINT32", original)}
@@ -48,7 +49,7 @@ def _attention_factor(config: Config, settings: Config, original: int) -> float:
 def _config(values: Values) -> Config:
     found = rope.config(values) | {"sliding_window": values.get("attention.sliding_window") or None}
     if "rope.scaling.original_context_length" in values:
-        found["original_max_position_embeddings"] = values["rope.scaling.original_context_length"]
+        found[ORIGINAL] = values["rope.scaling.original_context_length"]
     return found
 
 

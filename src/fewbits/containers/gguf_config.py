@@ -89,6 +89,9 @@ def config_of(file: GgufFile, family: Architecture) -> dict[str, Any]:
         if kinds <= {kind, "F32"}:  # routers are in float32
             config.setdefault("dtype", dtype)
     config.setdefault("dtype", "float16")
+    reason = family.refuse(config)
+    if reason:
+        raise FewbitsError(f"{file.path}: Transformers' {family.name} is no such model: {reason}")
     return config
 
 
