@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import deepcopy as copy_of
 from pathlib import Path
 
 import gguf
@@ -15,8 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits import quantize, verify
+from fewbits import convert, quantize, verify
 from fewbits.errors import FewbitsError
+from tests.arch.models import MODELS, directory
+from tests.arch.models import tiny as tiny_model
+from tests.containers.hostile_gguf import HOSTILE
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -67,6 +71,26 @@ def test_what_is_written_is_sound(recipe, shared, tmp_path):
     assert json.loads(json.dumps(got.to_json(), default=str))["ok"] is True
     assert got.sha256 == {f.name: hashlib.sha256(f.read_bytes()).hexdigest()
                           for f in (out.iterdir() if out.is_dir() else [out])}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_every_family_are_sound(name, tmp_path):
+    """As Transformers writes them, and in GGUF; only the special ids of some default configurations go too far."""
+    config = copy_of(MODELS[name])
+    config.bos_token_id = config.eos_token_id = None
+    source = directory(tiny_model(config), tmp_path / "model")
+    (source / "generation_config.json").unlink(missing_ok=True)
+    assert said(source) == []
+    convert(source, tmp_path / "model.gguf")
+    assert said(tmp_path / "model.gguf") == []
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_errors_and_raise_nothing(name, tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(HOSTILE[name][0])
+    got = verify(path)
+    assert got.errors >= 1 and not got.ok and len(got.sha256) == 1
 
 
 def test_progress_reaches_the_end(shared):
