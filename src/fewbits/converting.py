@@ -36,6 +36,7 @@ CLOSEST: dict[str, tuple[tuple[float, str], ...]] = {
     "fp8": ((32, "fp8-e4m3-b128"),),
     "mxfp4": ((32, "MXFP4"),),
 }
+SUCCESSORS = {"Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q4_2": "Q4_0", "Q4_3": "Q4_1", "Q8_0": "Q8_0"}  # of the older GGML
 UNIFORM = ("bitsandbytes",)  # one codec for the whole model, chosen by its average
 HOLD_FLOATS = ("transformers", "gguf", "fewbits")
 
@@ -225,7 +226,9 @@ def _ordered(entry: Entry, target: Container) -> bool:
 
 
 def _closest(source: Checkpoint, entry: Entry, target: Container) -> Codec | None:
-    """What of the container's own is nearest to the entry's codec in size."""
+    """What of the container's own is nearest to the entry's codec: its successor, or of about its size."""
+    if entry.codec.family == "ggml-old" and target.name == "gguf":
+        return codecs.get(SUCCESSORS[entry.codec.name.split("-")[0]])
     like = [e for e in source.entries.values() if not isinstance(e.codec, Float)] if target.name in UNIFORM else [entry]
     bits = 8 * sum(e.nbytes for e in like) / sum(e.parameters for e in like)
     return next((codecs.get(name) for most, name in CLOSEST.get(target.name, ()) if bits <= most), None)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from fewbits import containers
 from fewbits.containers import ggml_legacy, gguf_file
 from fewbits.containers.gguf import Gguf
+from fewbits.converting import convert
 from fewbits.errors import FewbitsError
 
 WIDTH, HEADS, KEYS, MLP, LAYERS, WORDS = 64, 4, 2, 96, 2, 300
@@ -173,6 +174,15 @@ def test_wide_scales_have_no_place_in_gguf(tmp_path):
         containers.write(Gguf(), tmp_path / "m.gguf", containers.open(tmp_path / "m.bin"))
     with pytest.raises(FewbitsError, match="are read, not written"):
         containers.write(containers.by_name("ggml"), tmp_path / "n.bin", containers.open(tmp_path / "m.bin"))
+
+
+def test_wide_scales_are_rounded_to_the_type_of_today_where_that_is_allowed(tmp_path):
+    write(tmp_path / "old.bin", "ggjt 1", "Q4_0", model())
+    with pytest.raises(FewbitsError, match="Q4_0-ggjt1 would become Q4_0"):
+        convert(tmp_path / "old.bin", tmp_path / "new.gguf")
+    found = convert(tmp_path / "old.bin", tmp_path / "new.gguf", lossy=True)
+    rounded = [step for step in found.tensors if step.how == "rounded"]
+    assert rounded and {step.after for step in rounded} == {"Q4_0"} and max(step.error for step in rounded) < 5e-4
 
 
 @pytest.mark.parametrize("layout", ["ggml", "ggjt 3"])
