@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import fewbits
 from fewbits import codecs, containers
 from fewbits.codecs.floats import F16
 from fewbits.containers import base
@@ -160,3 +161,14 @@ def test_the_names_in_the_file(tmp_path):
     assert {k: (t.dtype, tuple(t.shape)) for k, t in found.items()} == {
         f"{MODULE}.qweight": (torch.int32, (32, 1)), f"{MODULE}.qzeros": (torch.int32, (2, 1)),
         f"{MODULE}.scales": (torch.float16, (2, 8))}
+
+
+@pytest.mark.parametrize("container", ["awq", "compressed-tensors"])
+def test_quantize_goes_there(tmp_path, tiny, container):
+    with pytest.raises(FewbitsError, match="down_proj.*groups of 32 do not divide 172 columns"):
+        fewbits.quantize(tiny, tmp_path / "no", "int4-g32", container=container, overrides=["*gate_proj*=f32",
+                                                                                           "*up_proj*=f32"])
+    result = fewbits.quantize(tiny, tmp_path / "out", "int4-g32", container=container, solver="nearest",
+                              overrides=["*mlp*=f32"])
+    assert result.container == container
+    assert fewbits.load(tmp_path / "out")(torch.arange(4)[None]).logits.isfinite().all()
