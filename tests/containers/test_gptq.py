@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import safetensors.torch
 import torch
 
 from fewbits import codecs
-from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.floats import F16
 from fewbits.containers import base
 from fewbits.containers.directory import TransformersDirectory
 from fewbits.containers.gptq import Gptq, to_file
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
+from tests.containers.intk import CONFIG, MODULE, NAME, checkpoint, naive_values, qtensor
+from tests.containers.intk import random_layer as any_layer
 
-MODULE = "model.layers.0.mlp.up_proj"
-NAME = f"{MODULE}.weight"
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float16"}
+random_layer = partial(any_layer, zero=False)  # version 1 has no zero points of 0
 
 
 def naive_pack(codes: list[int], bits: int) -> list[int]:
@@ -51,23 +51,6 @@ def naive_files(codes, zeros, scales, bits, group, version):
     return {"qweight": qweight.contiguous(), "qzeros": qzeros, "scales": scales.t().contiguous(), "g_idx": g_idx}
 
 
-def naive_values(codes, zeros, scales, group):
-    g = torch.arange(codes.shape[1]) // group
-    return scales.float()[:, g] * (codes.float() - zeros.float()[:, g])
-
-
-def random_layer(bits, group, symmetric, shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    rows, columns = shape
-    groups = 1 if group == -1 else -(-columns // group)
-    codes = torch.randint(0, 1 << bits, shape, generator=generator)
-    zeros = torch.full((rows, groups), 1 << (bits - 1))
-    if not symmetric:
-        zeros = torch.randint(1, 1 << bits, (rows, groups), generator=generator)
-    scales = torch.randn(rows, groups, generator=generator).half()  # scales may be negative
-    return codes, zeros, scales
-
-
 def directory(path, tensors, quantization, old=False):
     path.mkdir()
     config = CONFIG if old else CONFIG | {"quantization_config": quantization}
@@ -80,17 +63,6 @@ def directory(path, tensors, quantization, old=False):
 
 def quantization(bits=4, group=8, version="gptq", **more):
     return {"quant_method": "gptq", "bits": bits, "group_size": group, "checkpoint_format": version} | more
-
-
-def qtensor(codec, codes, zeros, scales, order=None):
-    params = {"scale": scales.unsqueeze(-1), "zero": zeros.to(torch.uint8).unsqueeze(-1)}
-    found = QTensor.pack(codec, tuple(codes.shape), codes.to(torch.uint8), params)
-    return QTensor(codec, found.shape, found.planes, order)
-
-
-def checkpoint(path, tensors: dict[str, QTensor]) -> Checkpoint:
-    entries = {name: Entry(name, t.shape, t.codec, lambda t=t: t) for name, t in tensors.items()}
-    return Checkpoint(path, "test", dict(CONFIG), entries)
 
 
 def values(path) -> torch.Tensor:
