@@ -20,7 +20,7 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embed
         "partial_rotary_factor": 0.75}
 
 EXPERTS = {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}
-# the bounds of the ramp are 3 and 10 dimensions, so that rounding them to whole ones, as llama.cpp does, changes nothing
+# the bounds of the ramp are 3 and 10 dimensions: rounding them to whole ones, as llama.cpp does, changes nothing
 YARN = {"rope_type": "yarn", "rope_theta": 2756.6979898533536, "original_max_position_embeddings": 888, "factor": 4.0,
         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 
@@ -45,8 +45,7 @@ MODELS: dict[str, transformers.PreTrainedConfig] = {
     "gpt2-inner": transformers.GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256, n_inner=96,
                                           tie_word_embeddings=False),
     "gpt_neox": transformers.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"},
-                                           hidden_act="gelu_new", rope_parameters=ROPE | {
-                                               "partial_rotary_factor": 0.5}),
+                                           rope_parameters=ROPE | {"partial_rotary_factor": 0.5}),
     "gpt_neox-sequential": transformers.GPTNeoXConfig(
         **{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}, hidden_act="gelu_new",
         use_parallel_residual=False),

@@ -35,7 +35,7 @@ def test_there_and_back(name, tmp_path):
         wanted = model(tokens).logits
         for path in (tmp_path / "source", tmp_path / "m.gguf"):
             found = fewbits.load(path)(tokens).logits
-            other = getattr(MODELS[name], "hidden_act", "") == "gelu_new"  # GGUF does not say which gelu
+            other = name == "gpt_neox-sequential"  # its gelu is the one with a tanh; GGUF does not say which
             torch.testing.assert_close(found, wanted, rtol=0, atol=2e-2 if other else 2e-4)
 
     containers.write(TransformersDirectory(), tmp_path / "back", gguf)
@@ -124,7 +124,7 @@ def test_gpt_2_is_quantized_as_out_by_in(recipe, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3"])
 def test_blocks_are_walked_with_calibration(name, tiny, tmp_path, english):
-    """GPTQ's outputs are nearer than those of nearest rounding: statistics reached the right layers, right way round."""
+    """GPTQ's outputs are nearer than those of nearest rounding: statistics reached the right layers and columns."""
     model = random_model(MODELS[name])
     folder = directory(model, tmp_path / "source", tiny)
     tokens = torch.tensor([Tokenizer.from_file(str(tiny / "tokenizer.json")).encode(english.read_text()[:400]).ids])
