@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from copy import deepcopy as copy_of
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fewbits import convert, quantize, verify
@@ -299,3 +302,46 @@ def test_checksums_of_gguf_tensors(shared, tmp_path):
     path.write_bytes(data)
     assert [f.split(" has ")[0] for f in said(path, against=file)] == ["error: q.gguf:",
                                                                        "error: q.gguf:blk.1.attn_q.weight:"]
+
+
+# whatever is in the files ---------------------------------------------------------------------------------------------
+ODD = st.sampled_from([None, True, -1, 0, 1, 7.5, 1 << 40, "", "x", [], [1], ["a"], {}, {"a": 1}, [{"id": 1}]])
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(data=st.data())
+def test_odd_values_in_json_raise_nothing(shared, data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        shutil.copytree(shared("models/stories260k"), path)
+        name = data.draw(st.sampled_from(["config.json", "tokenizer.json", "tokenizer_config.json",
+                                          "generation_config.json"]))
+        found = json.loads((path / name).read_text())
+        place = found
+        while True:
+            keys = list(place) if isinstance(place, dict) else range(len(place))
+            key = data.draw(st.sampled_from(sorted(keys)))
+            if not (isinstance(place[key], (dict, list)) and place[key] and data.draw(st.booleans())):
+                break
+            place = place[key]
+        place[key] = data.draw(ODD)
+        (path / name).write_text(json.dumps(found))
+        verify(path, decode=False)
+
+
+@FUZZ
+@given(at=st.integers(0, 30_000), byte=st.integers(0, 255))
+def test_changed_bytes_raise_nothing(small_gguf, at, byte):
+    path, good = small_gguf
+    changed = bytearray(good)
+    changed[at % len(good)] = byte
+    path.write_bytes(changed)
+    verify(path)
+
+
+@pytest.fixture(scope="module")
+def small_gguf(tmp_path_factory, shared):
+    path = tmp_path_factory.mktemp("fuzz") / "q.gguf"
+    quantize(shared("models/stories260k"), path, "Q4_0")
+    return path, path.read_bytes()
