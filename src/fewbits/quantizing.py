@@ -78,7 +78,8 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
     goal = job.checkpoint(recipe)
     refusal = target.refusal(goal)
     if refusal:
-        raise FewbitsError(f"{target.name} cannot hold {refusal[0].name} as {refusal[0].codec.name}: {refusal[1]}")
+        raise FewbitsError(f"{target.name} cannot hold {refusal[0].name} as {refusal[0].codec.name}: {refusal[1]}",
+                           f"leave it in floats with --override '{refusal[0].name}=f16', or take another recipe")
     check_space(out.parent, 2 * goal.nbytes)
     tokens = None
     if calibration is not None:

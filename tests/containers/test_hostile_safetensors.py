@@ -81,15 +81,30 @@ def test_code_in_a_configuration_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_million_tiny_tensors(tmp_path):
-    """Linear in their number: a hundred thousand here, in about 2 s; a million took 22 s where it was measured."""
-    count = 100_000
+def tiny_tensors(folder, count):
     header = ",".join(f'"{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(count))
-    files = hostile.model() | {"model.safetensors": hostile.file_bytes(b"{" + header.encode() + b"}", bytes(count))}
-    path = hostile.lay(tmp_path / "m", files)
+    return hostile.lay(folder, hostile.model() | {
+        "model.safetensors": hostile.file_bytes(b"{" + header.encode() + b"}", bytes(count))})
+
+
+def test_many_tiny_tensors(tmp_path):
+    """Linear in their number: a hundred thousand take about 2 s."""
+    path = tiny_tensors(tmp_path / "m", 100_000)
     began = time.process_time()
-    assert len(containers.open(path).buffers) == count
+    assert len(containers.open(path).buffers) == 100_000
     assert time.process_time() - began < 10
+
+
+def test_a_million_tiny_tensors_are_refused_before_their_names_are_read(tmp_path):
+    path = tiny_tensors(tmp_path / "m", 1_000_000)
+    size = (path / "model.safetensors").stat().st_size
+    began = time.process_time()
+    tracemalloc.start()
+    with pytest.raises(FewbitsError, match="has more than 131072 tensors"):
+        containers.open(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * size and time.process_time() - began < 5
 
 
 SOUND = {"model.embed_tokens.weight": torch.arange(12.0).reshape(4, 3), "b": torch.arange(3), "c": torch.ones(2).half()}

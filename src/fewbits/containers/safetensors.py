@@ -35,6 +35,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 }
 RANK = {name: i for i, name in enumerate(DTYPES)}
 HEADER_LIMIT = 100_000_000  # bytes; the library's own limit
+MOST_TENSORS = 1 << 17  # in one file: more than any model has, and few enough that the header's objects fit into memory
 NAME_LIMIT, DIMENSIONS = 500, 64  # torch has no more dimensions
 
 
@@ -119,6 +120,9 @@ class SafeTensors:
         return FewbitsError(f"{self.path}: not a sound safetensors file: {reason}", "fetch or write the file again")
 
     def _parse(self, text: bytes) -> dict[str, Any]:
+        if text.count(b'"data_offsets"') > MOST_TENSORS:
+            raise self._bad(f"it has more than {MOST_TENSORS} tensors")
+
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             found = dict(pairs)
             if len(found) < len(pairs):
