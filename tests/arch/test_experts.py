@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 import fewbits
 from fewbits import arch, codecs, containers, planning, solvers
@@ -20,7 +21,7 @@ from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.quantizing import quantize
 from fewbits.recipe import ModelFacts, get
-from tests.arch.models import MODELS, VOCAB, directory
+from tests.arch.models import MODELS, SMALL, VOCAB, directory
 from tests.arch.models import tiny as small
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
@@ -81,6 +82,20 @@ def test_gptq_calibrates_what_it_sees(recipe, name, folder, english, tmp_path):
     experts = {n for n in by_solver["search"] if ".experts." in n}
     assert len(experts) == (4 if name == "gpt_oss" else 6)
     assert any(f"{len(experts)} tensors" in note and "no calibration input" in note for note in result.notes)
+
+
+def test_experts_of_models_outside_the_table(tmp_path, tiny):
+    config = transformers.OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2)
+    source = directory(small(config), tmp_path / "m", tiny)
+    result = quantize(source, tmp_path / "int4", "int4-g32")
+    kinds = {t["name"]: t["codec"] for t in result.tensors}
+    assert kinds["model.layers.0.mlp.experts.gate_proj.weight"] == "int4-g32"
+    assert kinds["model.layers.0.mlp.gate.weight"] == "F32"
+    assert error(tmp_path / "int4", source) < 0.1
+    again = quantize(tmp_path / "int4", tmp_path / "nf4", "nf4-dq")
+    assert {t["codec"] for t in again.tensors if ".experts." in t["name"]} == {"nf4-dq"}
+    third = quantize(tmp_path / "nf4", tmp_path / "fp8", "fp8", container="fewbits")
+    assert {t["codec"] for t in third.tensors if ".experts." in t["name"]} == {"fp8-e4m3"}
 
 
 def test_roles_and_mixes():

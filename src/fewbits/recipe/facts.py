@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbits import arch
-from fewbits.checkpoint import Checkpoint
+from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs import floats
 from fewbits.codecs.base import Codec, Shape
+from fewbits.containers import experts
 from fewbits.errors import FewbitsError
 
 LINEAR = {"attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "linear",
@@ -53,12 +54,12 @@ class ModelFacts:
         roles = {} if family or outline else _roles(checkpoint.config, checkpoint.path, set(checkpoint.entries))
         facts = []
         for e in checkpoint.entries.values():
-            t = table.get(e.name)
+            t = table.get(experts.stack_of(e.name))
             if t:
                 facts.append(Fact(e.name, e.shape, e.codec, t.role, t.layer, t.gguf))
             else:
                 role, layer = outline.role(e.name) if outline else (roles.get(e.name, ""), None)
-                facts.append(Fact(e.name, e.shape, e.codec, role, layer))
+                facts.append(Fact(e.name, e.shape, e.codec, role or _expert(e), layer))
         return cls(checkpoint.config, tuple(facts), family.gguf if family else None)
 
     @classmethod
@@ -132,6 +133,13 @@ class ModelFacts:
 def float_of(config: dict[str, Any]) -> Codec:
     """The float type that the configuration names; half precision where it names none."""
     return floats.parse(str(config.get("dtype") or config.get("torch_dtype") or "float16")) or floats.F16
+
+
+def _expert(entry: Entry) -> str:
+    """The role of experts in models outside the table: Transformers has no linear module for them."""
+    stack = len(entry.shape) == 3 and experts.ALL.fullmatch(entry.name)
+    one = len(entry.shape) == 2 and experts.ONE.fullmatch(entry.name)
+    return "linear" if entry.name.endswith(".weight") and (stack or one) else ""
 
 
 def _roles(config: dict[str, Any], path: Any, names: set[str]) -> dict[str, str]:
