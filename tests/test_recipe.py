@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fewbits import codecs
-from fewbits.codecs import decode_only
 from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.codecs import decode_only
 from fewbits.codecs.floats import BF16, F16, F32
 from fewbits.errors import FewbitsError
 from fewbits.recipe import Fact, ModelFacts, get, llama

@@ -91,7 +91,8 @@ MIXED = {"v_proj": "int8-g16", "o_proj": "int2-g32", "gate_proj": "int8-row", "d
 def test_they_read_ours(peer, little_llama, tmp_path):
     """Through transformers; one process for all, since importing takes longer than reading."""
     tiny = little_llama(tmp_path / "tiny", 192)
-    jobs = {kind: {} for kind in ("int4-g32", "int4-g64-asym", "int8-row", "int3-g16-asym", "int2-g32", "int8-row-asym")}
+    kinds = ("int4-g32", "int4-g64-asym", "int8-row", "int3-g16-asym", "int2-g32", "int8-row-asym")
+    jobs = {kind: {} for kind in kinds}
     jobs["mixed"] = MIXED
     todo = []
     for kind, others in jobs.items():
