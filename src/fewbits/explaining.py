@@ -14,6 +14,7 @@ from fewbits import codecs, containers, layouts, number_formats
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Codec, decode_units, encode_units
 from fewbits.codecs.decode_only import DecodeOnly
+from fewbits.containers.base import Container
 from fewbits.errors import FewbitsError
 from fewbits.layouts import Layout
 from fewbits.lazy import torch
@@ -37,7 +38,9 @@ READERS = {
     "mxfp4": "Transformers, vLLM", "fewbits": "fewbits"}
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 4096,
           "num_attention_heads": 32, "num_hidden_layers": 1, "vocab_size": 32000}
-_NAME = "model.layers.0.mlp.up_proj.weight"
+_GPT_OSS = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+PROBES = ((_LLAMA, "model.layers.0.mlp.up_proj.weight", (4096, 4096)),  # weights that a container may hold
+          (_GPT_OSS, "model.layers.0.mlp.experts.down_proj", (4, 4096, 4096)))
 
 
 @dataclass(frozen=True)
@@ -186,13 +189,20 @@ def explain_codec(codec: Codec) -> CodecExplained:
         bits.append((shape, None, reason) if reason else (shape, codec.bits_per_weight(shape), ""))
     layout, writes = layouts.layout(codec), not isinstance(codec, DecodeOnly)
     found = _normal_levels(codec) if writes and codec.family != "float" else []
-    entry = Entry(_NAME, (4096, 4096), codec, _nothing)
-    model = Checkpoint(Path(codec.name), "transformers", _LLAMA, {_NAME: entry})
-    taking = [name for name in CONTAINERS[codec.family] if containers.by_name(name).refuses(model, entry) is None]
+    taking = [name for name in CONTAINERS[codec.family] if _takes(containers.by_name(name), codec)]
     page = "k-quants.md" if codec.name.endswith("_K") else PAGES[codec.family]
     notes = [] if writes else ["decoded, never written: a recipe of this type is refused"]
     return CodecExplained(codec.name, codec.family, writes, layout, bits, found, taking,
                           [READERS[name] for name in taking], f"docs/formats/{page}", notes)
+
+
+def _takes(container: Container, codec: Codec) -> bool:
+    """Whether the container itself says that it holds the codec, in one of the probes."""
+    for config, name, shape in PROBES:
+        entry = Entry(name, shape, codec, _nothing)
+        if container.refuses(Checkpoint(Path(codec.name), "transformers", config, {name: entry}), entry) is None:
+            return True
+    return False
 
 
 def _normal_levels(codec: Codec) -> list[float]:

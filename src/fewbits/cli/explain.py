@@ -104,9 +104,9 @@ def _show_codec(found: CodecExplained) -> None:
         _say(f"\nits {len(found.levels)} levels, fitted to normal weights, over the largest of them")
         for line in drawing.line(found.levels, width):
             _say(line)
-    _say("\nheld by")
+    _say("\nlayouts that hold it, and programs that read them (not each takes every width)")
     for container, readers in zip(found.containers, found.readers, strict=True):
-        _say(f"{container}: read by {readers}")
+        _say(f"{container}: {readers}")
     _say(f"\nmore: {found.page}")
 
 
