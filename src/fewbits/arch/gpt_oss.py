@@ -2,7 +2,7 @@
 
 Gate and up lie in turns in the rows of one tensor; GGUF has them apart. Float checkpoints hold that tensor and the one
 for `down` as `[experts, in, out]`. OpenAI's models set `truncate` to false in their yarn settings; llama.cpp rounds the
-bounds of the ramp to whole dimensions all the same, and always takes 32 and 1 turns for them.
+bounds of the ramp to whole dimensions all the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from fewbits.arch.rows import Every
 
 EXPERTS = LAYER + "mlp.experts."
 ALPHA, LIMIT = 1.702, 7.0  # of the SwiGLU, fixed in llama.cpp
-YARN = {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}
 GATE, UP = 0, 1  # which of each two rows
 
 
@@ -53,11 +52,8 @@ def _refuse(config: Config) -> str | None:
     if tied(config):
         return "its head is tied to the embeddings: gpt-oss in GGUF has a head of its own"
     settings = rope.parameters(config)
-    if settings["rope_type"] == "yarn":
-        settings = {"truncate": True} | settings  # what Transformers takes where nothing is said
-        for key, meant in YARN.items():
-            if settings.pop(key, meant) != meant:
-                return f"yarn without {key} = {meant}, which gpt-oss in GGUF means"
+    if settings["rope_type"] == "yarn" and settings.pop("truncate", True):
+        return "yarn without truncate = False, which gpt-oss in GGUF means"
     return rope.refuse({"rope_parameters": settings}, ("default", "yarn"))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 Config = dict[str, Any]
 Values = dict[str, Any]
 
+TURNS = {"beta_fast": 32.0, "beta_slow": 1.0}  # between which yarn goes from one way of stretching to the other
 DEFAULT_THETA = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0, "": 10_000.0}
 
 
@@ -43,6 +44,9 @@ def refuse(config: Config, known: tuple[str, ...], kind: str = "", partial: bool
     odd = [k for k in ("mscale", "mscale_all_dim", "truncate") if rope.get(k) is not None]
     if rope["rope_type"] == "yarn" and odd:
         return f"yarn with {odd[0]} = {rope[odd[0]]} has no place in GGUF metadata"
+    for key, meant in TURNS.items():
+        if rope["rope_type"] == "yarn" and rope.get(key, meant) not in (None, meant):
+            return f"yarn with {key} = {rope[key]}: llama.cpp takes {meant} whatever a file says"
     return None
 
 
