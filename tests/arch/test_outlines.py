@@ -103,6 +103,13 @@ def test_plans_are_made_without_torch(saved):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("config", [{"architectures": 5}, {"architectures": [["x"]], "model_type": {}},
+                                    {"model_type": ["opt"]}, {"text_config": {"model_type": []}}, {"text_config": 3}])
+def test_odd_configurations_are_of_no_family(config):
+    assert arch.lookup(config) is None and arch.outline(config) is None
+    assert "GGUF needs a table of names for" in arch.why_not_gguf(config)
+
+
 def test_names_of_other_ages_have_the_same_roles():
     qwen = arch.outline({"model_type": "qwen2_5_vl"})  # a flat configuration, as before text_config
     for name in ("model.layers.3.mlp.up_proj.weight", "model.language_model.layers.3.mlp.up_proj.weight"):

@@ -38,11 +38,16 @@ __all__ = ["ARCHITECTURES", "OUTLINES", "Architecture", "Outline", "Tensor", "We
 
 def lookup(config: Config) -> Architecture | None:
     """The family of a Transformers configuration, by its class name or, where it states none, its model type."""
-    names = config.get("architectures") or []
+    name, kind = _class_name(config), config.get("model_type")
     for architecture in ARCHITECTURES:
-        if names[0] in architecture.architectures if names else config.get("model_type") in architecture.model_types:
+        if name in architecture.architectures if name else kind in architecture.model_types:
             return architecture
     return None
+
+
+def _class_name(config: Config) -> str | None:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else None
 
 
 def outline(config: Config) -> Outline | None:
@@ -55,7 +60,7 @@ def outline(config: Config) -> Outline | None:
 
 def why_not_gguf(config: Config) -> str:
     """Why a model without an Architecture cannot go to GGUF."""
-    named = (config.get("architectures") or [config.get("model_type")])[0]
+    named = _class_name(config) or config.get("model_type")
     known = outline(config)
     return (f"{named}: {known.reason}" if known
             else f"GGUF needs a table of names for {named}; there are {goes_to_gguf()}")
