@@ -17,7 +17,7 @@ from fewbits.errors import FewbitsError
 
 RECIPES = {"Q8_0": "a.gguf", "Q4_0": "a.gguf", "int4-g128": "a", "int3-g32-asym": "a", "int8": "a", "nf4": "a",
            "nf4-dq": "a", "fp4": "a", "f16": "a",
-           "kmeans4": "a", "kmeans2": "a", "fp8-e4m3": "a", "fp8-e5m2": "a", "fp8-e4m3-b128": "a"}
+           "kmeans4": "a", "kmeans2": "a", "fp8-e4m3": "a", "fp8-e5m2": "a", "fp8-e4m3-b4": "a"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -35,7 +35,7 @@ def test_file_holds_what_the_solver_chose(recipe: str, tiny: Path, tmp_path: Pat
     assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
 
 
-@pytest.mark.parametrize("recipe", ["Q8_0", "int4-g32", "nf4", "kmeans4", "fp8-e4m3-b64"])
+@pytest.mark.parametrize("recipe", ["Q8_0", "int4-g32", "nf4", "kmeans4", "fp8-e4m3-b4"])
 def test_every_result_is_near_the_original(recipe: str, tiny: Path, tmp_path: Path, english: Path) -> None:
     out = fewbits.quantize(tiny, tmp_path / RECIPES.get(recipe, "a"), recipe).path
     found = fewbits.evaluate(out, tiny, text=english, chunks=2, context=64)
@@ -44,7 +44,7 @@ def test_every_result_is_near_the_original(recipe: str, tiny: Path, tmp_path: Pa
     assert 0 < found.kl_mean < (0.01 if recipe == "Q8_0" else 0.5)
 
 
-@pytest.mark.parametrize("recipe", ["int3-g32", "Q4_0", "nf4-b32", "kmeans3", "fp8-e5m2", "fp8-e4m3-b32"])
+@pytest.mark.parametrize("recipe", ["int3-g32", "Q4_0", "nf4-b32", "kmeans3", "fp8-e5m2", "fp8-e4m3-b4"])
 def test_gptq_is_nearer_than_nearest(recipe: str, tiny: Path, tmp_path: Path, english: Path) -> None:
     """On layer outputs: what GPTQ minimises, measured on the logits of its own calibration text."""
     def kl(solver: str) -> float:

@@ -112,6 +112,8 @@ def convert(model: str | Path | Checkpoint, out: str | Path, to: str | None = No
         entries[entry.name] = new
         done += entry.nbytes
     _refuse_changes(source, target, steps, lossy)
+    if target.name not in HOLD_FLOATS and all(isinstance(e.codec, Float) for e in entries.values()):
+        raise FewbitsError(f"{source.path}: no tensor would stay quantized in {target.name}", "take another container")
     facts = dict(source.facts)
     if any(s.before != s.after for s in steps):
         facts.pop("file_type", None)  # another mix now

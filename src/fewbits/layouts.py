@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from fewbits.codecs.base import ITEM_BYTES, Codec
+from fewbits.codecs.float8 import Float8Tiles
 from fewbits.codecs.table import NESTED_BLOCK, Table
 
 
@@ -129,7 +130,7 @@ def layout(codec: Codec) -> Layout | None:
 def _unit(codec: Codec) -> tuple[str, tuple[int, ...]]:
     if codec.family == "float":
         return "one weight", (1, 1)
-    if codec.family == "fp8-tiles":
+    if isinstance(codec, Float8Tiles):
         tile = codec.unit(1 << 30)
         return f"a tile of {tile} x {tile} weights", (tile, tile)
     if isinstance(codec, Table) and codec.nested:

@@ -55,6 +55,9 @@ class Fp8(Directory):
         first = next((e for e in checkpoint.entries.values() if isinstance(e.codec, Float8Tiles)), entry)
         if first.codec != codec:
             return f"all tiles have one size in this layout, and {first.name} is {first.codec.name}"
+        if entry.shape[-1] % codec.tile:
+            return (f"tiles of {codec.tile} do not divide {entry.shape[-1]} columns, and Transformers misreads the "
+                    "rest: take a smaller tile, such as -b64")
         return linear_reason(checkpoint, entry)
 
     def layout(self, checkpoint: Checkpoint) -> Layout:
