@@ -38,7 +38,7 @@ np.save(out, llama.scores[:len(tokens)])
 """
 
 
-def _error(python: str, path: Path, model: transformers.PreTrainedModel) -> float:
+def error(python: str, path: Path, model: transformers.PreTrainedModel) -> float:
     """Normalised mean squared error of llama.cpp's logits on the file against the model's."""
     tokens = torch.randint(3, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
     out = path.with_suffix(".npy")
@@ -55,7 +55,7 @@ def test_logits_are_those_of_transformers(name, tmp_path, peer, request):
     model = tiny(MODELS[name])
     source = containers.open(directory(model, tmp_path / "source", request.getfixturevalue("tiny")))
     containers.write(Gguf(), tmp_path / "m.gguf", source)
-    assert _error(peer("llama"), tmp_path / "m.gguf", model) <= 1e-6
+    assert error(peer("llama"), tmp_path / "m.gguf", model) <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "qwen3", "gemma2", "olmo2"])
@@ -63,7 +63,7 @@ def test_packed_weights_are_moved_as_floats_are(name, tmp_path, peer, request):
     """Rows are permuted packed, both ways: llama.cpp, which rounds activations besides, is near what we load."""
     folder = directory(tiny(MODELS[name]), tmp_path / "source", request.getfixturevalue("tiny"))
     path = fewbits.quantize(folder, tmp_path / "q.gguf", "Q8_0").path
-    assert _error(peer("llama"), path, fewbits.load(path)) <= 1e-3
+    assert error(peer("llama"), path, fewbits.load(path)) <= 1e-3
 
 
 WIDE = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12,
