@@ -59,6 +59,27 @@ def test_minimum_that_float16_cannot_hold_is_refused() -> None:
     assert recode(QTensor.pack(old.codec, old.shape, codes, params), codecs.get("Q4_1")) is not None
 
 
+def test_minimums_and_scales_may_be_rounded_where_that_is_allowed() -> None:
+    old = made("int4-g128-asym")
+    assert holds(old, codecs.get("Q4_1"), nearly=True)
+    change = recode_held(old, codecs.get("Q4_1")).dequantize() - old.dequantize()
+    assert 0 < float(change.norm() / old.dequantize().norm()) < 1e-3
+    assert not holds(made("Q4_1"), codecs.get("int4-g32-asym"), nearly=True), "zero points are whole numbers"
+    old.planes["scales"].fill_(65504)
+    assert not holds(old, codecs.get("Q4_1"), nearly=True), "65504 times a zero point has no place in float16"
+
+
+def test_blocks_without_a_scale() -> None:
+    old = made("Q4_1")
+    for least, meant in ((0.0, True), (1.0, False)):
+        blocks = old.planes["blocks"].clone().unflatten(-1, (-1, 20))
+        blocks[..., :4] = torch.tensor([0, least]).half().view(torch.uint8)
+        q = QTensor(old.codec, old.shape, {"blocks": blocks.flatten(-2)})
+        assert holds(q, codecs.get("int4-g32-asym")) == meant
+    zeros = solve(torch.zeros(2, 64), codecs.get("int3-g32-asym"), "nearest")
+    assert recode(zeros, codecs.get("int4-g32-asym")) is not None
+
+
 def test_minimum_that_is_no_multiple_of_the_scale_is_refused() -> None:
     assert recode(made("Q4_1"), codecs.get("int4-g32-asym")) is None
 

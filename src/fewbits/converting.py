@@ -204,9 +204,11 @@ def _choose(source: Checkpoint, entry: Entry, target: Container, kind: Codec | N
     reason = target.refuses(source, entry)
     if reason is None and not _ordered(entry, target):
         return entry, KEPT
-    for codec in candidates(entry.codec, entry.shape[-1]):
-        if target.refuses(source, entry.as_(codec=codec)) is None and holds(entry.load(), codec):
-            return entry.as_(codec=codec, load=partial(_recoded, entry, codec)), RECODED
+    for nearly in (False, True) if lossy else (False,):
+        for codec in candidates(entry.codec, entry.shape[-1]):
+            if target.refuses(source, entry.as_(codec=codec)) is None and holds(entry.load(), codec, nearly):
+                new = entry.as_(codec=codec, load=partial(_recoded, entry, codec))
+                return new, ROUNDED if nearly else RECODED
     if isinstance(entry.codec, Float):
         raise FewbitsError(f"{target.name} cannot hold {entry.name} ({entry.codec.name}): {reason}")
     close = _closest(source, entry, target)

@@ -35,21 +35,24 @@ def candidates(codec: Codec, columns: int) -> list[Codec]:
     return []
 
 
-def holds(q: QTensor, codec: Codec) -> bool:
-    """Whether `codec`, one of the candidates, can hold exactly what `q` does. Looks at scales and zero points only."""
+def holds(q: QTensor, codec: Codec, nearly: bool = False) -> bool:
+    """Whether `codec`, one of the candidates, can hold exactly what `q` does. Looks at scales and zero points only.
+
+    `nearly` allows to round scales and minimums to how the codec stores them; codes stay.
+    """
     if q.order is not None and not isinstance(codec, IntK):
         return False
-    return codec.check(q.shape) is None and _fit(_line(q), q, codec) is not None
+    return codec.check(q.shape) is None and _fit(_line(q), q, codec, nearly) is not None
 
 
 def recode(q: QTensor, codec: Codec) -> QTensor:
-    """`q` in `codec`, which `holds` it."""
+    """`q` in `codec`, which `holds` it, at least nearly."""
     rows, columns = q.codec.matrix(q.shape)
     step = max(1, PART // columns)
 
     def moved(at: int) -> dict[str, torch.Tensor]:
         part = q.part(slice(at, min(at + step, rows)))
-        fitted = _fit(_line(part), part, codec)
+        fitted = _fit(_line(part), part, codec, nearly=True)
         assert fitted is not None
         return _build(part, codec, fitted)
 
@@ -60,7 +63,7 @@ def recode(q: QTensor, codec: Codec) -> QTensor:
 
 @dataclass(frozen=True)
 class _Line:
-    """`scale * (code - zero)`, float32 `[rows, units]` each; of a minimum, zero may be a fraction."""
+    """`scale * (code - zero)`, float32 `[rows, units]` each; of a minimum, zero may be a fraction, or infinite."""
 
     scale: torch.Tensor
     zero: torch.Tensor
@@ -81,14 +84,15 @@ def _line(q: QTensor) -> _Line:
     scale = values[..., 0]
     if not codec.minimum:
         return _Line(scale, torch.full_like(scale, codec.zero), unit)
-    return _Line(scale, torch.where(scale == 0, 0.0, -values[..., 1] / scale), unit)
+    least = values[..., 1]
+    return _Line(scale, torch.where((scale == 0) & (least == 0), 0.0, -least / scale), unit)
 
 
 Fitted = tuple[torch.Tensor, torch.Tensor]  # scales as stored; zero points uint8, or minimums float16; `[rows, units]`
 
 
-def _fit(line: _Line, q: QTensor, codec: Codec) -> Fitted | None:
-    """Scales and zero points of `codec`, or None where they are not exactly those of `line`."""
+def _fit(line: _Line, q: QTensor, codec: Codec, nearly: bool) -> Fitted | None:
+    """Scales and zero points of `codec`, or None where they are not those of `line`."""
     columns = q.shape[-1]
     unit = codec.unit(columns)
     if line.unit % unit and line.scale.shape[-1] > 1:
@@ -96,16 +100,16 @@ def _fit(line: _Line, q: QTensor, codec: Codec) -> Fitted | None:
     which = (torch.arange(-(-columns // unit)) * unit).div(line.unit, rounding_mode="floor")
     dtype = codec.dtype if isinstance(codec, IntK) else torch.float16
     scale = line.scale.to(dtype)
-    if not torch.equal(scale.float(), line.scale):
+    if not (nearly and bool(scale.isfinite().all())) and not torch.equal(scale.float(), line.scale):
         return None
     if isinstance(codec, ggml.Simple) and codec.minimum:
         least = -line.scale * line.zero
         stored = least.to(torch.float16)
-        return (scale[:, which], stored[:, which]) if torch.equal(stored.float(), least) else None
+        same = torch.equal(stored.float(), least) or (nearly and bool(stored.isfinite().all()))
+        return (scale[:, which], stored[:, which]) if same else None
     if isinstance(codec, IntK) and not codec.symmetric:
         top = (1 << codec.bits) - 1
-        if not bool(((line.zero == line.zero.round()) & (line.zero >= 0) & (line.zero <= top)).all()) or \
-                bool((line.scale == 0).any()):  # a zero scale might hide a minimum
+        if not bool(((line.zero == line.zero.round()) & (line.zero >= 0) & (line.zero <= top)).all()):
             return None
         return scale[:, which], line.zero.to(torch.uint8)[:, which]
     return scale[:, which], torch.empty(0)
