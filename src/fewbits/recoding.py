@@ -7,7 +7,6 @@ scale and a code are exact in float32, so scales and zero points alone decide wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fewbits.codecs import ggml
@@ -15,9 +14,7 @@ from fewbits.codecs.affine import IntK
 from fewbits.codecs.base import Codec
 from fewbits.codecs.packing import halves_to_stream, join_fields, pack_bits, stream_to_halves, unpack_bits
 from fewbits.lazy import torch
-from fewbits.qtensor import QTensor
-
-PART = 1 << 18  # weights that a worker moves at a time, few enough that torch starts no threads of its own
+from fewbits.qtensor import CHUNK, QTensor
 
 
 def candidates(codec: Codec, columns: int) -> list[Codec]:
@@ -48,16 +45,13 @@ def holds(q: QTensor, codec: Codec, nearly: bool = False) -> bool:
 def recode(q: QTensor, codec: Codec) -> QTensor:
     """`q` in `codec`, which `holds` it, at least nearly."""
     rows, columns = q.codec.matrix(q.shape)
-    step = max(1, PART // columns)
-
-    def moved(at: int) -> dict[str, torch.Tensor]:
+    step = max(1, CHUNK // columns)
+    parts = []
+    for at in range(0, rows, step):
         part = q.part(slice(at, min(at + step, rows)))
         fitted = _fit(_line(part), part, codec, nearly=True)
         assert fitted is not None
-        return _build(part, codec, fitted)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = list(pool.map(moved, range(0, rows, step)))
+        parts.append(_build(part, codec, fitted))
     return QTensor(codec, q.shape, {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, q.order)
 
 

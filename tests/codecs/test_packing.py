@@ -14,6 +14,7 @@ from fewbits.codecs.packing import (
     packed_bytes,
     split_fields,
     stream_to_halves,
+    transpose_nibbles,
     unpack_bits,
 )
 
@@ -69,3 +70,11 @@ def test_nibbles_change_order_without_being_taken_apart() -> None:
     halves = codes[..., :16] | (codes[..., 16:] << 4)
     assert torch.equal(stream_to_halves(stream), halves)
     assert torch.equal(halves_to_stream(halves), stream)
+
+
+def test_nibbles_are_transposed() -> None:
+    codes = torch.randint(0, 16, (24, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    words = pack_bits(codes, 4).view(torch.int32)
+    meant = pack_bits(codes.t().contiguous(), 4).view(torch.int32)
+    assert torch.equal(transpose_nibbles(words), meant)
+    assert torch.equal(transpose_nibbles(meant), words)

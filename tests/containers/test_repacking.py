@@ -22,7 +22,7 @@ def written(path, layout, source):
 
 
 @pytest.mark.parametrize("kind", ["int4-g32", "int4-g16-asym", "int4-row-asym", "int4-row"])
-@pytest.mark.parametrize("a,b", permutations(LAYOUTS, 2))
+@pytest.mark.parametrize("a,b", list(permutations(LAYOUTS, 2)))
 def test_there_and_back(tmp_path, kind, a, b):
     """Zero points of 0 are left out: version 1 of GPTQ has none."""
     tensor = random_tensor(kind, (24, 96), zero=False)
@@ -36,7 +36,7 @@ def test_there_and_back(tmp_path, kind, a, b):
 
 
 @pytest.mark.parametrize("kind", ["int2-g32", "int3-g16-asym", "int8-row-asym", "int8-g32", "int3-g32-sbf16"])
-@pytest.mark.parametrize("a,b", permutations(("gptq-v1", "gptq-v2", "compressed-tensors"), 2))
+@pytest.mark.parametrize("a,b", list(permutations(("gptq-v1", "gptq-v2", "compressed-tensors"), 2)))
 def test_other_widths_there_and_back(tmp_path, kind, a, b):
     tensor = random_tensor(kind, (5, 96), zero=False)
     tensor = type(tensor)(tensor.codec, tensor.shape, tensor.planes | {

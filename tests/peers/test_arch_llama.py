@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,29 +18,17 @@ from fewbits.containers.gguf import Gguf
 from fewbits.qtensor import QTensor
 from fewbits.recipe import ModelFacts, llama
 from tests.arch.models import MODELS, VOCAB, directory, tiny
+from tests.peers.llama import logits
 from tests.peers.test_recipe_llama import agree, llama_types, mixes
 
 pytestmark = pytest.mark.peer
 TOKENS = 150  # past the sliding windows and one of the original contexts; llama.cpp makes room for 256
-LOGITS = """
-import json, sys
-import numpy as np
-from llama_cpp import Llama
-path, tokens, out = sys.argv[1:]
-tokens = json.loads(tokens)
-llama = Llama(path, n_ctx=len(tokens), n_batch=64, logits_all=True, type_k=0, type_v=0, flash_attn=False, n_threads=1,
-              n_threads_batch=1, verbose=False)
-llama.eval(tokens)
-np.save(out, llama.scores[:len(tokens)])
-"""
 
 
 def error(python: str, path: Path, model: transformers.PreTrainedModel) -> float:
     """Normalised mean squared error of llama.cpp's logits on the file against the model's."""
     tokens = torch.randint(3, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
-    out = path.with_suffix(".npy")
-    subprocess.run([python, "-c", LOGITS, str(path), json.dumps(tokens), str(out)], check=True, capture_output=True)
-    theirs = np.load(out).astype(np.float64)
+    theirs = logits(python, path, tokens)
     with torch.no_grad():
         ours = model(torch.tensor([tokens])).logits[0].double().numpy()
     assert ours.std() > 0.1

@@ -16,7 +16,7 @@ from fewbits.quantizing import quantize
 from fewbits.recipe import ModelFacts, get
 from tests.arch.models import EXPERTS, ROPE, directory
 from tests.arch.models import tiny as small
-from tests.peers.test_arch_llama import LOGITS
+from tests.peers.llama import logits
 
 pytestmark = pytest.mark.peer
 WIDE = {"vocab_size": 320, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
@@ -63,9 +63,7 @@ def test_llama_computes_on_what_we_quantized(name, recipe, bound, folder, peer, 
     path = tmp_path / "m.gguf"
     quantize(folder(name), path, recipe, container="gguf")
     tokens = torch.randint(3, 320, (60,), generator=torch.Generator().manual_seed(1)).tolist()
-    subprocess.run([python, "-c", LOGITS, str(path), json.dumps(tokens), str(tmp_path / "out.npy")], check=True,
-                   capture_output=True)
-    theirs = np.load(tmp_path / "out.npy").astype(np.float64)
+    theirs = logits(python, path, tokens)
     with torch.no_grad():
         ours = fewbits.load(path)(torch.tensor([tokens])).logits[0].double().numpy()
     error = ((ours - theirs) ** 2).sum(-1) / (ours ** 2).sum(-1)  # of each token: one routed otherwise is far off

@@ -6,7 +6,6 @@ import json
 import random
 import subprocess
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,19 +16,9 @@ from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.floats import F32
 from fewbits.containers.gguf import Gguf
 from fewbits.qtensor import QTensor
+from tests.peers.llama import logits
 
 pytestmark = pytest.mark.peer
-LOGITS = """
-import json, sys
-import numpy as np
-from llama_cpp import Llama
-path, tokens, out = sys.argv[1:]
-tokens = json.loads(tokens)
-llama = Llama(path, n_ctx=len(tokens), n_batch=64, logits_all=True, type_k=0, type_v=0, flash_attn=False, n_threads=1,
-              n_threads_batch=1, verbose=False)
-llama.eval(tokens)
-np.save(out, llama.scores[:len(tokens)])
-"""
 TOKENS = """
 import json, sys
 from llama_cpp import Llama
@@ -88,9 +77,7 @@ def test_logits_are_those_of_transformers(name, tmp_path, peer, shared):
     model = tiny(CONFIGS[name])
     containers.write(Gguf(), tmp_path / "m.gguf", checkpoint(model, tmp_path, files))
     tokens = torch.randint(3, SMALL["vocab_size"], (100,)).tolist()  # past the sliding window and llama3's old context
-    subprocess.run([python, "-c", LOGITS, str(tmp_path / "m.gguf"), json.dumps(tokens), str(tmp_path / "out.npy")],
-                   check=True, capture_output=True)
-    theirs = np.load(tmp_path / "out.npy").astype(np.float64)
+    theirs = logits(python, tmp_path / "m.gguf", tokens)
     with torch.no_grad():
         ours = model(torch.tensor([tokens])).logits[0].double().numpy()
     assert ((ours - theirs) ** 2).sum() / (ours ** 2).sum() <= 1e-6

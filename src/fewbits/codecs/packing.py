@@ -64,6 +64,18 @@ def halves_to_stream(halves: torch.Tensor) -> torch.Tensor:
     return torch.stack([first, last], -1).view(torch.uint8)
 
 
+def transpose_nibbles(words: torch.Tensor) -> torch.Tensor:
+    """A matrix of 4-bit codes, 8 columns an int32 `[rows, columns / 8]`, transposed: `[columns, rows / 8]`.
+
+    Eight rows by eight columns at a time: halves, quarters, then single codes change places between rows.
+    """
+    x = words.view(-1, 8, words.shape[1])
+    for far, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        a, b = x.view(len(x), 4 // far, 2, far, -1).unbind(2)
+        x = torch.stack([(a & mask) | ((b & mask) << 4 * far), ((a >> 4 * far) & mask) | (b & ~mask)], 2)
+    return x.view(len(x), 8, -1).permute(2, 1, 0).reshape(-1, len(x))
+
+
 def _padded(x: torch.Tensor, multiple: int) -> torch.Tensor:
     rest = -x.shape[-1] % multiple
     return torch.nn.functional.pad(x, (0, rest)) if rest else x

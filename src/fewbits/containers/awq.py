@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.affine import IntK
-from fewbits.codecs.packing import pack_bits, unpack_bits
+from fewbits.codecs.packing import pack_bits, packed_bytes, transpose_nibbles
 from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason, read_json
 from fewbits.containers.intk import (
     SCALES,
@@ -116,21 +116,24 @@ class AwqLayout(Layout):
 # the file's tensors and the canonical planes --------------------------------------------------------------------------
 def to_file(tensor: QTensor) -> dict[str, torch.Tensor]:
     """qweight, qzeros and scales of a tensor."""
-    codes = unpack_bits(tensor.planes["codes"], BITS, tensor.shape[1])
-    return {"qweight": _interleaved(codes.t()), "qzeros": _interleaved(zeros_of(tensor).t()),
+    zeros = pack_bits(zeros_of(tensor), BITS)
+    return {"qweight": _interleaved(tensor.planes["codes"], tensor.shape[1]),
+            "qzeros": _interleaved(zeros, tensor.planes["scales"].shape[1]),
             "scales": tensor.planes["scales"].t().contiguous()}
 
 
-def _interleaved(codes: torch.Tensor) -> torch.Tensor:
-    """Codes `[n, rows]` to words `[n, rows / 8]`."""
-    lanes = codes.reshape(len(codes), -1, LANES)[..., list(ORDER)].flatten(1)
-    return to_words(pack_bits(lanes, BITS), codes.shape[1] // LANES)
+def _interleaved(stream: torch.Tensor, count: int) -> torch.Tensor:
+    """Bit streams of `count` codes a row `[rows, bytes]` to words `[count, rows / 8]`."""
+    words = to_words(stream, -(-count // LANES))
+    return transpose_nibbles(words.view(-1, LANES, words.shape[1])[:, list(ORDER)].flatten(0, 1))[:count]
 
 
 def _natural(found: torch.Tensor) -> torch.Tensor:
     """The inverse of `_interleaved`."""
-    lanes = unpack_bits(to_bytes(found), BITS, found.shape[1] * LANES)
-    return lanes.reshape(len(found), -1, LANES)[..., list(BACK)].flatten(1)
+    count = len(found)
+    words = transpose_nibbles(torch.nn.functional.pad(found, (0, 0, 0, -count % LANES)))
+    natural = words.view(-1, LANES, words.shape[1])[:, list(BACK)].flatten(0, 1)
+    return to_bytes(natural)[:, :packed_bytes(count, BITS)].contiguous()
 
 
 # reading --------------------------------------------------------------------------------------------------------------
@@ -167,9 +170,9 @@ def read_module(raws: dict[str, Raw], module: str, group: int) -> Entry:
     codec, shape = codec_of(BITS, group, zeros.count(MIDDLE) == len(zeros), scales), (rows, columns)
 
     def load() -> QTensor:
-        planes = {"codes": pack_bits(_natural(qweight.tensor()).t(), BITS), "scales": scales.finite().t().contiguous()}
+        planes = {"codes": _natural(qweight.tensor()), "scales": scales.finite().t().contiguous()}
         if not codec.symmetric:
-            planes["zeros"] = pack_bits(_natural(qzeros.tensor()).t(), BITS)
+            planes["zeros"] = _natural(qzeros.tensor())
         return QTensor(codec, shape, planes)
 
     return Entry(f"{module}.weight", shape, codec, load)
