@@ -114,7 +114,7 @@ class TableGrid(_Folded):
     def encode(self, w: torch.Tensor) -> torch.Tensor:
         step = torch.where(self.scale == 0, torch.inf, self.scale)
         u = self._fold(w.float()) / self._spread(step)
-        rank = torch.bucketize(u, self.table.bounds.to(w.device), out_int32=True)
+        rank = torch.bucketize(u.contiguous(), self.table.bounds.to(w.device), out_int32=True)
         order = self.table.order.to(w.device, torch.uint8)
         return order.index_select(0, rank.reshape(-1)).reshape(w.shape)
 
