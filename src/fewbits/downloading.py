@@ -32,7 +32,7 @@ def download(repository: str, name: str) -> Path:
     if not HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(repository, name), str):
         url = hf_hub_url(repository, name)
         found = get_hf_file_metadata(url)
-        if found.etag and found.size and LEAST <= found.size <= MOST:
+        if found.etag and found.etag.isalnum() and found.size and LEAST <= found.size <= MOST:
             blobs = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
             _fetch(blobs / found.etag, found.location, found.size, urlparse(url).netloc, f"{repository}: {name}")
     return Path(hf_hub_download(repository, name))

@@ -44,7 +44,7 @@ def command(
         for before, after, how, count, error in summary(result):
             table.add_row(str(count), before, after, _verdict(how != "rounded", error), MEANING[how])
     console.print(table)
-    console.print(f"{result.path}: {result.source} → {result.container}, {size(result.nbytes)}, "
+    console.print(f"{out}: {result.source} → {result.container}, {size(result.nbytes)}, "
                   f"{result.seconds:.1f} s, {'lossless' if result.lossless else 'not lossless'}",
                   highlight=False, soft_wrap=True)
 

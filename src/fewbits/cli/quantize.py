@@ -37,6 +37,6 @@ def command(
         return
     for note in result.notes:
         log.print(f"note: {note}", highlight=False, markup=False)
-    console.print(f"{result.path}: {result.recipe} ({result.container}), {size(result.nbytes)}, "
+    console.print(f"{out}: {result.recipe} ({result.container}), {size(result.nbytes)}, "
                   f"{result.bits_per_weight:.3f} bits a weight, {result.seconds:.1f} s",
                   highlight=False, soft_wrap=True)
