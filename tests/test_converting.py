@@ -13,6 +13,8 @@ from fewbits import containers
 from fewbits.converting import DECODED, KEPT, RECODED, ROUNDED, convert, summary
 from fewbits.errors import FewbitsError
 from fewbits.quantizing import quantize
+from tests.arch.models import MODELS, directory
+from tests.arch.models import tiny as small
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +132,14 @@ def test_adapter_there_and_back(tiny: Path, tmp_path: Path) -> None:
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
     with pytest.raises(FewbitsError, match="not a LoRA adapter"):
         convert(tiny, tmp_path / "x", base=tiny)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_codes_of_every_family_go_to_gguf_and_back(name: str, tmp_path: Path, tiny: Path) -> None:
+    folder = directory(small(MODELS[name]), tmp_path / "source", tiny)
+    quantize(folder, tmp_path / "q", "int4-g32", solver="nearest")
+    there = convert(tmp_path / "q", tmp_path / "a.gguf")
+    moved = {step.after for step in there.tensors if step.before == "int4-g32"}
+    assert there.lossless and moved == {"Q4_0"} and equal(tmp_path / "q", tmp_path / "a.gguf")
+    back = convert(tmp_path / "a.gguf", tmp_path / "b", "gptq")
+    assert back.lossless and equal(tmp_path / "q", tmp_path / "b")
