@@ -6,8 +6,11 @@ Each row is a Transformers configuration with everything on that the family has.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
@@ -75,3 +78,14 @@ def directory(model: transformers.PreTrainedModel, path: Path, tokenizer: Path |
         if tokenizer is not None:
             shutil.copy(tokenizer / name, path / name)
     return path
+
+
+def directories(configs: dict[str, transformers.PreTrainedConfig], factory: pytest.TempPathFactory,
+                tokenizer: Path) -> Callable[[str], Path]:
+    """A function that makes the directory of a model by its name, once."""
+
+    @cache
+    def make(name: str) -> Path:
+        return directory(tiny(configs[name]), factory.mktemp(name) / "m", tokenizer)
+
+    return make

@@ -21,7 +21,7 @@ from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.quantizing import quantize
 from fewbits.recipe import ModelFacts, get
-from tests.arch.models import MODELS, SMALL, VOCAB, directory
+from tests.arch.models import MODELS, SMALL, VOCAB, directories, directory
 from tests.arch.models import tiny as small
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
@@ -32,14 +32,7 @@ EXPERTS = {"mixtral": "model.layers.0.block_sparse_moe.experts.", "qwen3_moe": "
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny):
     """Directories of the three families, with a tokenizer."""
-    made = {}
-
-    def make(name: str):
-        if name not in made:
-            made[name] = directory(small(MODELS[name]), tmp_path_factory.mktemp(name) / "m", tiny)
-        return made[name]
-
-    return make
+    return directories(MODELS, tmp_path_factory, tiny)
 
 
 def error(path, wanted) -> float:

@@ -9,13 +9,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from fewbits import codecs, containers, load
+from fewbits import codecs, containers
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import encode_units, fit_units
 from fewbits.containers import base
 from fewbits.containers.compressed import CompressedTensors
 from fewbits.containers.directory import TransformersDirectory, module_of
 from fewbits.qtensor import QTensor
+from tests.peers.directories import agrees, packed
 
 pytestmark = pytest.mark.peer
 
@@ -101,15 +102,7 @@ def test_they_read_ours(peer, little_llama, tmp_path):
         todo.append((str(tmp_path / kind), kind.endswith("asym"), str(tmp_path / f"{kind}.values")))
     run(peer("compressed"), LOAD, json.dumps(todo))
     for kind in jobs:
-        theirs = safetensors.torch.load_file(tmp_path / f"{kind}.values")
-        logits = theirs.pop("logits").float()
-        assert len(theirs) == (6 if kind == "mixed" else 7)
-        ours = containers.open(tmp_path / kind)
-        for name, meant in theirs.items():
-            assert torch.equal(ours.entries[name].load().dequantize(torch.float16), meant), (kind, name)
-        with torch.no_grad():
-            mine = load(tmp_path / kind)(torch.arange(8)[None]).logits
-        assert (mine - logits).pow(2).mean() / mine.pow(2).mean() < 1e-5  # they compute in float16
+        agrees(tmp_path / kind, 6 if kind == "mixed" else 7)
 
 
 def test_we_read_theirs(peer, tmp_path):
@@ -118,17 +111,11 @@ def test_we_read_theirs(peer, tmp_path):
     cases += [("int-quantized", 8, -1, symmetric, 37, 50) for symmetric in (True, False)]
     run(peer("compressed"), PACK, tmp_path, json.dumps(cases))
     for i, (form, bits, _, symmetric, rows, columns) in enumerate(cases):
-        path = tmp_path / f"case{i}"
-        path.mkdir()
-        files = safetensors.torch.load_file(tmp_path / f"{i}.safetensors")
-        meant = files.pop("meant")
-        safetensors.torch.save_file(files, path / "model.safetensors")
-        settings = json.loads((tmp_path / f"{i}.json").read_text())
-        (path / "config.json").write_text(json.dumps({"quantization_config": settings}))
-        entry = containers.open(path).entries["x.weight"]
+        entry, meant = packed(tmp_path, i)
         assert entry.shape == (rows, columns) and (entry.codec.bits, entry.codec.symmetric) == (bits, symmetric)
         assert torch.equal(entry.load().dequantize(torch.float16), meant), cases[i]
-        base.write(CompressedTensors(), tmp_path / f"again{i}", containers.open(path))
+        base.write(CompressedTensors(), tmp_path / f"again{i}", containers.open(tmp_path / f"case{i}"))
+        files = safetensors.torch.load_file(tmp_path / f"case{i}" / "model.safetensors")
         again = safetensors.torch.load_file(tmp_path / f"again{i}" / "model.safetensors")
         if form == "pack-quantized":
             assert again.keys() == files.keys() and all(torch.equal(again[k], files[k]) for k in files), cases[i]

@@ -14,8 +14,7 @@ import fewbits
 from fewbits import arch, containers
 from fewbits.quantizing import quantize
 from fewbits.recipe import ModelFacts, get
-from tests.arch.models import EXPERTS, ROPE, directory
-from tests.arch.models import tiny as small
+from tests.arch.models import EXPERTS, ROPE, directories
 from tests.peers.llama import logits
 
 pytestmark = pytest.mark.peer
@@ -45,14 +44,7 @@ json.dump(out, sys.stdout)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny):
-    made = {}
-
-    def make(name: str):
-        if name not in made:
-            made[name] = directory(small(MODELS[name]), tmp_path_factory.mktemp(name) / "m", tiny)
-        return made[name]
-
-    return make
+    return directories(MODELS, tmp_path_factory, tiny)
 
 
 @pytest.mark.parametrize("recipe, bound", [("F16", 1e-5), ("BF16", 1e-3), ("Q8_0", 2e-3), ("Q4_K_M", 2e-3),

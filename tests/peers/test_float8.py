@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from fewbits import containers, load, quantize
+from tests.peers.directories import packed
 
 pytestmark = pytest.mark.peer
 
@@ -76,14 +77,7 @@ def test_we_read_theirs(peer, tmp_path):
     cases = [(strategy, dtype) for strategy in ("channel", "tensor", "block") for dtype in ("float32", "bfloat16")]
     run(peer("compressed"), PACK, tmp_path, json.dumps(cases))
     for i, (strategy, dtype) in enumerate(cases):
-        path = tmp_path / f"case{i}"
-        path.mkdir()
-        files = safetensors.torch.load_file(tmp_path / f"{i}.safetensors")
-        meant = files.pop("meant")
-        safetensors.torch.save_file(files, path / "model.safetensors")
-        settings = json.loads((tmp_path / f"{i}.json").read_text())
-        (path / "config.json").write_text(json.dumps({"quantization_config": settings}))
-        entry = containers.open(path).entries["x.weight"]
+        entry, meant = packed(tmp_path, i)
         assert entry.codec.name == ("fp8-e4m3-b16" if strategy == "block" else "fp8-e4m3")
         # they multiply in the type of their scales: a product rounded once, as ours when it is rounded
         assert torch.equal(entry.load().dequantize(getattr(torch, dtype)), meant), cases[i]
