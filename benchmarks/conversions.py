@@ -4,7 +4,7 @@ Every source is made from one model. A cell first asks for a lossless conversion
 the source's; where that is refused, `--lossy` is asked for, and the result is measured against its source on a text.
 
 By default the model is stories260k made wider (256 columns, so that every codec takes every matrix) by channels, heads
-and inner units of zeros: the same function. `--model .models/smollm2-135m-wide` takes hours on two cores.
+and inner units of zeros: the same function. `--model .models/smollm2-135m-wide` takes far longer.
 """
 
 from __future__ import annotations
