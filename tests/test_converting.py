@@ -50,6 +50,13 @@ def test_symmetric_gptq_becomes_q4_0_and_comes_back(made, tmp_path: Path) -> Non
     assert back.container == "gptq" and back.lossless and equal(source, tmp_path / "b")
 
 
+def test_without_a_name_the_layout_is_one_that_keeps_every_value(made, tmp_path: Path) -> None:
+    floats = {"*embed*": "f32", "*.down_proj.weight": "f32"}
+    source = made("Q4_1", "q4_1.gguf", overrides=floats)  # its minimums are no multiples of their scales
+    assert convert(source, tmp_path / "out").container == "fewbits" and equal(source, tmp_path / "out")
+    assert convert(made("Q4_0", "q4_0.gguf", overrides=floats), tmp_path / "other").container == "gptq"
+
+
 def test_gptq_versions(made, tmp_path: Path) -> None:
     source = made("int4-g32", "gptq", overrides=["*.down_proj.weight=f32"])
     result = convert(source, tmp_path / "v2", "gptq-v2")

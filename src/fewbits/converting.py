@@ -165,9 +165,11 @@ def _keeping(source: Checkpoint) -> str:
 
 
 def _exact(source: Checkpoint, entry: Entry, container: Container) -> bool:
-    """Whether `container` takes the entry's codes, or those of a codec that may hold the same values."""
-    codecs_ = [entry.codec, *candidates(entry.codec, entry.shape[-1])]
-    return any(container.refuses(source, entry.as_(codec=c)) is None for c in codecs_)
+    """Whether `container` takes the entry's codes, or those of a codec that holds the same values."""
+    if container.refuses(source, entry) is None:
+        return not _ordered(entry, container)
+    return any(container.refuses(source, entry.as_(codec=c)) is None and holds(entry.load(), c)
+               for c in candidates(entry.codec, entry.shape[-1]))
 
 
 def _adapter(path: Path, out: Path, base: str | Path | None) -> Conversion:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fewbits.cli import main
-from fewbits.cli.plan import memory_bytes
+from fewbits.cli.common import nbytes
 from fewbits.errors import FewbitsError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -86,6 +86,8 @@ def test_plan(fewbits: Run, tiny: Path) -> None:
     (("quantize", "{tiny}", "-o", "{tmp}/q", "--to", "int4", "--solver", "gptq"), "needs calibration text",
      "--calibration"),
     (("quantize", "{tiny}", "-o", "{tmp}/q", "--to", "Q8_0", "--override", "nothing*=f16"), "nothing*", ""),
+    (("convert", "{tiny}", "-o", "{tmp}/out", "--split", "lots"), "--split 'lots' is no size", "6GB"),
+    (("convert", "{tiny}", "-o", "{tmp}/out", "--to", "f16"), "tensors would change their values", "--lossy"),
     (("plan", "{tiny}", "--memory", "lots"), "--memory 'lots' is no size", "6GB"),
     (("eval", "{tiny}", "--perplexity", "{tmp}/none.txt"), "none.txt", "UTF-8"),
     (("run", "{tiny}", ""), "the prompt is empty", ""),
@@ -116,8 +118,20 @@ def test_interrupt_is_exit_130(fewbits: Run, tiny: Path, tmp_path: Path, monkeyp
     assert code == 130 and "resumes" in err and not (tmp_path / "q").exists()
 
 
-@pytest.mark.parametrize("text,nbytes", [("6GB", 6 * 10**9), ("512MiB", 512 * 2**20), ("1.5g", 15 * 10**8), ("8", 8)])
-def test_sizes(text: str, nbytes: int) -> None:
-    assert memory_bytes(text) == nbytes
+@pytest.mark.parametrize("text,meant", [("6GB", 6 * 10**9), ("512MiB", 512 * 2**20), ("1.5g", 15 * 10**8), ("8", 8)])
+def test_sizes(text: str, meant: int) -> None:
+    assert nbytes(text, "--memory") == meant
     with pytest.raises(FewbitsError):
-        memory_bytes("a" + text)
+        nbytes("a" + text, "--memory")
+
+
+def test_convert(fewbits: Run, tiny: Path, tmp_path: Path) -> None:
+    code, out, _ = fewbits("convert", tiny, "-o", tmp_path / "m.gguf")
+    assert code == 0 and f"{tmp_path / 'm.gguf'}: transformers → gguf" in out and out.rstrip().endswith("lossless")
+    code, out, _ = fewbits("convert", tmp_path / "m.gguf", "-o", tmp_path / "parts", "--split", "200kB", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["lossless"] and len(found["tensors"]) == 20
+    assert len(list((tmp_path / "parts").iterdir())) > 1
+    code, out, _ = fewbits("convert", tmp_path / "parts", "-o", tmp_path / "half", "--to", "f16", "--lossy", "-v")
+    lines = [line for line in out.splitlines() if line.startswith("model.")]
+    assert code == 0 and len(lines) == 20 and any("no: 0.0" in line for line in lines) and "not lossless" in out

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights in *.pt and *.bin; runs no code.")]
 
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
 console = Console()
 log = Console(stderr=True)
 
@@ -76,17 +78,14 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
-def nbytes(text: str) -> int:
-    """Bytes of `2GB`, `500M`, `1.5 GiB` or a plain number.
+def nbytes(text: str, option: str) -> int:
+    """`6GB`, `512MiB`, `800000` in bytes.
 
     Raises:
-        FewbitsError: no size, or none above zero.
+        FewbitsError: no size; `option` is named.
     """
-    match = re.fullmatch(r"([\d.]+)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?)B?\s*", text.upper())
     try:
-        found = int(float(match[1]) * (1024 if match[3] else 1000) ** (" kmgt".index(match[2] or " "))) if match else 0
-    except ValueError:
-        found = 0
-    if found < 1:
-        raise FewbitsError(f"{text!r} is no size", "for example 2GB or 500MB")
-    return found
+        return int(float(found[1]) * UNITS[found[2]])  # type: ignore[index]
+    except (TypeError, KeyError, ValueError):
+        raise FewbitsError(f"{option} {text!r} is no size", "for example 6GB or 512MiB") from None

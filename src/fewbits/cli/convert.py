@@ -30,7 +30,7 @@ def command(
     quiet_libraries()
     with progress() as report:
         result = convert(source(model, allow_pickle), out, to, lossy=lossy,
-                         split=None if split is None else nbytes(split), base=base, progress=report)
+                         split=None if split is None else nbytes(split, "--split"), base=base, progress=report)
     if json:
         emit(result.to_json())
         return

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from fewbits.cli.common import console, emit, log, size
-from fewbits.errors import FewbitsError
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-def memory_bytes(text: str) -> int:
-    """`6GB`, `512MiB`, `800000` in bytes."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?)B?\s*", text.upper())
-    try:
-        return int(float(found[1]) * UNITS[found[2]])  # type: ignore[index]
-    except (TypeError, KeyError, ValueError):
-        raise FewbitsError(f"--memory {text!r} is no size", "for example 6GB or 512MiB") from None
+from fewbits.cli.common import console, emit, log, nbytes, size
 
 
 def command(
@@ -33,7 +20,7 @@ def command(
     """Say what a model would take in every recipe, and which to take."""
     from fewbits.planning import plan
 
-    found = plan(model, memory_bytes(memory) if memory else None, context, recipe)
+    found = plan(model, nbytes(memory, "--memory") if memory else None, context, recipe)
     if json:
         emit(found.to_json())
         return
