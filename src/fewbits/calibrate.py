@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fewbits.qtensor import QTensor
     from fewbits.runtime.places import Places
 
+Batches = list[dict[str, torch.Tensor]]  # keyword arguments of the model, one batch each
+
 
 @dataclass
 class Statistics:
@@ -49,17 +51,19 @@ class Statistics:
 
 
 class Walk:
-    """Runs a model block by block on calibration tokens; memory holds one block, its statistics and the activations.
+    """Runs a model block by block on batches of its inputs; memory holds one block, its statistics and activations.
 
     `for block in walk:` collect `block.statistics()`, hand changed weights to `block.replace`; the next block then
     sees the outputs of this one as it now is.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tokens: torch.Tensor):
+    def __init__(self, checkpoint: Checkpoint, batches: Batches | torch.Tensor):
         from fewbits.runtime.build import blocks_of, empty_model
         from fewbits.runtime.places import Places
 
-        self.checkpoint, self.tokens = checkpoint, tokens  # tokens [samples, length]
+        if not isinstance(batches, list):  # tokens [samples, length]
+            batches = [{"input_ids": row[None]} for row in batches]
+        self.checkpoint, self.batches = checkpoint, batches
         self.model = empty_model(checkpoint.config, checkpoint.path)
         self.prefix, self.modules = blocks_of(self.model)
         self.places = Places(self.model, checkpoint)
@@ -98,8 +102,8 @@ class Walk:
             module.forward = recorder(i)
         try:
             with torch.inference_mode():
-                for sample in self.tokens:
-                    self.model.base_model(input_ids=sample[None], use_cache=False)
+                for batch in self.batches:
+                    self.model.base_model(**batch, use_cache=False)
         finally:
             for module, original in zip(self.modules, originals, strict=True):
                 module.forward = original
