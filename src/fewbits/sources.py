@@ -1,0 +1,329 @@
+"""Text sources: what a model is calibrated on, by name, from a file, from the model itself, or batches ready made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fewbits.checkpoint import Checkpoint
+from fewbits.containers.base import Progress
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch, transformers
+
+Batch = dict[str, "torch.Tensor"]
+Tokens = list[int]
+
+TEXT = "give a UTF-8 text, a .jsonl of texts or chats, c4, wikitext2 or self"
+LEAST_READ = 1 << 21  # bytes of a large text that are read, at least: tokenizing takes seconds a megabyte
+READ_PER_TOKEN = 16  # bytes of text read for each token wanted
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT files, as chat templates call them
+
+# name -> arguments of datasets.load_dataset; c4's first file of 1024 is 356,317 documents
+DATASETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "c4": (("allenai/c4",), {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}),
+    "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}),
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches that a model is run on: keyword arguments of the model. Text is {"input_ids": [1, length]}."""
+
+    batches: list[Batch]
+    description: str  # "c4, 64 x 512 tokens, seed 0"
+    notes: tuple[str, ...] = ()  # what differs from what was asked
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all batches; 0 where the inputs are no text."""
+        return sum(b["input_ids"].numel() for b in self.batches if "input_ids" in b)
+
+    def digest(self) -> str:
+        """SHA-256 of the names, types, shapes and values of all tensors."""
+        found = hashlib.sha256()
+        for batch in self.batches:
+            for name in sorted(batch):
+                tensor = batch[name].contiguous()
+                found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+                found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def split(self, part: float) -> tuple[Calibration, Calibration]:
+        """The first batches, and the last `part` of them, at least one: for measuring on what was not learned from.
+
+        Raises:
+            FewbitsError: fewer than two batches.
+        """
+        held = max(1, round(len(self.batches) * part))
+        if held >= len(self.batches):
+            raise FewbitsError(f"{self.description}: of {len(self.batches)} sequences {part:g} cannot be held out",
+                               "take more --samples or give more text")
+        return (Calibration(self.batches[:-held], f"{self.description}, without the last {held}"),
+                Calibration(self.batches[-held:], f"{self.description}, the last {held}"))
+
+
+def calibration(spec: str | Path | Calibration | Sequence[Batch], source: Checkpoint, *, samples: int, length: int,
+                seed: int = 0, progress: Progress | None = None) -> Calibration:
+    """What `spec` says, for the model `source`: `samples` sequences of `length` tokens.
+
+    `spec` is `c4` or `wikitext2` (through the `datasets` library), `self` (text sampled from the model), a text file,
+    a `.jsonl` of objects with `text`, `messages` or `conversations`, a `.safetensors` or `.pt` file of named tensors
+    whose first dimension counts samples, a list of dictionaries of tensors, or a `Calibration`, taken as it is.
+
+    Sequences are spread evenly over the text; a `seed` other than 0 draws each from its share of the text.
+
+    Raises:
+        FewbitsError: nothing readable there, less text than one sequence, inputs that the model does not have.
+    """
+    if isinstance(spec, Calibration):
+        return spec
+    if not isinstance(spec, (str, Path)):
+        batches = list(spec)
+        _check_inputs(batches, source, "calibration")
+        return Calibration(batches, f"{len(batches)} batches of {', '.join(sorted(batches[0]))}")
+    path = Path(spec)
+    if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        return _from_tensors(path, source, samples, seed)
+    reads = _main_input(source)
+    if reads != "input_ids":
+        raise FewbitsError(f"{source.path}: {source.architecture} reads {reads}, no text",
+                           f"calibrate on a .safetensors file of {reads}, samples first")
+    length, notes = _fitting(length, source)
+    if spec == "self":
+        raise FewbitsError("self: not yet")
+    return _Text(source, str(spec)).calibration(samples, length, seed, notes)
+
+
+# text ---------------------------------------------------------------------------------------------------------------
+class _Text:
+    """A text source and the tokenizer that reads it."""
+
+    def __init__(self, source: Checkpoint, spec: str):
+        from fewbits.runtime.build import tokenizer_of
+
+        self.spec, self.source, self.tokenizer = spec, source, tokenizer_of(source)
+        self.before, self.after = frame(self.tokenizer)
+
+    def calibration(self, samples: int, length: int, seed: int, notes: tuple[str, ...]) -> Calibration:
+        body = length - len(self.before) - len(self.after)
+        if body < 1:
+            raise FewbitsError(f"sequences of {length} tokens, {length - body} of them the tokenizer's own",
+                               "take a larger --length")
+        tokens = self._tokens(max(LEAST_READ, samples * length * READ_PER_TOKEN), samples, seed)
+        if len(tokens) < body:
+            raise FewbitsError(f"{self.spec}: {len(tokens)} tokens of text, one sequence needs {body}",
+                               "give more text, or a smaller --length")
+        starts = spread(len(tokens), samples, body, seed)
+        if len(starts) < samples:
+            notes += (f"{self.spec} has text for {len(starts)} sequences of {length} tokens; {samples} were asked",)
+        rows = [self.before + tokens[s:s + body] + self.after for s in starts]
+        return Calibration([{"input_ids": torch.tensor([row])} for row in rows],
+                           f"{self.spec}, {len(rows)} x {length} tokens, seed {seed}", notes)
+
+    def _tokens(self, budget: int, parts: int, seed: int) -> Tokens:
+        """All documents that were read, one after another, as the model's own training joins them."""
+        if self.spec in DATASETS:
+            return self._joined(_named(self.spec, budget))
+        path = Path(self.spec)
+        if path.suffix == ".json":
+            raise FewbitsError(f"{path}: JSON as a whole is not read", "write one object a line to a .jsonl file")
+        if path.suffix != ".jsonl":
+            return self._joined(_excerpts(path, budget, parts, seed))
+        objects = list(_lines(path, budget, parts, seed))
+        if objects and "text" not in objects[0][1]:
+            return list(chain.from_iterable(self._chat(path, *o) for o in objects))
+        return self._joined(_field(path, at, line) for at, line in objects)
+
+    def _joined(self, documents: Iterable[str]) -> Tokens:
+        texts = [text for text in documents if text]
+        if not texts:
+            return []
+        end = self.after or [i for i in [self.tokenizer.eos_token_id] if i is not None]
+        between = end if self.after else end + self.before
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return list(chain(ids[0], *(between + more for more in ids[1:])))
+
+    def _chat(self, path: Path, at: int, line: dict[str, Any]) -> Tokens:
+        turns = line.get("messages", line.get("conversations"))
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
+            raise FewbitsError(f"{path}: at byte {at}: no text, messages or conversations in it", TEXT)
+        if not self.tokenizer.chat_template:
+            raise FewbitsError(f"{self.source.path}: no chat template in it, and {path} holds chats",
+                               "give texts: {\"text\": …} a line")
+        messages = [t if "role" in t else {"role": ROLES.get(t.get("from", ""), t.get("from")),
+                                           "content": t.get("value")} for t in turns]
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, return_dict=False))
+        except Exception as error:  # a template refuses in its own words, and fails in jinja's
+            raise FewbitsError(f"{path}: at byte {at}: the model's chat template refuses it: "
+                               f"{str(error).splitlines()[0]}") from None
+
+
+def frame(tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
+    """The tokens that a tokenizer puts before and after every text: BOS, or BERT's [CLS] and [SEP]."""
+    inner, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    at = next((i for i in range(len(whole)) if whole[i:i + len(inner)] == inner), 0)
+    return whole[:at], whole[at + len(inner):]
+
+
+def spread(tokens: int, samples: int, length: int, seed: int) -> list[int]:
+    """Where up to `samples` windows of `length` begin, apart: spread evenly, or with a seed anywhere in their shares."""
+    windows = tokens // length
+    take = min(samples, windows)
+    firsts = [i * windows // take for i in range(take + 1)]
+    if not seed:
+        return [first * length for first in firsts[:-1]]
+    draw = random.Random(seed)
+    shift = draw.randrange(tokens - windows * length + 1)
+    return [shift + draw.randrange(a, b) * length for a, b in zip(firsts, firsts[1:], strict=False)]
+
+
+def _named(name: str, budget: int) -> Iterator[str]:
+    """Documents of a data set of the hub until `budget` bytes are read.
+
+    Raises:
+        FewbitsError: the `datasets` library is missing, or the hub out of reach.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise FewbitsError(f"{name} is read through the datasets library, which is not installed",
+                           "pip install 'fewbits[data]', or give a text file, or self") from None
+    where, options = DATASETS[name]
+    taken, texts = 0, []
+    try:
+        for row in datasets.load_dataset(*where, streaming=True, **options):
+            texts.append(str(row["text"]))
+            taken += len(texts[-1].encode())
+            if taken >= budget:
+                break
+    except Exception as error:  # of the hub, the network, the file system: each library has its own
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise FewbitsError(f"{name}: {where[0]} cannot be read: {first}", "give a text file, or self") from error
+    return iter(["".join(texts)] if name == "wikitext2" else texts)  # wikitext2 comes line by line
+
+
+# files --------------------------------------------------------------------------------------------------------------
+def _places(path: Path, budget: int, parts: int, seed: int) -> list[tuple[int, int]]:
+    """(offset, bytes) of what is read of a file: all of a small one, else `parts` places spread over it.
+
+    Raises:
+        FewbitsError: no such file.
+    """
+    if not path.is_file():
+        raise FewbitsError(f"{path}: no such file", TEXT)
+    size = path.stat().st_size
+    if size <= budget:
+        return [(0, size)]
+    part = max(1, budget // parts)
+    return [(at, part) for at in spread(size, parts, part, seed)]
+
+
+def _excerpts(path: Path, budget: int, parts: int, seed: int) -> Iterator[str]:
+    from codecs import getincrementaldecoder
+
+    for at, count in _places(path, budget, parts, seed):
+        with path.open("rb") as file:
+            file.seek(at)
+            data = file.read(count)
+        begin = next((i for i, byte in enumerate(data[:3]) if byte & 0xC0 != 0x80), 0) if at else 0
+        try:
+            yield getincrementaldecoder("utf-8")().decode(data[begin:], final=at + count >= path.stat().st_size)
+        except UnicodeDecodeError as error:
+            raise FewbitsError(f"{path}: not UTF-8 at byte {at + begin + error.start}", TEXT) from None
+
+
+def _lines(path: Path, budget: int, parts: int, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a .jsonl file, each with the byte where its line begins.
+
+    Raises:
+        FewbitsError: a line that is no JSON object.
+    """
+    done = 0
+    for at, count in _places(path, budget, parts, seed):
+        with path.open("rb") as file:
+            file.seek(max(at, done))
+            if at > done:
+                file.seek(at - 1)
+                file.readline()  # the rest of the line before
+            while (done := file.tell()) < at + count and (line := file.readline()):
+                if not line.strip():
+                    continue
+                try:
+                    found = json.loads(line)
+                except (ValueError, RecursionError):
+                    found = None
+                if not isinstance(found, dict):
+                    raise FewbitsError(f"{path}: at byte {done}: no JSON object", "one object a line")
+                yield done, found
+
+
+def _field(path: Path, at: int, line: dict[str, Any]) -> str:
+    text = line.get("text")
+    if not isinstance(text, str):
+        raise FewbitsError(f"{path}: at byte {at}: text is {type(text).__name__}, where a string was expected")
+    return text
+
+
+# inputs of any model ------------------------------------------------------------------------------------------------
+def _from_tensors(path: Path, source: Checkpoint, samples: int, seed: int) -> Calibration:
+    from fewbits.containers.pickles import Pickle
+    from fewbits.containers.safetensors import SafeTensors
+
+    if not path.is_file():
+        raise FewbitsError(f"{path}: no such file", "give a file of named tensors, samples first")
+    file = SafeTensors(path) if path.suffix == ".safetensors" else Pickle(path)
+    named = {name: raw.tensor() for name, raw in file.tensors.items()}
+    counts = {name: t.shape[0] if t.ndim else 0 for name, t in named.items()}
+    count = min(counts.values(), default=0)
+    if not count or len(set(counts.values())) > 1:
+        raise FewbitsError(f"{path}: first dimensions are {counts}, where every tensor has one sample each",
+                           "give at least one sample, all tensors with as many")
+    batches = [{n: t[i:i + 1].clone() for n, t in named.items()} for i in spread(count, samples, 1, seed)]
+    batches = [{n: t.float() if t.is_floating_point() else t for n, t in b.items()} for b in batches]
+    _check_inputs(batches, source, str(path))
+    notes = () if len(batches) == samples else (f"{path} has {count} samples; {samples} were asked",)
+    return Calibration(batches, f"{path}, {len(batches)} x {', '.join(sorted(named))}, seed {seed}", notes)
+
+
+def _check_inputs(batches: Sequence[Batch], source: Checkpoint, where: str) -> None:
+    """Refuse batches that the model cannot take.
+
+    Raises:
+        FewbitsError: none, no tensors, an input that the model does not have, values that are not finite.
+    """
+    if not batches:
+        raise FewbitsError(f"{where}: no batches", "give at least one dictionary of tensors")
+    kind = getattr(transformers, source.architecture, None)
+    takes = set(signature(kind.forward).parameters) if kind else None
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, dict) or not batch:
+            raise FewbitsError(f"{where}: batch {i} is no dictionary of tensors")
+        for name, tensor in batch.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise FewbitsError(f"{where}: {name} of batch {i} is {type(tensor).__name__}, no tensor")
+            if takes is not None and name not in takes:
+                raise FewbitsError(f"{where}: {name} is no input of {source.architecture}",
+                                   f"it reads {_main_input(source)}")
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise FewbitsError(f"{where}: {name} of batch {i} holds NaN or infinities")
+
+
+def _main_input(source: Checkpoint) -> str:
+    return str(getattr(getattr(transformers, source.architecture, None), "main_input_name", "input_ids"))
+
+
+def _fitting(length: int, source: Checkpoint) -> tuple[int, tuple[str, ...]]:
+    """`length`, or what the model can read where that is less, and a note on it."""
+    text = source.config.get("text_config", source.config)
+    limit = next((int(text[k]) for k in ("max_position_embeddings", "n_positions") if text.get(k)), length)
+    if limit >= length:
+        return length, ()
+    return limit, (f"sequences of {limit} tokens, all that the model reads; {length} were asked",)
