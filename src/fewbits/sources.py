@@ -174,7 +174,7 @@ def frame(tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[Tokens, Toke
 
 
 def spread(tokens: int, samples: int, length: int, seed: int) -> list[int]:
-    """Where up to `samples` windows of `length` begin, apart: spread evenly, or with a seed anywhere in their shares."""
+    """Where up to `samples` windows of `length` begin, apart: evenly, or with a seed anywhere in its share."""
     windows = tokens // length
     take = min(samples, windows)
     firsts = [i * windows // take for i in range(take + 1)]
