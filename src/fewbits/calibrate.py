@@ -1,186 +1,194 @@
-"""Statistics of a layer's inputs, and the walk that collects them block by block."""
+"""The walk: a model run block by block on calibration batches, each block on the outputs of those quantized before."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fewbits.checkpoint import Checkpoint, Entry
-from fewbits.codecs.base import Shape
+from fewbits.blocks import Block, Done, Group, Original
+from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
+from fewbits.statistics import Experts, Found, Statistics
 
-if TYPE_CHECKING:
-    from fewbits.qtensor import QTensor
-    from fewbits.runtime.places import Places
+__all__ = ["Batches", "Block", "Experts", "Group", "Statistics", "Walk", "sample_tokens"]
 
-Batches = list[dict[str, torch.Tensor]]  # keyword arguments of the model, one batch each
+Batches = list[dict[str, "torch.Tensor"]]  # keyword arguments of the model, one batch each
 
 
 @dataclass
-class Statistics:
-    """The second moment of a layer's inputs: mean of x xᵀ `[in, in]` over `count` tokens."""
+class Stream:
+    """Activations on their way through one list of blocks, a batch each."""
 
-    moment: torch.Tensor
-    count: int = 0
-
-    @classmethod
-    def zeros(cls, inputs: int) -> Statistics:
-        return cls(torch.zeros(inputs, inputs))
-
-    def add(self, x: torch.Tensor) -> None:
-        """Take in the inputs `x` `[..., in]`."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        total = self.count + len(x)
-        self.moment.mul_(self.count / total).addmm_(x.T, x, alpha=1 / total)
-        self.count = total
-
-    @property
-    def diagonal(self) -> torch.Tensor:
-        """Mean square of every input `[in]`: what others call an importance matrix."""
-        return self.moment.diagonal()
-
-    def importance(self, shape: Shape, matrix: tuple[int, int]) -> torch.Tensor:
-        """The diagonal laid along the columns of a codec's matrix (flattened where blocks cross rows)."""
-        if matrix[1] == shape[-1]:
-            return self.diagonal
-        return self.diagonal.expand(math.prod(shape[:-1]), shape[-1]).reshape(matrix)
+    inputs: list[torch.Tensor]  # of the next block
+    arguments: list[list[dict[str, Any]]]  # of every block: what it is called with beside them
 
 
 class Walk:
     """Runs a model block by block on batches of its inputs; memory holds one block, its statistics and activations.
 
-    `for block in walk:` collect `block.statistics()`, hand changed weights to `block.replace`; the next block then
-    sees the outputs of this one as it now is.
+    `for block in walk: for group in block.groups():` ask for `group.statistics()`, hand changed weights to
+    `block.replace`. The next group, and the next block, see what this one then puts out. Models with several lists of
+    blocks (an encoder, a decoder) have them walked one after the other.
+
+    With `drift`, the activations of the original model are carried beside. With `sequential`, each group of a block
+    sees the groups before it quantized. `combine` gets all statistics as they were collected, before they are used.
     """
 
-    def __init__(self, checkpoint: Checkpoint, batches: Batches | torch.Tensor):
-        from fewbits.runtime.build import blocks_of, empty_model
+    def __init__(self, checkpoint: Checkpoint, batches: Batches | torch.Tensor, drift: bool = False,
+                 sequential: bool = True, combine: Callable[[Found], None] | None = None):
+        from fewbits.runtime.build import block_lists, empty_model
         from fewbits.runtime.places import Places
 
         if not isinstance(batches, list):  # tokens [samples, length]
             batches = [{"input_ids": row[None]} for row in batches]
         self.checkpoint, self.batches = checkpoint, batches
+        self.drift, self.sequential, self.combine = drift, sequential, combine
+        self.thin: dict[str, tuple[int, int]] = {}  # layer -> experts that saw few tokens, experts
+        self.inputs: list[torch.Tensor] = []  # of the block at hand; after the walk what the last one puts out
         self.model = empty_model(checkpoint.config, checkpoint.path)
-        self.prefix, self.modules = blocks_of(self.model)
         self.places = Places(self.model, checkpoint)
-        self._load([n for n in checkpoint.entries if not n.startswith(self.prefix)])
-        self.inputs, self.arguments = self._first_inputs()
+        self.lists = block_lists(self.model)
+        self._load(self._names_outside())
+        if len(self.lists) > 1:
+            self.lists = self._in_order()
+        self._ends: list[list[list[torch.Tensor]]] = []  # what each list walked puts out, a stream each
 
     def __len__(self) -> int:
-        return len(self.modules)
+        return sum(len(modules) for _, modules in self.lists)
 
+    @property
+    def names(self) -> list[list[str]]:
+        """The entries of every block, in the order of the walk."""
+        return [self._names[block] for _, blocks in self.lists for block in blocks]
+
+    @property
+    def notes(self) -> list[str]:
+        """What to say of the statistics collected so far."""
+        few, all_ = (sum(counts) for counts in zip(*self.thin.values(), strict=True)) if self.thin else (0, 0)
+        if not few:
+            return []
+        worst = max(self.thin, key=lambda name: self.thin[name][0])
+        return [f"{few} of {all_} experts saw fewer tokens than they have inputs (most in {worst}: "
+                f"{self.thin[worst][0]}): they lean on the statistics of all experts of their layer"]
+
+    def __iter__(self) -> Iterator[Block]:
+        index = 0
+        for at, (prefix, modules) in enumerate(self.lists):
+            streams = [self._enter(at, which) for which in range(1 + self.drift)]  # this model's, the original's
+            for i, module in enumerate(modules):
+                names = self._names[module]
+                self._load(names)
+                arguments = [s.arguments[i] for s in streams]
+                self.inputs = streams[0].inputs
+                block = Block(index, f"{prefix}{i}.", names, module, self.inputs, arguments[0], self)
+                if self.drift:
+                    block.original = Original(copy.deepcopy(module), streams[1].inputs, arguments[1])
+                yield block
+                block.advance()
+                for stream in streams:
+                    stream.arguments[i] = []
+                module.to("meta")
+                index += 1
+            self._ends.append([s.inputs for s in streams])
+
+    def mask(self, prefix: str, number: int) -> torch.Tensor | None:
+        """Which tokens of a batch are no padding `[batch * length]`, in the block of that prefix; None if all are."""
+        decoder = getattr(self.model.config, "is_encoder_decoder", False) and "decoder." in prefix
+        mask = self.batches[number].get("decoder_attention_mask" if decoder else "attention_mask")
+        return None if mask is None or mask.ndim != 2 or bool(mask.all()) else mask.reshape(-1).bool()
+
+    # loading --------------------------------------------------------------------------------------------------------
     def _load(self, names: list[str]) -> None:
         self.places.fill([self.checkpoint.entries[n] for n in names], torch.float32)
         self.model.tie_weights()
 
-    def _first_inputs(self) -> tuple[list[torch.Tensor], list[list[dict[str, Any]]]]:
-        """Hidden states before the first block, and every block's other arguments, one of each a sample."""
-        hidden: list[torch.Tensor] = []
-        arguments: list[list[dict[str, Any]]] = [[] for _ in self.modules]
-        originals = [m.forward for m in self.modules]
-        positions = [[p.name for p in signature(f).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
-                     for f in originals]
+    def _names_outside(self) -> list[str]:
+        """Names of the entries that lie in no block; those that do go to `_names`."""
+        owner = {part: block for _, blocks in self.lists for block in blocks for part in block.modules()}
+        self._names: dict[torch.nn.Module, list[str]] = {block: [] for _, blocks in self.lists for block in blocks}
+        outside: list[str] = []
+        for name, entry in self.checkpoint.entries.items():
+            block = owner.get(self.places.of(entry).module)
+            (outside if block is None else self._names[block]).append(name)
+        return outside
 
-        def recorder(i: int) -> Any:
-            def forward(x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-                if i == 0:
-                    hidden.append(x.detach())
-                if len(rest) > len(positions[i]):
-                    raise FewbitsError(f"block {i} of {type(self.model).__name__} takes arguments without a name",
-                                       "use --solver search")
-                named |= zip(positions[i], rest, strict=False)
-                named.pop("past_key_values", None)
-                arguments[i].append({**named, "use_cache": False} if "use_cache" in named else named)
+    # what blocks are called with ------------------------------------------------------------------------------------
+    def _in_order(self) -> list[tuple[str, torch.nn.ModuleList]]:
+        """The lists that the first batch runs through, in the order it does; weights of the others are loaded."""
+        seen: list[torch.nn.ModuleList] = []
+
+        def first(modules: torch.nn.ModuleList) -> Any:
+            def forward(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+                if modules not in seen:
+                    seen.append(modules)
                 return x
             return forward
 
-        for i, module in enumerate(self.modules):
-            module.forward = recorder(i)
-        try:
-            with torch.inference_mode():
-                for batch in self.batches:
-                    self.model.base_model(**batch, use_cache=False)
-        finally:
-            for module, original in zip(self.modules, originals, strict=True):
-                module.forward = original
-        return hidden, arguments
+        self._run(self.batches[0], {m: first(modules) for _, modules in self.lists for m in modules})
+        for _, modules in self.lists:
+            if modules not in seen:
+                self._load([n for m in modules for n in self._names[m]])
+        return sorted((pair for pair in self.lists if pair[1] in seen), key=lambda pair: seen.index(pair[1]))
 
-    def __iter__(self) -> Iterator[Block]:
-        for i, module in enumerate(self.modules):
-            prefix = f"{self.prefix}{i}."
-            self._load([n for n in self.checkpoint.entries if n.startswith(prefix)])
-            block = Block(i, prefix, module, self.inputs, self.arguments[i], self.places)
-            yield block
-            self.inputs = block.run(keep=True)
-            self.arguments[i] = []
-            module.to("meta")
+    def _enter(self, at: int, which: int) -> Stream:
+        """Runs the model up to the list `at`, the lists before it giving what they put out."""
+        modules = self.lists[at][1]
+        stream = Stream([], [[] for _ in modules])
+        for number, batch in enumerate(self.batches):
+            forwards: dict[torch.nn.Module, Any] = {}
+            for (_, before), ends in zip(self.lists, self._ends, strict=False):
+                end = ends[which][number]
+                forwards |= {m: lambda *_, end=end, **__: end for m in before}
+            recorders = {m: self._recorder(stream, number, i, m) for i, m in enumerate(modules)}
+            self._run(batch, forwards | recorders)
+            if not all(len(a) == number + 1 for a in stream.arguments):
+                raise FewbitsError(f"{type(self.model).__name__} runs not all of its blocks in their order",
+                                   "use --solver search")
+        return stream
 
+    def _recorder(self, stream: Stream, number: int, index: int, module: torch.nn.Module) -> Any:
+        positions = [p.name for p in signature(module.forward).parameters.values()
+                     if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
+        arguments = stream.arguments[index]
 
-@dataclass
-class Block:
-    """One block of the walk, its weights in memory."""
+        def forward(x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+            if len(rest) > len(positions) or len(arguments) != number:
+                raise FewbitsError(f"{type(module).__name__} {index} is called in a way that the walk doesn't know",
+                                   "use --solver search")
+            if index == 0:
+                stream.inputs.append(x.detach())
+            named |= zip(positions, rest, strict=False)
+            named.pop("past_key_values", None)
+            arguments.append({**named, "use_cache": False} if "use_cache" in named else named)
+            if index == len(stream.arguments) - 1:
+                raise Done
+            return x
 
-    index: int
-    prefix: str
-    module: torch.nn.Module
-    inputs: list[torch.Tensor]
-    arguments: list[dict[str, Any]]
-    places: Places
+        return forward
 
-    def statistics(self) -> dict[str, Statistics]:
-        """Weight name -> statistics of its layer's inputs; layers that read the same tensor share theirs."""
-        from fewbits.runtime.build import is_linear
+    def _run(self, batch: dict[str, torch.Tensor], forwards: dict[torch.nn.Module, Any]) -> None:
+        """One forward pass of the model with some modules' forwards put in place of their own.
 
-        found: dict[str, Statistics] = {}
-        reads: dict[str, int] = {}  # name -> which tensor of this sample it read
-        seen: list[torch.Tensor] = []
-
-        def hook(name: str) -> Any:
-            def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], __: Any) -> None:
-                x = inputs[0]
-                if not bool(x.isfinite().all()):
-                    raise FewbitsError(f"activations entering {name} are not finite", "is the source model intact?")
-                for other, at in reads.items():
-                    if seen[at] is x:
-                        found[name], reads[name] = found[other], at
-                        return
-                reads[name] = len(seen)
-                seen.append(x)
-                found.setdefault(name, Statistics.zeros(x.shape[-1])).add(x)
-            return see
-
-        handles = [m.register_forward_hook(hook(f"{self.prefix}{n}.weight"))
-                   for n, m in self.module.named_modules() if is_linear(m)]
-
-        def begin_sample() -> None:
-            reads.clear()
-            seen.clear()
-
-        try:
-            self.run(before=begin_sample)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
-
-    def replace(self, name: str, q: QTensor) -> None:
-        """Put the decoded `q` in the place of the block's own weight."""
-        self.places.put(Entry(name, q.shape, q.codec, lambda: q), torch.float32)
-
-    def run(self, keep: bool = False, before: Any = None) -> list[torch.Tensor]:
-        outputs = []
-        with torch.inference_mode():
-            for x, arguments in zip(self.inputs, self.arguments, strict=True):
-                if before:
-                    before()
-                y = self.module(x, **arguments)
-                if keep:
-                    outputs.append(y[0] if isinstance(y, tuple) else y)
-        return outputs
+        Raises:
+            FewbitsError: the batch is not what the model takes.
+        """
+        more = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
+        with ExitStack() as stack:
+            for module, forward in forwards.items():
+                module.forward = forward
+                stack.callback(delattr, module, "forward")
+            try:
+                with torch.no_grad(), suppress(Done):
+                    self.model(**more | batch)
+            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+                shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in batch.items())
+                raise FewbitsError(f"{type(self.model).__name__} does not run block by block on {shapes}: {error}",
+                                   "use --solver search") from error
 
 
 def sample_tokens(tokens: list[int], samples: int, length: int, bos: int | None, source: str) -> torch.Tensor:

@@ -46,17 +46,24 @@ def empty_model(config: dict[str, Any], source: str | Path = "config.json") -> t
     return model.eval()
 
 
-def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of equal blocks that a model runs through, and the prefix of their parameters' names.
+def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of blocks that a model runs through, with the prefix of their names.
+
+    Lists inside of blocks are none, nor are lists of bare linear layers (heads).
 
     Raises:
         FewbitsError: the model has no such list.
     """
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(prefix) for prefix, _ in found)
+        if not isinstance(module, nn.ModuleList) or inside or any(map(is_linear, module)):
+            continue
+        if any(map(is_linear, module.modules())):
+            found.append((name + ".", module))
+    if not found:
         raise FewbitsError(f"{type(model).__name__} has no list of blocks to walk", "use --solver search")
-    name, blocks = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-    return name + ".", blocks
+    return found
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> transformers.PreTrainedTokenizerBase:
