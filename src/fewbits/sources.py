@@ -97,8 +97,17 @@ def calibration(spec: str | Path | Calibration | Sequence[Batch], source: Checkp
                            f"calibrate on a .safetensors file of {reads}, samples first")
     length, notes = _fitting(length, source)
     if spec == "self":
-        raise FewbitsError("self: not yet")
+        return _sampled(source, samples, length, seed, notes, progress)
     return _Text(source, str(spec)).calibration(samples, length, seed, notes)
+
+
+def _sampled(source: Checkpoint, samples: int, length: int, seed: int, notes: tuple[str, ...],
+             progress: Progress | None) -> Calibration:
+    from fewbits.sampling import sample
+
+    tokens = sample(source, samples, length, seed, progress)
+    return Calibration([{"input_ids": row[None]} for row in tokens],
+                       f"self (text sampled from the model), {samples} x {length} tokens, seed {seed}", notes)
 
 
 # text ---------------------------------------------------------------------------------------------------------------
