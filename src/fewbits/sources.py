@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import chain
@@ -14,22 +12,16 @@ from typing import Any
 
 from fewbits.checkpoint import Checkpoint
 from fewbits.containers.base import Progress
+from fewbits.documents import DATASETS, TEXT, excerpts, lines, named, spread, text_of
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch, transformers
 
 Batch = dict[str, "torch.Tensor"]
 Tokens = list[int]
 
-TEXT = "give a UTF-8 text, a .jsonl of texts or chats, c4, wikitext2 or self"
 LEAST_READ = 1 << 21  # bytes of a large text that are read, at least: tokenizing takes seconds a megabyte
 READ_PER_TOKEN = 16  # bytes of text read for each token wanted
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT files, as chat templates call them
-
-# name -> arguments of datasets.load_dataset; c4's first file of 1024 is 356,317 documents
-DATASETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "c4": (("allenai/c4",), {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}),
-    "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}),
-}
 
 
 @dataclass(frozen=True)
@@ -126,6 +118,8 @@ class _Text:
             raise FewbitsError(f"sequences of {length} tokens, {length - body} of them the tokenizer's own",
                                "take a larger --length")
         tokens = self._tokens(max(LEAST_READ, samples * length * READ_PER_TOKEN), samples, seed)
+        if self.before and tokens[:len(self.before)] == self.before:  # a chat template puts it too
+            tokens = tokens[len(self.before):]
         if len(tokens) < body:
             raise FewbitsError(f"{self.spec}: {len(tokens)} tokens of text, one sequence needs {body}",
                                "give more text, or a smaller --length")
@@ -139,16 +133,16 @@ class _Text:
     def _tokens(self, budget: int, parts: int, seed: int) -> Tokens:
         """All documents that were read, one after another, as the model's own training joins them."""
         if self.spec in DATASETS:
-            return self._joined(_named(self.spec, budget))
+            return self._joined(named(self.spec, budget))
         path = Path(self.spec)
         if path.suffix == ".json":
             raise FewbitsError(f"{path}: JSON as a whole is not read", "write one object a line to a .jsonl file")
         if path.suffix != ".jsonl":
-            return self._joined(_excerpts(path, budget, parts, seed))
-        objects = list(_lines(path, budget, parts, seed))
+            return self._joined(excerpts(path, budget, parts, seed))
+        objects = list(lines(path, budget, parts, seed))
         if objects and "text" not in objects[0][1]:
             return list(chain.from_iterable(self._chat(path, *o) for o in objects))
-        return self._joined(_field(path, at, line) for at, line in objects)
+        return self._joined(text_of(path, at, line) for at, line in objects)
 
     def _joined(self, documents: Iterable[str]) -> Tokens:
         texts = [text for text in documents if text]
@@ -180,105 +174,6 @@ def frame(tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[Tokens, Toke
     inner, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     at = next((i for i in range(len(whole)) if whole[i:i + len(inner)] == inner), 0)
     return whole[:at], whole[at + len(inner):]
-
-
-def spread(tokens: int, samples: int, length: int, seed: int) -> list[int]:
-    """Where up to `samples` windows of `length` begin, apart: evenly, or with a seed anywhere in its share."""
-    windows = tokens // length
-    take = min(samples, windows)
-    firsts = [i * windows // take for i in range(take + 1)]
-    if not seed:
-        return [first * length for first in firsts[:-1]]
-    draw = random.Random(seed)
-    shift = draw.randrange(tokens - windows * length + 1)
-    return [shift + draw.randrange(a, b) * length for a, b in zip(firsts, firsts[1:], strict=False)]
-
-
-def _named(name: str, budget: int) -> Iterator[str]:
-    """Documents of a data set of the hub until `budget` bytes are read.
-
-    Raises:
-        FewbitsError: the `datasets` library is missing, or the hub out of reach.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise FewbitsError(f"{name} is read through the datasets library, which is not installed",
-                           "pip install 'fewbits[data]', or give a text file, or self") from None
-    where, options = DATASETS[name]
-    taken, texts = 0, []
-    try:
-        for row in datasets.load_dataset(*where, streaming=True, **options):
-            texts.append(str(row["text"]))
-            taken += len(texts[-1].encode())
-            if taken >= budget:
-                break
-    except Exception as error:  # of the hub, the network, the file system: each library has its own
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise FewbitsError(f"{name}: {where[0]} cannot be read: {first}", "give a text file, or self") from error
-    return iter(["".join(texts)] if name == "wikitext2" else texts)  # wikitext2 comes line by line
-
-
-# files --------------------------------------------------------------------------------------------------------------
-def _places(path: Path, budget: int, parts: int, seed: int) -> list[tuple[int, int]]:
-    """(offset, bytes) of what is read of a file: all of a small one, else `parts` places spread over it.
-
-    Raises:
-        FewbitsError: no such file.
-    """
-    if not path.is_file():
-        raise FewbitsError(f"{path}: no such file", TEXT)
-    size = path.stat().st_size
-    if size <= budget:
-        return [(0, size)]
-    part = max(1, budget // parts)
-    return [(at, part) for at in spread(size, parts, part, seed)]
-
-
-def _excerpts(path: Path, budget: int, parts: int, seed: int) -> Iterator[str]:
-    from codecs import getincrementaldecoder
-
-    for at, count in _places(path, budget, parts, seed):
-        with path.open("rb") as file:
-            file.seek(at)
-            data = file.read(count)
-        begin = next((i for i, byte in enumerate(data[:3]) if byte & 0xC0 != 0x80), 0) if at else 0
-        try:
-            yield getincrementaldecoder("utf-8")().decode(data[begin:], final=at + count >= path.stat().st_size)
-        except UnicodeDecodeError as error:
-            raise FewbitsError(f"{path}: not UTF-8 at byte {at + begin + error.start}", TEXT) from None
-
-
-def _lines(path: Path, budget: int, parts: int, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects of a .jsonl file, each with the byte where its line begins.
-
-    Raises:
-        FewbitsError: a line that is no JSON object.
-    """
-    done = 0
-    for at, count in _places(path, budget, parts, seed):
-        with path.open("rb") as file:
-            file.seek(max(at, done))
-            if at > done:
-                file.seek(at - 1)
-                file.readline()  # the rest of the line before
-            while (done := file.tell()) < at + count and (line := file.readline()):
-                if not line.strip():
-                    continue
-                try:
-                    found = json.loads(line)
-                except (ValueError, RecursionError):
-                    found = None
-                if not isinstance(found, dict):
-                    raise FewbitsError(f"{path}: at byte {done}: no JSON object", "one object a line")
-                yield done, found
-
-
-def _field(path: Path, at: int, line: dict[str, Any]) -> str:
-    text = line.get("text")
-    if not isinstance(text, str):
-        raise FewbitsError(f"{path}: at byte {at}: text is {type(text).__name__}, where a string was expected")
-    return text
 
 
 # inputs of any model ------------------------------------------------------------------------------------------------
