@@ -46,6 +46,10 @@ class Statistics:
         if self.drift is not None and others.drift is not None:
             self.drift.lerp_(others.drift, share)
 
+    def expert(self, index: int) -> Statistics:
+        """Those of one expert, where all read the same."""
+        return self
+
     @property
     def diagonal(self) -> torch.Tensor:
         """Mean square of every input `[in]`: what others call an importance matrix."""
@@ -111,4 +115,22 @@ class Experts:
         return diagonals[:, None].expand(shape).reshape(matrix)
 
 
+@dataclass(frozen=True)
+class Diagonal:
+    """Mean squares of a layer's inputs alone, `[in]` or of a stack of experts `[experts, in]`: an importance matrix."""
+
+    values: torch.Tensor
+
+    def expert(self, index: int) -> Diagonal:
+        """Those of one expert, where experts have their own."""
+        return Diagonal(self.values[index]) if self.values.ndim == 2 else self
+
+    def importance(self, shape: Shape, matrix: tuple[int, int]) -> torch.Tensor:
+        """The values laid along the columns of a codec's matrix: `[in]`, or `matrix` where its rows differ."""
+        if self.values.ndim == 2:
+            return self.values[:, None].expand(shape).reshape(matrix)
+        return self.values if matrix[1] == shape[-1] else self.values.expand(shape).reshape(matrix)
+
+
 Found = Statistics | Experts
+Known = Found | Diagonal  # what a search can be weighted by

@@ -38,7 +38,7 @@ def command(
         found = _collect(model, out, calibration, samples, length, seed, head)
     if out is not None:
         imatrix.write(out, found)
-    _show(out or Path(model), found, json)
+    show(out or Path(model), found, json)
 
 
 def _collect(model: str, out: Path, calibration: str, samples: int, length: int, seed: int, head: bool) -> Imatrix:
@@ -61,7 +61,8 @@ def _collect(model: str, out: Path, calibration: str, samples: int, length: int,
     return found
 
 
-def _show(path: Path, found: Imatrix, json: bool) -> None:
+def show(path: Path, found: Imatrix, json: bool) -> None:
+    """Say what an importance matrix holds."""
     tensors: list[dict[str, Any]] = [
         {"name": name, "matrices": s.sums.shape[0], "inputs": s.sums.shape[1], "counts": s.counts.tolist()}
         for name, s in found.entries.items()]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from fewbits.cli import imatrix
 from fewbits.cli.common import AllowPickle, console, emit, size, source
 
 
@@ -16,9 +18,13 @@ def command(
     allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
-    """Say what a model file holds, from its header alone."""
+    """Say what a model file holds, from its header alone; or of what an importance matrix was made."""
+    from fewbits.imatrix import is_imatrix, read
     from fewbits.inspection import inspect
 
+    if is_imatrix(model):
+        imatrix.show(Path(model), read(model), json)
+        return
     found = inspect(source(model, allow_pickle))
     if json:
         emit(found.to_json())

@@ -142,8 +142,11 @@ def assemble(file: GgufFile, container: str) -> Checkpoint:
     Raises:
         FewbitsError: not a model of a known family, or not all of one.
     """
-    if get(file, "general.type", "STRING") == "adapter":
+    kind = get(file, "general.type", "STRING")
+    if kind == "adapter":
         raise FewbitsError(f"{file.path}: is a LoRA adapter, not a model", "convert it together with its base model")
+    if kind == "imatrix":
+        raise FewbitsError(f"{file.path}: is an importance matrix, not a model", "quantize a model with it: --imatrix")
     family = family_of(file)
     config = config_of(file, family)
     table = {t.gguf: t for t in arch.tensors(family, config)}

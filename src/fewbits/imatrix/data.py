@@ -10,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from fewbits.checkpoint import Checkpoint
-    from fewbits.imatrix.matching import Diagonal
+    from fewbits.statistics import Diagonal
 
 CHUNK_SIZE = 512  # tokens, unless llama-imatrix is told otherwise; the old kind of file does not say
 

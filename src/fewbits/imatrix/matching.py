@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from fewbits import arch
 from fewbits.arch import Tensor
@@ -14,26 +13,9 @@ from fewbits.containers.gguf_config import own_config
 from fewbits.errors import FewbitsError
 from fewbits.imatrix.data import Imatrix
 from fewbits.lazy import torch
+from fewbits.statistics import Diagonal
 
 FOREIGN = "statistics of another model"
-
-
-@dataclass(frozen=True)
-class Diagonal:
-    """Mean squares of a layer's inputs, `[in]` or of a stack of experts `[experts, in]`: all that `search` needs."""
-
-    values: torch.Tensor
-
-    def expert(self, index: int) -> Diagonal:
-        """That of one expert of a stack."""
-        return Diagonal(self.values[index])
-
-    def importance(self, shape: Shape, matrix: tuple[int, int]) -> torch.Tensor:
-        """The values laid along the columns of a codec's matrix: `[in]`, or `matrix` where rows differ."""
-        if self.values.ndim == 1 and matrix[1] == shape[-1]:
-            return self.values
-        lead = self.values.view(*self.values.shape[:-1], *[1] * (len(shape) - self.values.ndim), -1)
-        return lead.expand(shape).reshape(matrix)
 
 
 def names(source: Checkpoint) -> list[Tensor]:
