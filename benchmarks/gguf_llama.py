@@ -68,6 +68,7 @@ if job["save"]:
 else:
     print(json.dumps(out))
 """
+BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
 PROMPTS = ("The capital of France is", "Once upon a time there was a little dragon who", "Water boils at",
            "def fibonacci(n):\n", "The three laws of thermodynamics are", "Dear Sir or Madam,\n\nI am writing to",
            "In 1969, Neil Armstrong", "To bake a simple bread you need", "Photosynthesis is the process by which",
@@ -98,7 +99,7 @@ def model_of(checkpoint: Checkpoint) -> torch.nn.Module:
 
 
 def round_activations(model: Any, checkpoint: Checkpoint) -> None:
-    """Round what enters each quantized layer to 8 bits: by 256 for K-quants, by 32 with a float16 scale for others."""
+    """Round what enters each quantized layer to 8 bits: by 256; by 32 with a float16 scale where blocks are of 32."""
     def hook(width: int) -> Any:
         def run(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             x = inputs[0].reshape(-1, width)
@@ -116,7 +117,7 @@ def round_activations(model: Any, checkpoint: Checkpoint) -> None:
         if isinstance(module, torch.nn.Linear):
             entry = checkpoint.entries.get(name + ".weight") or checkpoint.entries["model.embed_tokens.weight"]
             if entry.codec.family == "ggml":
-                module.register_forward_pre_hook(hook(256 if entry.codec.name.endswith("_K") else 32))
+                module.register_forward_pre_hook(hook(32 if entry.codec.name in BLOCKS_OF_32 else 256))
 
 
 def in_float32(checkpoint: Checkpoint) -> Checkpoint:

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from common import parser, show
 
@@ -68,7 +70,7 @@ def anonymous_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
-def one(model: Path, out: Path, recipe: str) -> None:
+def one(model: Path, out: Path, recipe: str, calibration: Path | None = None, samples: int = 8) -> None:
     """Quantize in this process; prints peak bytes above the imports, and seconds."""
     import torch  # noqa: F401
     import transformers  # noqa: F401
@@ -88,7 +90,12 @@ def one(model: Path, out: Path, recipe: str) -> None:
     thread.start()
     began = time.monotonic()
     try:
-        result = fewbits.quantizing.quantize(model, out, recipe)
+        options: dict[str, Any] = {"solver": "search"}
+        if calibration:
+            options = {"solver": "gptq", "calibration": calibration, "samples": samples}
+        if "finish" in signature(fewbits.quantizing.quantize).parameters:
+            options["finish"] = "off"
+        result = fewbits.quantizing.quantize(model, out, recipe, **options)
     finally:
         done.set()
         thread.join()
@@ -101,9 +108,11 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--recipes", nargs="*", default=["Q4_K_M", "Q8_0", "nf4-dq", "int4-g128", "int8"])
     p.add_argument("--one", nargs=3, metavar=("MODEL", "OUT", "RECIPE"), help="one run, in this process")
+    p.add_argument("--calibration", type=Path, help="with --one: a text, and the solver is GPTQ")
+    p.add_argument("--samples", type=int, default=8, help="with --one: sequences of 512 tokens")
     args = p.parse_args()
     if args.one:
-        one(Path(args.one[0]), Path(args.one[1]), args.one[2])
+        one(Path(args.one[0]), Path(args.one[1]), args.one[2], args.calibration, args.samples)
         return
     args.work.mkdir(parents=True, exist_ok=True)
     model = make(args.work)
