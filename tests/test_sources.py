@@ -331,8 +331,21 @@ def test_batches_and_calibrations_are_taken_as_they_are(vit: Checkpoint, plain: 
 
 def test_models_that_read_no_text_say_what_they_read(vit: Checkpoint, english: Path):
     for spec in (english, "c4", "self"):
-        with pytest.raises(FewbitsError, match="ViTForImageClassification reads pixel_values, no text"):
+        with pytest.raises(FewbitsError, match="ViTForImageClassification reads pixel_values: text alone"):
             calibration(spec, vit, samples=1, length=4)
+
+
+def test_speech_is_calibrated_on_features_and_the_decoders_tokens(tmp_path: Path, english: Path):
+    """Two inputs, one of them tokens, which are counted."""
+    whisper = Checkpoint(tmp_path, "transformers", {"architectures": ["WhisperForConditionalGeneration"],
+                                                    "is_encoder_decoder": True}, {})
+    with pytest.raises(FewbitsError, match="reads input_features and the decoder's tokens: text alone"):
+        calibration(english, whisper, samples=1, length=4)
+    tensors = {"input_features": torch.rand(4, 80, 30), "decoder_input_ids": torch.arange(12).view(4, 3)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = calibration(tmp_path / "x.safetensors", whisper, samples=3, length=4)
+    assert [b["decoder_input_ids"].tolist() for b in found.batches] == [[[0, 1, 2]], [[3, 4, 5]], [[6, 7, 8]]]
+    assert found.tokens == 9 and found.description.endswith("3 x decoder_input_ids, input_features, seed 0")
 
 
 @pytest.mark.parametrize(("tensors", "says"), [

@@ -34,15 +34,15 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all batches; 0 where the inputs are no text."""
-        return sum(b["input_ids"].numel() for b in self.batches if "input_ids" in b)
+        """Tokens in all batches, those of a decoder among them; 0 where there is no text."""
+        return sum(t.numel() for b in self.batches for name, t in b.items() if name.endswith("input_ids"))
 
     def digest(self) -> str:
         """SHA-256 of the names, types, shapes and values of all tensors."""
         found = hashlib.sha256()
         for batch in self.batches:
             for name in sorted(batch):
-                tensor = batch[name].contiguous()
+                tensor = batch[name].cpu().contiguous()
                 found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
                 found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
@@ -84,9 +84,11 @@ def calibration(spec: str | Path | Calibration | Sequence[Batch], source: Checkp
     if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
         return _from_tensors(path, source, samples, seed)
     reads = _main_input(source)
+    if source.config.get("is_encoder_decoder"):
+        reads += " and the decoder's tokens"
     if reads != "input_ids":
-        raise FewbitsError(f"{source.path}: {source.architecture} reads {reads}, no text",
-                           f"calibrate on a .safetensors file of {reads}, samples first")
+        raise FewbitsError(f"{source.path}: {source.architecture} reads {reads}: text alone is not enough",
+                           "calibrate on a .safetensors file of its inputs, samples first")
     length, notes = _fitting(length, source)
     if spec == "self":
         return _sampled(source, samples, length, seed, notes, progress)
