@@ -132,3 +132,48 @@ def test_later_layers_see_the_earlier_ones_quantized(family: tuple[Any, Path, Ba
                 block.replace(name, q)
                 module = modules[at]
                 module.weight.data.copy_(q.dequantize().T if isinstance(module, Conv1D) else q.dequantize())
+
+
+# the original beside --------------------------------------------------------------------------------------------------
+def rows_read(model: torch.nn.Module, batches: Batches) -> dict[str, torch.Tensor]:
+    """What every linear layer reads `[tokens, in]`, in float64."""
+    rows: dict[str, list[torch.Tensor]] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _, inputs: rows.setdefault(name, []).append(inputs[0].double().flatten(0, -2))
+
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in model.named_modules() if is_linear(m)]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {n: torch.cat(x) for n, x in rows.items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_drift_is_how_far_inputs_are_from_the_originals(name: str, sequential: bool, tmp_path: Path) -> None:
+    kind, config, given = MODELS[name]
+    torch.manual_seed(0)
+    model, changed = kind(config()).eval(), kind(config()).eval()
+    changed.load_state_dict(model.state_dict())
+    model.save_pretrained(tmp_path / "m")
+    batches = given()
+    source, originals = containers.open(tmp_path / "m"), rows_read(model, batches)
+    modules, moved = dict(changed.named_modules()), 0
+    for block in Walk(source, batches, drift=True, sequential=sequential):
+        for group in block.groups():
+            now = rows_read(changed, batches)
+            found = group.statistics()
+            for key, statistics in found.items():
+                at = key.removesuffix(".weight")
+                want = (originals[at] - now[at]).T @ now[at] / len(now[at])
+                assert statistics.drift is not None
+                torch.testing.assert_close(statistics.drift.double(), want, rtol=1e-3, atol=1e-5)
+                moved += bool(want.abs().max() > 1e-4)
+            for key in found:
+                q = solvers.solve(source.entries[key].load().dequantize(), codecs.get("int3-g32"), "nearest")
+                block.replace(key, q)
+                modules[key.removesuffix(".weight")].weight.data.copy_(q.dequantize())
+    assert moved > 5, "inputs did drift"

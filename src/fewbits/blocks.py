@@ -127,8 +127,7 @@ class Group:
             if isinstance(statistics, Experts) and keys[0][1] != "down_proj":
                 walk.thin[block.prefix] = statistics.few, len(statistics.parts)
             for name, expert in (pair for key in keys for pair in block.entries[key]):
-                one = isinstance(statistics, Experts) and expert is not None
-                found[name] = statistics.expert(expert) if one else statistics  # type: ignore[union-attr, arg-type]
+                found[name] = statistics if expert is None else statistics.expert(expert)
         return found
 
     def _collect(self, number: int, seen: dict[Key, Found]) -> None:

@@ -22,6 +22,8 @@ class Statistics:
     count: int = 0
     drift: torch.Tensor | None = None
 
+    apart: ClassVar[bool] = False  # whether experts have their own
+
     @classmethod
     def zeros(cls, inputs: int, drift: bool = False) -> Statistics:
         return cls(torch.zeros(inputs, inputs), 0, torch.zeros(inputs, inputs) if drift else None)
@@ -47,7 +49,7 @@ class Statistics:
             self.drift.lerp_(others.drift, share)
 
     def expert(self, index: int) -> Statistics:
-        """Those of one expert, where all read the same."""
+        """Those of one layer of a stack, where all read the same."""
         return self
 
     @property
