@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import fewbits
-from fewbits import containers, quantizing, solvers
+from fewbits import containers, solvers, sources
+from fewbits.calibrate import Walk
 from fewbits.errors import FewbitsError
 
 RECIPES = {"Q8_0": "a.gguf", "Q4_0": "a.gguf", "int4-g128": "a", "int3-g32-asym": "a", "int8": "a", "nf4": "a",
@@ -22,7 +23,7 @@ RECIPES = {"Q8_0": "a.gguf", "Q4_0": "a.gguf", "int4-g128": "a", "int3-g32-asym"
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_file_holds_what_the_solver_chose(recipe: str, tiny: Path, tmp_path: Path) -> None:
-    result = fewbits.quantize(tiny, tmp_path / RECIPES[recipe], recipe)
+    result = fewbits.quantize(tiny, tmp_path / RECIPES[recipe], recipe, calibration="none")
     source, got = containers.open(tiny), containers.open(result.path)
     assert got.entries.keys() == source.entries.keys()
     for row in result.tensors:
@@ -37,7 +38,7 @@ def test_file_holds_what_the_solver_chose(recipe: str, tiny: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("recipe", ["Q8_0", "int4-g32", "nf4", "kmeans4", "fp8-e4m3-b4"])
 def test_every_result_is_near_the_original(recipe: str, tiny: Path, tmp_path: Path, english: Path) -> None:
-    out = fewbits.quantize(tiny, tmp_path / RECIPES.get(recipe, "a"), recipe).path
+    out = fewbits.quantize(tiny, tmp_path / RECIPES.get(recipe, "a"), recipe, calibration="none").path
     found = fewbits.evaluate(out, tiny, text=english, chunks=2, context=64)
     itself = fewbits.evaluate(tiny, tiny, text=english, chunks=2, context=64)
     assert itself.kl_mean == pytest.approx(0, abs=1e-6) and itself.top1 == 1
@@ -58,8 +59,8 @@ def test_gptq_is_nearer_than_nearest(recipe: str, tiny: Path, tmp_path: Path, en
 
 def test_shares_the_inputs_of_queries_keys_and_values(tiny: Path, english: Path) -> None:
     source = containers.open(tiny)
-    tokens = quantizing._tokens(source, english, 2, 32)
-    block = next(iter(quantizing.Walk(source, tokens)))
+    tokens = sources.calibration(english, source, samples=2, length=32).batches
+    block = next(iter(Walk(source, tokens)))
     found = block.statistics()
     at = "model.layers.0.self_attn."
     assert found[at + "q_proj.weight"] is found[at + "k_proj.weight"] is found[at + "v_proj.weight"]
@@ -86,7 +87,7 @@ def test_walk_equals_the_model(family: str, tmp_path: Path) -> None:
                          max_position_embeddings=64, **more)).eval()
     whole.save_pretrained(tmp_path / "m")
     tokens = torch.randint(0, 90, (2, 24))
-    walk = quantizing.Walk(containers.open(tmp_path / "m"), tokens)
+    walk = Walk(containers.open(tmp_path / "m"), tokens)
     counts = [len(block.statistics()) for block in walk]
     assert counts == [4, 4] if family == "gpt_neox" else [7, 7]
     last = [m for m in whole.base_model.children() if "Norm" in type(m).__name__][-1]

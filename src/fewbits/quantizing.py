@@ -1,8 +1,4 @@
-"""The one loop: every tensor of a checkpoint through its solver, block by block where statistics are needed.
-
-Solved tensors go to a work directory beside the output, so that a killed run continues where it stopped; the container
-then streams the result from there.
-"""
+"""`quantize`: a model, a recipe, a file. What is asked is checked before work begins; `job.Job` is the work itself."""
 
 from __future__ import annotations
 
@@ -10,25 +6,30 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from fewbits import containers, hub, solvers
-from fewbits.calibrate import Statistics, Walk, sample_tokens
-from fewbits.checkpoint import Checkpoint, Entry
-from fewbits.codecs.base import Codec
-from fewbits.codecs.floats import F16, Float
+from fewbits import __version__, containers, distributed, hub, solvers, sources
+from fewbits import imatrix as matrices
+from fewbits.checkpoint import Checkpoint
 from fewbits.containers import experts
-from fewbits.containers.base import Container, Progress, check_output, check_space, remove, write
+from fewbits.containers.base import Progress, check_output, check_space, write
 from fewbits.errors import FewbitsError
-from fewbits.qtensor import CHUNK, QTensor
+from fewbits.imatrix import Imatrix
+from fewbits.job import Job, goal, some
+from fewbits.qtensor import QTensor
 from fewbits.recipe import Choice, ModelFacts, Overrides, Recipe
 from fewbits.recipe import get as get_recipe
+from fewbits.sources import Batch, Calibration
+from fewbits.store import Store, resumable
+
+REORDERS = "gptq-act-order"  # the solver that leaves columns in an order of their own: QTensor.order
+# layouts of integers in groups, made for calibrated weights: these are calibrated unless told otherwise
+CALIBRATED = ("gptq", "awq", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -38,58 +39,132 @@ class Result:
     path: Path
     container: str
     recipe: str
+    calibration: str | None  # "self, 64 x 512 tokens, seed 0"
     nbytes: int  # on disk
     bits_per_weight: float  # of all tensors
     seconds: float
-    tensors: list[dict[str, Any]]  # name, shape, codec, solver, bits_per_weight
+    tensors: list[dict[str, Any]]  # name, shape, codec, bits_per_weight; where solved: solver, error, error_of, seconds
     notes: list[str] = field(default_factory=list)  # what differs from what was asked, and why
+
+    @property
+    def error(self) -> tuple[float, str] | None:
+        """Mean relative squared error of what was solved, and of what: "outputs" of the layers, where their inputs were
+        known of any, else "weights"."""
+        for what in ("outputs", "weights"):
+            found = [t["error"] for t in self.tensors if t.get("error_of") == what]
+            if found:
+                return sum(found) / len(found), what
+        return None
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path)}
 
 
 def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, *, solver: str | None = None,
-             calibration: str | Path | None = None, samples: int = 64, length: int = 512,
-             overrides: Overrides = None, container: str | None = None, keep_nonfinite: bool = False,
-             progress: Progress | None = None) -> Result:
+             calibration: str | Path | Calibration | Sequence[Batch] | None = None, samples: int = 64,
+             length: int = 512, seed: int = 0, imatrix: str | Path | Imatrix | None = None,
+             transform: str | None = None, overrides: Overrides = None, container: str | None = None,
+             keep_nonfinite: bool = False, progress: Progress | None = None) -> Result:
     """Quantize `model` (a path in any format or a hub id) by the recipe `to` into `out`.
 
-    With `calibration`, a UTF-8 text of which `samples` sequences of `length` tokens are taken, the solver is GPTQ
-    unless named; without, a search of the parameters of least squared error. A killed run resumes when called again.
+    With `calibration` (see `sources.calibration`: `samples` sequences of `length` tokens), the solver is GPTQ unless
+    named; without, a search of the parameters of least squared error, weighted by `imatrix` where that is given.
+    Recipes for GPTQ, AWQ and compressed-tensors directories of integers calibrate on the model's own text, unless a
+    solver or an importance matrix is named, or `calibration` is "none".
+
+    Under torchrun the work is shared between the ranks. A killed run resumes when called again. What became of each
+    tensor goes to `OUT.quantization.json`, and what happened when to `OUT.log.jsonl`.
 
     Raises:
         FewbitsError: anything that cannot be done as asked, before work begins where it can be known.
     """
     began = time.monotonic()
-    source = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
-    recipe = get_recipe(to, container) if isinstance(to, str) else replace(to, container=container or to.container)
-    target = containers.by_name(recipe.container)
-    out = Path(out).resolve()
-    check_output(out, source.path)
-    solver = solver or recipe.solver or ("gptq" if calibration else "search")
+    with distributed.joined() as ranks:
+        report = progress if ranks.leads else None
+        source = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
+        recipe = get_recipe(to, container) if isinstance(to, str) else replace(to, container=container or to.container)
+        out = Path(out).resolve()
+        if ranks.leads:
+            check_output(out, source.path)
+        matrix = imatrix if isinstance(imatrix, Imatrix) or imatrix is None else matrices.read(Path(imatrix))
+        importances = matrix.statistics(source) if matrix else {}
+        by_default = calibration is None and not (matrix or solver or recipe.solvers) and _is_calibrated(recipe)
+        spec = "self" if by_default else None if calibration == "none" else calibration
+
+        choices, notes = _choices(source, recipe, overrides, solver, spec is not None, bool(matrix))
+        if ranks.leads:
+            check_space(out.parent, 2 * _goal(source, choices).nbytes)
+        used = None
+        if spec is not None:
+            take = partial(sources.calibration, spec, source, samples=samples, length=length, seed=seed,
+                           progress=report)
+            used, reason = ranks.broadcast(_calibration(take, by_default) if ranks.leads else (None, ""))
+            if used is None:
+                choices, notes = _choices(source, recipe, overrides, solver, False, False)
+                notes.append(f"searched, not calibrated on the model's own text: {reason}")
+            else:
+                notes += [f"calibrated on {used.description}", *used.notes]
+        elif calibration is None and not matrix and not solver:
+            notes += _advice(recipe, choices)
+        notes += _again(source, choices)
+        if transform is not None:
+            from fewbits import transforms
+
+            if used is None:
+                raise FewbitsError(f"transform {transform} needs calibration text", "give one with --calibration")
+            source = transforms.apply(transform, source, choices, used, report)
+        source = _apart(source, choices)
+
+        folder = out.with_name(f".{out.name}.work")
+        stamp = {"source": _identity(source), "choices": [[c.name, c.codec.name, c.solver] for c in choices],
+                 "calibration": used.digest() if used else None, "imatrix": _digest(matrix) if matrix else None,
+                 "transform": transform, "version": __version__}
+        with resumable(folder):
+            job = Job(source, choices, Store(folder, stamp) if ranks.leads else None, ranks, keep_nonfinite, report)
+            job.solve(used, importances)
+            result: Result | None = None
+            if job.store:
+                solved = _titled(job.checkpoint(), recipe)
+                # finishing.finish(source, solved, calibration, level, folder, progress) -> Checkpoint goes here
+                written = write(containers.by_name(recipe.container), out, solved, report)
+                result = Result(out, recipe.container, recipe.name, used.description if used else None, _size(out),
+                                written.nbytes * 8 / written.parameters, time.monotonic() - began,
+                                _rows(written, job), notes + job.notes())
+                _conclude(result, job.store)
+        result = ranks.broadcast(result)
+        assert result is not None
+        return result
+
+
+def _is_calibrated(recipe: Recipe) -> bool:
+    return recipe.codec is not None and recipe.codec.family == "int" and recipe.container in CALIBRATED
+
+
+def _choices(source: Checkpoint, recipe: Recipe, overrides: Overrides, solver: str | None, calibrated: bool,
+             weighed: bool) -> tuple[list[Choice], list[str]]:
+    """What every tensor gets, and what of it is not as asked.
+
+    Raises:
+        FewbitsError: a solver without the statistics that it needs, a tensor that the container cannot hold.
+    """
+    solver = solver or recipe.solver or ("gptq" if calibrated else "search")
     for named in sorted({solver} | recipe.solvers):
-        if named in solvers.NEEDS_STATISTICS and calibration is None:
-            raise FewbitsError(f"solver {named} needs calibration text", "give one with --calibration FILE")
-    choices = recipe.resolve(ModelFacts.of(source), overrides=overrides, has_importance=calibration is not None,
+        if named in solvers.NEEDS_STATISTICS and not calibrated:
+            raise FewbitsError(f"solver {named} needs calibration text",
+                               "give one with --calibration: self, c4, wikitext2 or a file")
+    choices = recipe.resolve(ModelFacts.of(source), overrides=overrides, has_importance=calibrated or weighed,
                              solver=solver)
     choices, notes = _solvable(choices)
-    source = replace(source, entries=experts.unstacked(source.entries.values(), but={c.name for c in choices}))
-    job = _Job(source, choices, keep_nonfinite, progress)
-    goal = job.checkpoint(recipe)
-    refusal = target.refusal(goal)
+    target = containers.by_name(recipe.container)
+    for c in choices:
+        if c.solver == REORDERS and not target.ordered:
+            raise FewbitsError(f"{target.name} cannot hold {c.name} by {c.solver}: it has no place for columns in an "
+                               "order of their own", "take --solver gptq, or --container gptq")
+    refusal = target.refusal(_goal(source, choices))
     if refusal:
         raise FewbitsError(f"{target.name} cannot hold {refusal[0].name} as {refusal[0].codec.name}: {refusal[1]}",
                            f"leave it in floats with --override '{refusal[0].name}=f16', or take another recipe")
-    check_space(out.parent, 2 * goal.nbytes)
-    tokens = None
-    if calibration is not None:
-        tokens = _tokens(source, calibration, samples, length)
-    job.open(out.with_name(f".{out.name}.work"), tokens)
-    job.solve(tokens)
-    notes += job.notes
-    result = write(target, out, job.checkpoint(recipe), progress)
-    job.store.clear()
-    return _result(out, result, recipe, target, job, notes, time.monotonic() - began)
+    return choices, notes
 
 
 def _solvable(choices: list[Choice]) -> tuple[list[Choice], list[str]]:
@@ -97,192 +172,87 @@ def _solvable(choices: list[Choice]) -> tuple[list[Choice], list[str]]:
     kept: list[Choice] = []
     refused: dict[str, list[str]] = {}
     for c in choices:
-        reason = solvers.refuses("gptq", c.codec, c.shape) if c.solver == "gptq" else None
+        reason = solvers.refuses(c.solver, c.codec, c.shape) if c.solver in solvers.NEEDS_STATISTICS else None
         if reason:
-            refused.setdefault(reason, []).append(c.name)
+            refused.setdefault(f"search instead of {c.solver}: {reason}", []).append(c.name)
             c = replace(c, solver="search")
         kept.append(c)
-    notes = [f"{_some(names)}: search instead of gptq: {reason}" for reason, names in refused.items()]
-    return kept, [c.note for c in choices if c.note] + notes
+    fallbacks = Counter(c.note for c in choices if c.note)
+    return kept, [f"{note} ({count} tensors)" if count > 1 else note for note, count in fallbacks.items()] + [
+        f"{some(names)}: {why}" for why, names in refused.items()]
 
 
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, …)"
+def _calibration(take: Callable[[], Calibration], by_default: bool) -> tuple[Calibration | None, str]:
+    """The calibration; where nobody asked for it, perhaps none, and why."""
+    try:
+        return take(), ""
+    except FewbitsError as error:
+        if not by_default:
+            raise
+        return None, str(error)
 
 
-def _tokens(source: Checkpoint, calibration: str | Path, samples: int, length: int) -> torch.Tensor:
-    from fewbits.measure.divergence import read_text
-    from fewbits.runtime.build import bos_of, tokenizer_of
-
-    tokenizer = tokenizer_of(source)
-    ids = tokenizer(read_text(calibration), add_special_tokens=False, verbose=False)["input_ids"]
-    return sample_tokens(ids, samples, length, bos_of(tokenizer), str(calibration))
-
-
-class _Store:
-    """Solved tensors on disk, a file each; complete once it has its name."""
-
-    def __init__(self, folder: Path, job: dict[str, Any]):
-        self.folder = folder
-        stamp = folder / "job.json"
-        text = json.dumps(job, sort_keys=True)
-        if not stamp.exists() or stamp.read_text() != text:
-            remove(folder)
-            folder.mkdir()
-            stamp.write_text(text)
-
-    def _file(self, name: str) -> Path:
-        return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:24] + ".safetensors")
-
-    def has(self, name: str) -> bool:
-        return self._file(name).exists()
-
-    def put(self, name: str, q: QTensor) -> None:
-        partial = self._file(name).with_suffix(".partial")
-        save_file({k: p.contiguous() for k, p in q.planes.items()}, partial)
-        os.replace(partial, self._file(name))
-
-    def get(self, name: str, codec: Codec, shape: tuple[int, ...]) -> QTensor:
-        return QTensor(codec, shape, load_file(self._file(name)))
-
-    def clear(self) -> None:
-        remove(self.folder)
+def _advice(recipe: Recipe, choices: list[Choice]) -> list[str]:
+    """What calibration would add, where it can add something."""
+    few = [c for c in choices if c.solver and c.codec.bits_per_weight(c.shape) < 8
+           and solvers.refuses("gptq", c.codec, c.shape) is None]
+    return [f"{recipe.name} was fitted to the weights alone; --calibration self (or c4, or a text file) fits it to "
+            "what the layers read: nearer to the original at the same size"] if few else []
 
 
-class _Job:
-    """The tensors of one call and what becomes of each."""
-
-    def __init__(self, source: Checkpoint, choices: list[Choice], keep_nonfinite: bool, progress: Progress | None):
-        self.source, self.choices = source, {c.name: c for c in choices}
-        self.keep_nonfinite, self.progress = keep_nonfinite, progress
-        self.notes: list[str] = []
-        self.unseen: list[str] = []  # no calibration input reached them: the layer's experts are no linear modules
-        self.used: dict[str, str] = {}  # name -> solver
-        self.done = 0
-        self.total = sum(source.entries[n].parameters for n in self.choices)
-        again = [n for n, c in self.choices.items() if c.solver and source.entries[n].codec.family != "float"]
-        if again:
-            kinds = sorted({source.entries[n].codec.name for n in again})
-            self.notes.append(f"{len(again)} tensors were quantized before ({', '.join(kinds)}): their error adds to "
-                              "this one")
-
-    def open(self, folder: Path, tokens: torch.Tensor | None) -> None:
-        stat = os.stat(self.source.path)
-        self.store = _Store(folder, {
-            "source": [str(self.source.path), stat.st_size, stat.st_mtime_ns],
-            "choices": [[c.name, c.codec.name, c.solver] for c in self.choices.values()],
-            "tokens": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()})
-
-    # solving --------------------------------------------------------------------------------------------------------
-    def solve(self, tokens: torch.Tensor | None) -> None:
-        calibrated: set[str] = set()
-        if tokens is not None:
-            walk = Walk(self.source, tokens)
-            for block in walk:
-                names = [n for n in self.choices if n.startswith(block.prefix) and self.choices[n].solver]
-                missing = [n for n in names if not self.store.has(n)]
-                statistics = block.statistics() if missing else {}
-                for name in names:
-                    if name in missing:
-                        self._solve_one(name, statistics.get(name))
-                    else:
-                        self._skip(name)
-                    calibrated.add(name)
-                    if self.choices[name].solver:
-                        block.replace(name, self._stored(name))
-        for name, choice in self.choices.items():
-            if name in calibrated:
-                continue
-            if choice.solver and not self.store.has(name):
-                self._solve_one(name, None)
-                continue
-            if not choice.solver:
-                self._check(name)
-            self._skip(name)
-        if self.unseen:
-            self.notes.append(f"{_some(self.unseen)}: search instead of gptq: no calibration input reached it")
-
-    def _solve_one(self, name: str, statistics: Statistics | None) -> None:
-        choice = self.choices[name]
-        solver = choice.solver or "search"
-        if solver in solvers.NEEDS_STATISTICS and statistics is None:
-            solver = "search"
-            self.unseen.append(name)
-        if self._check(name):
-            weight = self._weight(name)
-            self.store.put(name, solvers.solve(weight, choice.codec, solver, statistics))
-            self.used[name] = solver
-        self._skip(name)
-
-    def _skip(self, name: str) -> None:
-        self.used.setdefault(name, self.choices[name].solver or "")
-        self.done += self.source.entries[name].parameters
-        if self.progress:
-            self.progress("quantizing", self.done, self.total)
-
-    def _weight(self, name: str) -> torch.Tensor:
-        """The original weight as the codec sees it, `[..., out, in]`; float tensors stay in their file's type."""
-        q = self.source.entries[name].load()
-        weight = q.planes["data"].view(q.shape) if isinstance(q.codec, Float) else q.dequantize()
-        return weight.T if self.choices[name].transposed else weight
-
-    def _check(self, name: str) -> bool:
-        """Refuse NaN and infinities; True where there are none, False where the tensor is kept as it is."""
-        entry = self.source.entries[name]
-        if not isinstance(entry.codec, Float):
-            return True
-        flat = entry.load().planes["data"].reshape(-1)
-        bad = sum(int((~part.isfinite()).sum()) for part in flat.split(CHUNK))
-        if not bad:
-            return True
-        if not self.keep_nonfinite:
-            raise FewbitsError(f"{self.source.path}: {name} has {bad} values that are NaN or infinite",
-                               "--keep-nonfinite leaves such tensors unquantized")
-        choice = self.choices[name]
-        if choice.solver:
-            self.notes.append(f"{name}: {bad} values are NaN or infinite: kept as {entry.codec.name}")
-            self.choices[name] = replace(choice, codec=entry.codec, solver=None, transposed=False)
-        return False
-
-    # the result -----------------------------------------------------------------------------------------------------
-    def _stored(self, name: str) -> QTensor:
-        choice = self.choices[name]
-        return self.store.get(name, choice.codec, choice.shape)
-
-    def _entries(self) -> Iterator[Entry]:
-        for name, choice in self.choices.items():
-            entry = self.source.entries[name]
-            if choice.solver:
-                yield Entry(name, choice.shape, choice.codec, lambda name=name: self._stored(name))  # type: ignore[misc]
-            elif choice.codec == entry.codec:
-                yield entry
-            else:
-                yield Entry(name, entry.shape, choice.codec, _converter(self.source.path, entry, choice.codec))
-
-    def checkpoint(self, recipe: Recipe) -> Checkpoint:
-        facts = {**self.source.facts, "file_type": recipe.file_type, "recipe": recipe.name}
-        return replace(self.source, entries={e.name: e for e in self._entries()}, facts=facts)
+def _again(source: Checkpoint, choices: list[Choice]) -> list[str]:
+    own = _apart(source, choices).entries
+    again = [own[c.name].codec for c in choices if c.solver and own[c.name].codec.family != "float"]
+    kinds = ", ".join(sorted({codec.name for codec in again}))
+    return [f"{len(again)} tensors were quantized before ({kinds}): their error adds to this one"] if again else []
 
 
-def _converter(path: Path, entry: Entry, codec: Codec) -> Callable[[], QTensor]:
-    """Loads an entry in another float type.
-
-    Raises (when called):
-        FewbitsError: a finite value is too large for half precision.
-    """
-    def load() -> QTensor:
-        values = entry.load().dequantize()
-        q = solvers.solve(values, codec, "nearest")
-        if codec == F16 and bool((values.isfinite() & (values.abs() > 65504)).any()):
-            raise FewbitsError(f"{path}: {entry.name} holds {float(values.abs().max()):.3g}, float16 ends at 65504",
-                               "override it: --override " + entry.name + "=bf16")
-        return q
-    return load
+def _apart(source: Checkpoint, choices: list[Choice]) -> Checkpoint:
+    """The source with those experts one by one that get a choice each."""
+    return replace(source, entries=experts.unstacked(source.entries.values(), but={c.name for c in choices}))
 
 
-def _result(out: Path, written: Checkpoint, recipe: Recipe, target: Container, job: _Job, notes: list[str],
-            seconds: float) -> Result:
-    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if out.is_dir() else out.stat().st_size
-    tensors = [{"name": e.name, "shape": list(e.shape), "codec": e.codec.name, "solver": job.used.get(e.name) or None,
-                "bits_per_weight": e.codec.bits_per_weight(e.shape)} for e in written.entries.values()]
-    return Result(out, target.name, recipe.name, size, written.nbytes * 8 / written.parameters, seconds, tensors, notes)
+def _goal(source: Checkpoint, choices: list[Choice]) -> Checkpoint:
+    return goal(_apart(source, choices), choices, _unsolved)
+
+
+def _unsolved(name: str) -> QTensor:
+    raise AssertionError(f"{name} is not solved yet")
+
+
+def _identity(source: Checkpoint) -> list[Any]:
+    stat = os.stat(source.path)
+    return [str(source.path), stat.st_size, stat.st_mtime_ns]
+
+
+def _digest(matrix: Imatrix) -> str:
+    found = hashlib.sha256()
+    for name, sums in sorted(matrix.entries.items()):
+        found.update(name.encode() + sums.mean.tobytes())
+    return found.hexdigest()
+
+
+def _titled(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    return replace(checkpoint, facts={**checkpoint.facts, "file_type": recipe.file_type, "recipe": recipe.name})
+
+
+# the result -----------------------------------------------------------------------------------------------------------
+def _size(out: Path) -> int:
+    return sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if out.is_dir() else out.stat().st_size
+
+
+def _rows(written: Checkpoint, job: Job) -> list[dict[str, Any]]:
+    unsolved = {"solver": None}
+    return [{"name": e.name, "shape": list(e.shape), "codec": e.codec.name,
+             "bits_per_weight": e.codec.bits_per_weight(e.shape), **job.records.get(e.name, unsolved)}
+            for e in written.entries.values()]
+
+
+def _conclude(result: Result, store: Store) -> None:
+    """Leave the summary and the log beside the output, and nothing else."""
+    out = result.path
+    store.log(event="ends", seconds=result.seconds, nbytes=result.nbytes)
+    summary = out.with_name(f"{out.name}.quantization.json")
+    summary.write_text(json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(store.log_file, out.with_name(f"{out.name}.log.jsonl"))
+    store.clear()

@@ -29,16 +29,18 @@ log = Console(stderr=True)
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """A report function that draws a bar with the time left, one for every kind of work."""
+    """A report function that draws a bar with the time left, one for every kind of work: `quantizing: block 3 of 30`
+    is work of the kind `quantizing`."""
     columns = (TextColumn("{task.description:>10}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
-               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
     with Progress(*columns, console=log, transient=True, disable=not sys.stderr.isatty()) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            kind, _, detail = what.partition(": ")
+            if kind not in tasks:
+                tasks[kind] = bars.add_task(kind, total=total, detail="")
+            bars.update(tasks[kind], completed=done, total=total, detail=detail)
 
         yield report
 

@@ -14,10 +14,14 @@ def command(
     model: Annotated[str, typer.Argument(help="A path in any format, or a hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File or directory to write.")],
     to: Annotated[str, typer.Option("--to", help="Recipe: Q4_K_M, Q8_0, nf4, int8, int4-g128, …")],
-    solver: Annotated[str | None, typer.Option(help="nearest, search or gptq.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate on.")] = None,
+    solver: Annotated[str | None, typer.Option(help="nearest, search, gptq or gptq-act-order.")] = None,
+    calibration: Annotated[str | None, typer.Option(
+        help="c4, wikitext2, self (the model's own text), none, or a file of text, chats or inputs.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 64,
     length: Annotated[int, typer.Option(min=2, help="Tokens a calibration sequence.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Which sequences are taken.")] = 0,
+    imatrix: Annotated[Path | None, typer.Option(help="An importance matrix, to weigh a search by.")] = None,
+    transform: Annotated[str | None, typer.Option(help="awq: scale channels before anything is rounded.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=CODEC, may be repeated.")] = None,
     container: Annotated[str | None, typer.Option(help="Another layout than the recipe's own.")] = None,
     keep_nonfinite: Annotated[bool, typer.Option(help="Leave tensors with NaN or infinities unquantized.")] = False,
@@ -30,13 +34,14 @@ def command(
     quiet_libraries()
     with progress() as report:
         result = quantize(source(model, allow_pickle), out, to, solver=solver, calibration=calibration,
-                          samples=samples, length=length, overrides=override, container=container,
-                          keep_nonfinite=keep_nonfinite, progress=report)
+                          samples=samples, length=length, seed=seed, imatrix=imatrix, transform=transform,
+                          overrides=override, container=container, keep_nonfinite=keep_nonfinite, progress=report)
     if json:
         emit(result.to_json())
         return
     for note in result.notes:
         log.print(f"note: {note}", highlight=False, markup=False)
+    error = f", mean error of {result.error[1]} {result.error[0]:.3g}" if result.error else ""
     console.print(f"{out}: {result.recipe} ({result.container}), {size(result.nbytes)}, "
-                  f"{result.bits_per_weight:.3f} bits a weight, {result.seconds:.1f} s",
+                  f"{result.bits_per_weight:.3f} bits a weight{error}, {result.seconds:.1f} s",
                   highlight=False, soft_wrap=True)

@@ -1,0 +1,293 @@
+"""The loop: every tensor of a checkpoint through its solver, block by block where statistics are needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fewbits import estimating, solvers
+from fewbits.calibrate import Batches, Block, Experts, Statistics, Walk
+from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.codecs.base import Codec, Shape
+from fewbits.codecs.floats import F16, Float
+from fewbits.containers.base import Progress
+from fewbits.distributed import Ranks
+from fewbits.errors import FewbitsError
+from fewbits.planning import available_bytes
+from fewbits.qtensor import CHUNK, QTensor
+from fewbits.recipe import Choice, ModelFacts
+from fewbits.sources import Calibration
+from fewbits.store import Store
+
+AHEAD = 4  # tensors outside of blocks that each rank solves before results are exchanged
+
+
+class Importance(Protocol):
+    """What a search weighs its error by: full statistics, or the diagonal that an importance matrix has."""
+
+    def importance(self, shape: Shape, matrix: tuple[int, int]) -> torch.Tensor: ...
+
+
+class Job:
+    """The tensors of one call and what becomes of each.
+
+    Every rank runs the same job on its share of the calibration; `store` is where the first rank keeps what is solved,
+    and None on the others.
+    """
+
+    def __init__(self, source: Checkpoint, choices: list[Choice], store: Store | None, ranks: Ranks,
+                 keep_nonfinite: bool = False, progress: Progress | None = None):
+        self.source, self.choices, self.store, self.ranks = source, {c.name: c for c in choices}, store, ranks
+        self.keep_nonfinite, self.progress = keep_nonfinite, progress
+        self.records: dict[str, dict[str, Any]] = {}  # of every tensor that was solved: see `_solve`
+        self.kept: dict[str, str] = {}  # tensors left as they are, and why
+        self.held: dict[str, QTensor] = {}  # what a rank without a store knows of the block at hand
+        self.more: list[str] = []  # notes of the walk
+        self.done = self.total = 0
+        self.what = "tensors outside of blocks"
+
+    def solve(self, calibration: Calibration | None, importances: Mapping[str, Importance] | None = None) -> None:
+        """Solve what isn't yet in the store.
+
+        Raises:
+            FewbitsError: NaN in a weight or an activation, too little memory for a block, no damping that helps GPTQ.
+        """
+        importances = importances or {}
+        if self.store:
+            self.records = {n: self.store.record(n) for n, c in self.choices.items() if c.solver and self.store.has(n)}
+        self.records = self.ranks.broadcast(self.records)
+        self._log(event="resumes" if self.records else "begins", tensors=len(self.choices), solved=len(self.records))
+        self._check()
+        walk = None if calibration is None else self._walk(calibration)
+        solving = [n for n, c in self.choices.items() if c.solver]
+        self.total += sum(self._cost(n) for n in solving)
+        inside: set[str] = set()
+        for block in walk or ():
+            inside.update(block.names)
+            self._block(block, importances, len(walk or ()))
+        self.more = walk.notes if walk else []
+        for name in solving:
+            if name in self.records and name not in inside:
+                self._advance(self._cost(name))
+        rest = [n for n in solving if n not in self.records]
+        for at in range(0, len(rest), AHEAD * self.ranks.size):
+            self._together(rest[at:at + AHEAD * self.ranks.size], importances)
+            self.held.clear()
+
+    def _check(self) -> None:
+        """Look through all weights for NaN and infinities, before work begins.
+
+        Raises:
+            FewbitsError: there are some, and they were not asked to be kept.
+        """
+        if self.ranks.leads:
+            for name, entry in self.source.entries.items():
+                bad = _nonfinite(entry) if name in self.choices and name not in self.records else 0
+                if bad and not self.keep_nonfinite:
+                    raise FewbitsError(f"{self.source.path}: {name} has {bad} values that are NaN or infinite",
+                                       "--keep-nonfinite leaves such tensors unquantized")
+                if bad and self.choices[name].solver:
+                    self.kept[name] = f"{bad} values are NaN or infinite: kept as {entry.codec.name}"
+        self.kept = self.ranks.broadcast(self.kept)
+        for name in self.kept:
+            codec = self.source.entries[name].codec
+            self.choices[name] = replace(self.choices[name], codec=codec, solver=None, transposed=False)
+
+    # blocks ---------------------------------------------------------------------------------------------------------
+    def _walk(self, calibration: Calibration) -> Walk:
+        if len(calibration.batches) < self.ranks.size:
+            raise FewbitsError(f"{len(calibration.batches)} calibration sequences for {self.ranks.size} processes",
+                               "take more --samples, or fewer processes")
+        walk = Walk(self.source, self.ranks.share(calibration.batches), combine=self.ranks.combine)
+        blocks = [[self.source.entries[n] for n in names] for names in walk.names]
+        tokens = calibration.tokens // self.ranks.size
+        self.walk_costs = [estimating.walk_cost(entries, tokens) for entries in blocks]
+        self.total += sum(self.walk_costs)
+        self._rehearse(walk, blocks, tokens, calibration.tokens // len(calibration.batches))
+        return walk
+
+    def _rehearse(self, walk: Walk, blocks: list[list[Entry]], tokens: int, length: int) -> None:
+        """Try out the block that needs most, before hours go into those before it.
+
+        Raises:
+            FewbitsError: it does not fit into the memory that is free.
+        """
+        hidden = ModelFacts.of(self.source).hidden
+        needs = [estimating.block_bytes(entries, tokens, length, hidden) for entries in blocks]
+        largest, free = needs.index(max(needs)), available_bytes()
+        self._log(event="memory", block=largest, needed_bytes=needs[largest], free_bytes=free)
+        if needs[largest] > free:
+            raise FewbitsError(f"{self.source.path}: block {largest} with {tokens} calibration tokens needs about "
+                               f"{needs[largest] / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free",
+                               "take fewer --samples, or share them between machines with torchrun")
+        if largest:  # else it comes first anyway
+            self._try(largest, walk.batches[:1])
+
+    def _try(self, index: int, batches: Batches) -> None:
+        """Statistics and the costliest solve of one block, on activations that one batch brings there."""
+        for block in Walk(self.source, batches):
+            names = [n for n in block.names if self.choices[n].solver]
+            if block.index == index and names:
+                name = max(names, key=self._cost)
+                found: Any = block.statistics().get(name)
+                solvers.solve(self._weight(name), self.choices[name].codec, self._solver(name, found), found)
+                return
+
+    def _block(self, block: Block, importances: Mapping[str, Importance], count: int) -> None:
+        began = time.monotonic()
+        what = f"block {block.index + 1} of {count}"
+        self._advance(0, what)
+        names = [n for n in block.names if self.choices[n].solver]
+        for group in block.groups():
+            todo = [n for n in group.names if n in names]
+            known = dict(importances) | (group.statistics() if any(n not in self.records for n in todo) else {})
+            self._together(todo, known)
+            for name in todo:
+                block.replace(name, self._get(name))
+            self.held.clear()
+        self._advance(self.walk_costs[block.index])
+        errors = [self.records[n]["error"] for n in names]
+        mean = sum(errors) / max(1, len(errors))
+        self._log(event="block", block=block.index, error=mean, seconds=time.monotonic() - began)
+        self._advance(0, f"{what}, error {mean:.3g}")
+
+    # tensors --------------------------------------------------------------------------------------------------------
+    def _together(self, names: list[str], statistics: Mapping[str, Any]) -> None:
+        """Solve what of `names` isn't solved, shared out between the ranks; then each rank has all of `names`."""
+        owners = self.ranks.owners({n: self._cost(n) for n in names if n not in self.records})
+        for name in names:
+            if owners.get(name) == self.ranks.rank:
+                self._solve(name, statistics.get(name))
+            if self.ranks.size == 1 or owners.get(name) == self.ranks.rank:
+                self._advance(self._cost(name))
+        if self.ranks.size == 1:
+            return
+        for name in names:
+            owner = owners.get(name, 0)
+            own = owner == self.ranks.rank
+            outcome = self.ranks.broadcast((self._get(name), self.records[name]) if own else None, owner)
+            if outcome and not own:
+                self._put(name, *outcome)
+                self._advance(self._cost(name))
+
+    def _solve(self, name: str, statistics: Any) -> None:
+        """Solve one tensor and note how: its solver, the relative squared error of the layer's outputs (of the weights,
+        where nothing is known of the inputs), and the seconds that it took."""
+        began = time.monotonic()
+        weight, codec, solver = self._weight(name), self.choices[name].codec, self._solver(name, statistics)
+        q = solvers.solve(weight, codec, solver, statistics)
+        self._put(name, q, {"solver": solver, "error": _loss(weight, q, statistics),
+                            "error_of": "weights" if statistics is None else "outputs",
+                            "seconds": time.monotonic() - began})
+
+    def _solver(self, name: str, statistics: Any) -> str:
+        """The tensor's solver; a search where that needs second moments and there are none."""
+        solver = self.choices[name].solver or "search"
+        known = isinstance(statistics, Statistics | Experts)
+        return solver if known or solver not in solvers.NEEDS_STATISTICS else "search"
+
+    def _put(self, name: str, q: QTensor, record: dict[str, Any]) -> None:
+        self.records[name] = record
+        if self.store:
+            self.store.put(name, q, record)
+            self._log(event="tensor", name=name, bits_per_weight=q.bits_per_weight, **record)
+        else:
+            self.held[name] = q
+
+    def _get(self, name: str) -> QTensor:
+        choice = self.choices[name]
+        return self.store.get(name, choice.codec, choice.shape) if self.store else self.held[name]
+
+    def _weight(self, name: str) -> torch.Tensor:
+        """The original weight as the codec sees it, `[..., out, in]`; float tensors stay in their file's type."""
+        q = self.source.entries[name].load()
+        weight = q.planes["data"].view(q.shape) if isinstance(q.codec, Float) else q.dequantize()
+        return weight.T if self.choices[name].transposed else weight
+
+    def _cost(self, name: str) -> int:
+        choice = self.choices[name]
+        return estimating.solve_cost(choice.shape, choice.solver in solvers.NEEDS_STATISTICS)
+
+    def _advance(self, cost: int, what: str = "") -> None:
+        self.done += cost
+        if what:
+            self.what = what
+        if self.progress and self.ranks.leads:
+            self.progress(f"quantizing: {self.what}", self.done, self.total)
+
+    def _log(self, **event: Any) -> None:
+        if self.store:
+            self.store.log(**event)
+
+    # the result -----------------------------------------------------------------------------------------------------
+    def notes(self) -> list[str]:
+        """What became of tensors that is not what was asked."""
+        unseen = [n for n, record in self.records.items() if record["solver"] != self.choices[n].solver]
+        return [f"{name}: {reason}" for name, reason in self.kept.items()] + (
+            [f"{some(unseen)}: search instead of {self.choices[unseen[0]].solver}: no calibration input reached it"]
+            if unseen else []) + self.more
+
+    def checkpoint(self) -> Checkpoint:
+        """The model with what is solved; only on the rank that has the store."""
+        return goal(self.source, list(self.choices.values()), self._get)
+
+
+def some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, …)"
+
+
+def goal(source: Checkpoint, choices: Iterable[Choice], load: Callable[[str], QTensor]) -> Checkpoint:
+    """The checkpoint that `choices` make of `source`; `load` gives the solved tensors, when asked."""
+    def entry(choice: Choice) -> Entry:
+        own = source.entries[choice.name]
+        if choice.solver:
+            return Entry(choice.name, choice.shape, choice.codec, lambda: load(choice.name))
+        if choice.codec == own.codec:
+            return own
+        return Entry(choice.name, own.shape, choice.codec, _converter(source.path, own, choice.codec))
+
+    return replace(source, entries={c.name: entry(c) for c in choices})
+
+
+def _nonfinite(entry: Entry) -> int:
+    """How many values of a float tensor are NaN or infinite."""
+    if not isinstance(entry.codec, Float):
+        return 0
+    flat = entry.load().planes["data"].reshape(-1)
+    return sum(int((~part.isfinite()).sum()) for part in flat.split(CHUNK))
+
+
+def _converter(path: Path, entry: Entry, codec: Codec) -> Callable[[], QTensor]:
+    """Loads an entry in another float type.
+
+    Raises (when called):
+        FewbitsError: a finite value is too large for half precision.
+    """
+    def load() -> QTensor:
+        values = entry.load().dequantize()
+        q = solvers.solve(values, codec, "nearest")
+        if codec == F16 and bool((values.isfinite() & (values.abs() > 65504)).any()):
+            raise FewbitsError(f"{path}: {entry.name} holds {float(values.abs().max()):.3g}, float16 ends at 65504",
+                               "override it: --override " + entry.name + "=bf16")
+        return q
+    return load
+
+
+def _loss(w: torch.Tensor, q: QTensor, statistics: Any) -> float:
+    """tr((W - Q) H (W - Q)^T) / tr(W H W^T)."""
+    w = w.float()
+    difference = w - q.dequantize()
+
+    def total(x: torch.Tensor) -> float:
+        if isinstance(statistics, Experts):
+            return sum(float((x[i] @ statistics.expert(i).moment * x[i]).sum()) for i in range(len(x)))
+        if isinstance(statistics, Statistics):
+            return float((x @ statistics.moment * x).sum(dtype=torch.float64))
+        return float(x.square().sum(dtype=torch.float64))
+
+    return total(difference) / max(total(w), 1e-30)
