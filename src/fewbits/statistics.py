@@ -10,6 +10,7 @@ from fewbits.lazy import torch
 
 Counts = tuple[int, ...] | None  # rows of each expert
 
+
 @dataclass(eq=False)
 class Statistics:
     """The second moment of a layer's inputs: mean of x xᵀ `[in, in]` over `count` tokens.
@@ -21,8 +22,6 @@ class Statistics:
     moment: torch.Tensor
     count: int = 0
     drift: torch.Tensor | None = None
-
-    apart: ClassVar[bool] = False  # whether experts have their own
 
     @classmethod
     def zeros(cls, inputs: int, drift: bool = False) -> Statistics:
