@@ -27,6 +27,7 @@ class IntK(Codec):
     symmetric: bool = True  # the zero point is the middle code, and not stored
     scale_kind: str = "F16"
     family: ClassVar[str] = "int"
+    linear: ClassVar[tuple[str, ...]] = ("scale",)
 
     @property
     def integer_bits(self) -> int:  # type: ignore[override]
@@ -102,6 +103,7 @@ class Int8(Codec):
     """LLM.int8(): `code * absmax / 127` with one float32 absmax a row; codes -127 … 127, kept here as code + 128."""
 
     family: ClassVar[str] = "int8"
+    linear: ClassVar[tuple[str, ...]] = ("absmax",)
     STEP: ClassVar[float] = 7.874015718698502e-3  # 1/127 as bitsandbytes multiplies by it
 
     @property

@@ -17,6 +17,7 @@ from fewbits.lazy import torch
 Shape = tuple[int, ...]
 Params = dict[str, "torch.Tensor"]
 Planes = dict[str, "torch.Tensor"]
+Rounder = Callable[["torch.Tensor"], "torch.Tensor"]
 ITEM_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -32,12 +33,20 @@ class Grid(Protocol):
     def columns(self, index: torch.Tensor | slice) -> Grid:
         """The same grid restricted to some columns of its unit."""
 
+    def rounders(self, width: int) -> list[Rounder]:
+        """For each of all `width` columns, what gives the nearest values of weights `[rows]` in it, to float32
+        rounding; for a unit with params `[rows, k]`. Solvers that go column by column make these once a unit."""
+        def rounder(one: Grid) -> Rounder:
+            return lambda w: one.decode(one.encode(w.unsqueeze(1)))[:, 0]
+        return [rounder(self.columns(slice(i, i + 1))) for i in range(width)]
+
 
 @dataclass(frozen=True)
 class Codec:
     """A number format; a frozen value. Subclasses say how; solvers and containers see only this interface."""
 
     integer_bits: ClassVar[int] = 8  # bits of one code
+    linear: ClassVar[tuple[str, ...]] = ()  # float parameters, one a unit, in which values are linear
     family: ClassVar[str] = ""  # which containers take it: "float", "ggml", "int", "table", "int8"
 
     @property
@@ -89,6 +98,13 @@ class Codec:
               importance: torch.Tensor | None) -> Params:
         """Better parameters for fixed codes; the default keeps them."""
         return params
+
+    def basis(self, codes: torch.Tensor, params: Params) -> Params:
+        """By how much values change with the entries of each float parameter: `[..., k, columns]` for given codes
+        `[..., columns]`. Empty where no parameter can be chosen freely."""
+        still = params | {k: torch.zeros_like(params[k]) for k in self.linear}
+        return {k: self.grid(still | {k: torch.ones_like(params[k])}, codes.shape[-1]).decode(codes).unsqueeze(-2)
+                for k in self.linear}
 
     def grid(self, params: Params, columns: int) -> Grid:
         """The grid of units `columns` wide with parameters `[..., k]`."""

@@ -20,7 +20,7 @@ ROUNDS = 30  # of Lloyd's algorithm, at most
 ROWS = 256  # of a weight that are clustered at a time
 
 
-class CodebookGrid:
+class CodebookGrid(Grid):
     """`value = levels[code]`, levels `[..., 2^k]` in any order, perhaps repeated."""
 
     def __init__(self, levels: torch.Tensor):
@@ -71,6 +71,9 @@ class Codebook(Codec):
         moment = mass.clone().scatter_add_(-1, index, weight * w.double())
         mass.scatter_add_(-1, index, weight)
         return {"levels": torch.where(mass > 0, _stored(moment / mass), params["levels"])}
+
+    def basis(self, codes: torch.Tensor, params: Params) -> Params:
+        return {"levels": torch.nn.functional.one_hot(codes.long(), 1 << self.bits).mT.float()}
 
     def grid(self, params: Params, columns: int) -> Grid:
         return CodebookGrid(params["levels"])

@@ -13,7 +13,7 @@ from fewbits.lazy import torch
 TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "NVFP4")
 
 
-class _Values:
+class _Values(Grid):
     """Codes that are the values."""
 
     def encode(self, w: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ KINDS = {"e4m3": Kind("e4m3", "float8_e4m3fn", 448.0, 4, 2.0 ** -6),
          "e5m2": Kind("e5m2", "float8_e5m2", 57344.0, 3, 2.0 ** -14)}
 
 
-class Float8Grid:
+class Float8Grid(Grid):
     """`value = float8 * scale`, scale `[..., 1]`. Finite weights never become NaN or infinite: the ends saturate."""
 
     def __init__(self, scale: torch.Tensor, kind: Kind):
@@ -77,6 +77,7 @@ class Float8(Codec):
     """One float32 scale a row."""
 
     kind: Kind
+    linear: ClassVar[tuple[str, ...]] = ("scale",)
     shared: ClassVar[str] = "fp8"  # family of those that other programs read
 
     @property
@@ -138,6 +139,7 @@ class Float8Tiles(Float8):
     """
 
     tile: int = 128
+    linear: ClassVar[tuple[str, ...]] = ()  # rows share scales
     shared: ClassVar[str] = "fp8-tiles"
 
     @property

@@ -10,7 +10,7 @@ from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.lazy import torch
 
 
-class _FloatGrid:
+class _FloatGrid(Grid):
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
 

@@ -91,6 +91,10 @@ class Simple(Blocks):
         return 2 + 2 * self.minimum + 4 * self.bits
 
     @property
+    def linear(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("d", "m") if self.minimum else ("d",)
+
+    @property
     def zero(self) -> int:
         return 1 << (self.bits - 1)
 

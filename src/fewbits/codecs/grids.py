@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from fewbits.codecs.base import Grid
+from fewbits.codecs.base import Grid, Rounder
 from fewbits.lazy import torch
 
 
-class _Folded:
+class _Folded(Grid):
     """Scales `[..., s]`, each for `width / s` columns in a row: s is 1, or the number of sub-blocks, or of columns."""
 
     def __init__(self, scale: torch.Tensor, width: int):
@@ -35,6 +36,16 @@ class _Folded:
             return slice(start // run, start // run + 1), 1
         which = torch.arange(start, stop, step, device=self.scale.device) // run
         return which, len(which)
+
+    def _each(self, rounder: Callable[..., Rounder], *tensors: torch.Tensor) -> list[Rounder]:
+        """A rounder for every scale, from that scale's part of each of `tensors` `[rows, s]`; each for its columns."""
+        found = [rounder(*parts) for parts in zip(*(t.T.contiguous() for t in tensors), strict=True)]
+        return [r for r in found for _ in range(self.width // len(found))]
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    """0 for the zero scale, which decodes every code alike."""
+    return (1 / scale).nan_to_num_(0.0, 0.0, 0.0)
 
 
 class UniformGrid(_Folded):
@@ -78,6 +89,19 @@ class UniformGrid(_Folded):
         offset = None if self.offset is None else self.offset[..., which]
         return UniformGrid(self.scale[..., which], self.high, count, zero=zero, offset=offset, low=self.low,
                            factor=self.factor)
+
+    def rounders(self, width: int) -> list[Rounder]:
+        scale = self.scale * self.factor
+        inverse = _inverse(scale)
+        offset = torch.zeros_like(scale) if self.offset is None else self.offset
+
+        def rounder(scale: torch.Tensor, inverse: torch.Tensor, shift: torch.Tensor, base: torch.Tensor) -> Rounder:
+            def nearest(w: torch.Tensor) -> torch.Tensor:
+                codes = torch.addcmul(shift, w.float(), inverse).round_().clamp_(self.low, self.high)
+                return codes.mul_(scale).add_(base)
+            return nearest
+
+        return self._each(rounder, scale, inverse, self.zero - offset * inverse, offset - self.zero * scale)
 
 
 class Levels(NamedTuple):
@@ -127,3 +151,13 @@ class TableGrid(_Folded):
             return self
         which, count = self._which(index)
         return TableGrid(self.scale[..., which], self.table, count)
+
+    def rounders(self, width: int) -> list[Rounder]:
+        ranked, bounds = self.table.table.sort().values, self.table.bounds
+
+        def rounder(scale: torch.Tensor, inverse: torch.Tensor) -> Rounder:
+            def nearest(w: torch.Tensor) -> torch.Tensor:
+                return ranked.index_select(0, torch.bucketize(w.float() * inverse, bounds, out_int32=True)).mul_(scale)
+            return nearest
+
+        return self._each(rounder, self.scale, _inverse(self.scale))

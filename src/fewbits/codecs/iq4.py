@@ -34,6 +34,7 @@ def starts(p: Piece) -> tuple[float, ...]:
 @dataclass(frozen=True)
 class IQ4_NL(Blocks):
     columns: ClassVar[int] = 32
+    linear: ClassVar[tuple[str, ...]] = ("d",)
     integer_bits: ClassVar[int] = 4
     block_bytes: ClassVar[int] = 18
 
@@ -64,6 +65,7 @@ class IQ4_XS(Blocks):
     """A block: d, the high two bits of the scales, their low four bits, nibbles. Params hold scales less 32."""
 
     columns: ClassVar[int] = 256
+    linear: ClassVar[tuple[str, ...]] = ("d",)
     integer_bits: ClassVar[int] = 4
     block_bytes: ClassVar[int] = 136
     subs: ClassVar[int] = 8

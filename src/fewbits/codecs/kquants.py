@@ -40,6 +40,7 @@ class WithMinimum(_K):
 
     subs: ClassVar[int] = 8
     scale_bits: ClassVar[int] = 6
+    linear: ClassVar[tuple[str, ...]] = ("d", "dmin")
 
     @property
     def block_bytes(self) -> int:
@@ -100,6 +101,7 @@ class Symmetric(_K):
 
     subs: ClassVar[int] = 16
     scale_bits: ClassVar[int]
+    linear: ClassVar[tuple[str, ...]] = ("d",)
 
     @property
     def middle(self) -> int:

@@ -59,6 +59,10 @@ class Table(Codec):
     def name(self) -> str:
         return self.kind + (f"-b{self.block}" if self.block != 64 else "") + ("-dq" if self.nested else "")
 
+    @property
+    def linear(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.nested else ("absmax",)
+
     def unit(self, columns: int) -> int:
         return max(1, min(self.block, columns))
 

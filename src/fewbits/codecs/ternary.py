@@ -27,6 +27,7 @@ class _Ternary(Blocks):
     """`d * (code - 1)`."""
 
     columns: ClassVar[int] = 256
+    linear: ClassVar[tuple[str, ...]] = ("d",)
     integer_bits: ClassVar[int] = 2
 
     @property
@@ -91,6 +92,7 @@ class Q1_0(Blocks):
     """`d` where the code is 1, `-d` where it is 0. A block is d, then bit i of the stream is column i."""
 
     columns: ClassVar[int] = 128
+    linear: ClassVar[tuple[str, ...]] = ("d",)
     integer_bits: ClassVar[int] = 1
     block_bytes: ClassVar[int] = 18
 

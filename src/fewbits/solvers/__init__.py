@@ -8,31 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-from fewbits.calibrate import Statistics
-from fewbits.codecs.base import Codec, Params, Planes
+from fewbits.codecs.base import Codec, Params, Planes, Shape
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
+from fewbits.solvers.curvature import curvature
 from fewbits.solvers.gptq import gptq
 from fewbits.solvers.gptq import refuses as gptq_refuses
 from fewbits.solvers.nearest import nearest, search
+from fewbits.statistics import Known, Statistics
 
 PART = 1 << 18  # weights that a worker solves at a time
 Solver = Callable[..., "tuple[torch.Tensor, Params]"]
-SOLVERS: dict[str, Solver] = {"nearest": nearest, "search": search, "gptq": gptq}
-NEEDS_STATISTICS = {"gptq"}
+SOLVERS: dict[str, Solver] = {"nearest": nearest, "search": search, "gptq": gptq, "gptq-act-order": gptq}
+NEEDS_STATISTICS = {"gptq", "gptq-act-order"}
 
 
 def refuses(solver: str, codec: Codec, shape: tuple[int, ...]) -> str | None:
     """Why `solver` cannot choose codes of `codec` for a weight of `shape`, or None."""
     if solver not in SOLVERS:
         raise FewbitsError(f"unknown solver {solver!r}", "one of: " + ", ".join(SOLVERS))
-    return codec.check(shape) or (gptq_refuses(codec, shape) if solver == "gptq" else None)
+    return codec.check(shape) or (gptq_refuses(codec, shape) if solver in NEEDS_STATISTICS else None)
 
 
-def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Statistics | None = None) -> QTensor:
-    """Quantize one weight `[..., out, in]` of any float dtype.
+def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Known | None = None) -> QTensor:
+    """Quantize one weight `[..., out, in]` of any float dtype; of a stack of experts each has its own statistics.
 
     Rows are handled a few at a time where the solver treats them apart, so that memory stays near the packed size.
 
@@ -45,23 +47,49 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Sta
         raise FewbitsError(f"{solver} into {codec.name} at shape {list(shape)}: {reason}")
     if solver in NEEDS_STATISTICS and statistics is None:
         raise FewbitsError(f"solver {solver} needs calibration text", "give one with --calibration FILE")
-    if len(shape) > 2 and codec.stacks(shape) and not codec.rows_apart(shape):  # blocks end where a matrix ends
-        planes = [solve(part, codec, solver, statistics).planes for part in w.flatten(0, -3)]
-        return QTensor(codec, shape, {k: torch.cat([p[k] for p in planes]) for k in planes[0]})
+    if len(shape) > 2 and codec.stacks(shape) and (solver in NEEDS_STATISTICS or not codec.rows_apart(shape)):
+        return _stacked(codec, shape, [solve(part, codec, solver, statistics.expert(i) if statistics else None)
+                                       for i, part in enumerate(w.flatten(0, -3))])
     rows, columns = codec.matrix(shape)
     matrix = w.reshape(rows, columns)
+    if solver in NEEDS_STATISTICS:
+        assert isinstance(statistics, Statistics)
+        return _with_moments(matrix, codec, shape, statistics, solver == "gptq-act-order")
     importance = statistics.importance(shape, (rows, columns)) if statistics is not None else None
     state = codec.begin(matrix, importance)
-    if solver == "gptq" and statistics is not None:
-        return QTensor.pack(codec, shape, *gptq(matrix.float(), codec, statistics, state))
     if not codec.rows_apart(shape):
         return QTensor.pack(codec, shape, *SOLVERS[solver](matrix.float(), codec, importance, state))
 
-    def pack_rows(part: torch.Tensor) -> Planes:
-        return codec.pack(*SOLVERS[solver](part.float(), codec, importance, state), (len(part), columns))
+    def pack_rows(at: int) -> Planes:
+        part = matrix[at:at + step].float()
+        known = importance if importance is None or importance.ndim == 1 else importance[at:at + step]
+        return codec.pack(*SOLVERS[solver](part, codec, known, state), (len(part), columns))
 
     # the same parts on every machine, so that the same input gives the same file; workers share the cores
+    step = max(1, PART // max(1, columns))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = list(pool.map(pack_rows, matrix.split(max(1, PART // max(1, columns)))))
+        parts = list(pool.map(pack_rows, range(0, rows, step)))
     return QTensor(codec, shape, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
 
+
+def _with_moments(w: torch.Tensor, codec: Codec, shape: Shape, statistics: Statistics, act_order: bool) -> QTensor:
+    """One matrix by GPTQ; in act-order columns are stored as they are rounded."""
+    if len(statistics.moment) != w.shape[1]:
+        raise FewbitsError(f"statistics of {len(statistics.moment)} inputs for a weight of {w.shape[1]} columns")
+    bent = curvature(statistics, codec.unit(w.shape[1]), act_order)
+    w = bent.corrected(w.float())
+    q = QTensor.pack(codec, shape, *gptq(w, codec, bent, codec.begin(w, bent.importance)))
+    return replace(q, order=bent.columns)
+
+
+def _stacked(codec: Codec, shape: Shape, parts: list[QTensor]) -> QTensor:
+    planes = {k: torch.cat([q.planes[k] for q in parts]) for k in parts[0].planes}
+    orders = [q.order for q in parts if q.order is not None]
+    return QTensor(codec, shape, planes, torch.stack(orders) if orders else None)
+
+
+def loss(w: torch.Tensor, q: QTensor, statistics: Statistics) -> float:
+    """tr((W - Q) H (W - Q)^T) / tr(W H W^T): the share of the layer's output, in squares, that quantizing changes."""
+    w = w.float()
+    off = w - q.dequantize()
+    return float(((off @ statistics.moment) * off).sum() / ((w @ statistics.moment) * w).sum().clamp(min=1e-30))

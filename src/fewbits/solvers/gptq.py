@@ -1,7 +1,8 @@
 """GPTQ (Frantar et al., 2022) for any codec: round a column, spread its error over the columns still to come.
 
 Order of columns: units by their summed importance, columns by importance inside a unit. Every unit is fitted when the
-loop arrives at it, on weights that already carry the corrections of the columns before.
+loop arrives at it, on weights that already carry the corrections of the columns before; a weight counts as much as its
+error will cost once the columns after it have corrected it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 
-from fewbits.calibrate import Statistics
-from fewbits.codecs.base import Codec, Params, Shape
-from fewbits.errors import FewbitsError
+from fewbits.codecs.base import Codec, Grid, Params, Shape
 from fewbits.lazy import torch
+from fewbits.solvers.curvature import Curvature
+from fewbits.solvers.descent import BLOCK, descend, refit
 
-BLOCK = 32  # columns between two updates of all that follow: so few that corrections inside a block stay in the cache
 ROWS = 512  # of the weight that a worker solves at a time
-DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the mean diagonal, tried in turn
+SWEEPS = 2  # of coordinate descent afterwards
 
 
 def refuses(codec: Codec, shape: Shape) -> str | None:
@@ -25,25 +25,18 @@ def refuses(codec: Codec, shape: Shape) -> str | None:
     return None
 
 
-def gptq(w: torch.Tensor, codec: Codec, statistics: Statistics,
-         state: Params | None = None) -> tuple[torch.Tensor, Params]:
+def gptq(w: torch.Tensor, codec: Codec, bent: Curvature, state: Params | None = None, *, again: bool = True,
+         sweeps: int = SWEEPS) -> tuple[torch.Tensor, Params]:
     """Codes `[rows, columns]` and params of `w`, minimising tr((W - Q) H (W - Q)^T) column by column.
 
-    Raises:
-        FewbitsError: statistics of another width, or a second moment that no damping makes positive definite.
+    With `again` each unit's float parameters are fitted to its codes and the unit is rounded once more; `sweeps` of
+    coordinate descent follow.
     """
-    columns = w.shape[1]
-    moment = statistics.moment.to(w.dtype)
-    if len(moment) != columns:
-        raise FewbitsError(f"statistics of {len(moment)} inputs for a weight of {columns} columns")
-    diagonal = moment.diagonal().clone()
-    order = unit_order(diagonal, codec.unit(columns))
-    permutation = torch.cat(order)
-    upper = inverse_factor(moment[permutation][:, permutation])
 
     def some(rows: slice) -> tuple[torch.Tensor, Params]:
         known = None if state is None else {k: s[rows] for k, s in state.items()}
-        return _rows(w[rows], codec, order, upper, diagonal, known)
+        codes, params = _rows(w[rows], codec, bent, known, again)
+        return descend(w[rows], codec, codes, params, bent.moment, sweeps) if sweeps else (codes, params)
 
     # rows don't see each other: the same parts on every machine, small enough for a core's cache, shared by the cores
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -51,64 +44,52 @@ def gptq(w: torch.Tensor, codec: Codec, statistics: Statistics,
     return torch.cat([c for c, _ in parts]), {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]}
 
 
-def _rows(w: torch.Tensor, codec: Codec, order: list[torch.Tensor], upper: torch.Tensor, diagonal: torch.Tensor,
-          state: Params | None) -> tuple[torch.Tensor, Params]:
-    """Some rows of the weight, all columns in `order`; `upper` is the factor for that order."""
-    columns, permutation = w.shape[1], torch.cat(order)
-    work = w.T[permutation].contiguous()  # [columns, rows]: a column lies in one piece
-    codes: torch.Tensor | None = None
+def _rows(w: torch.Tensor, codec: Codec, bent: Curvature, state: Params | None,
+          again: bool) -> tuple[torch.Tensor, Params]:
+    """Some rows of the weight, all columns."""
+    columns = w.shape[1]
+    work = w.T[torch.cat(bent.order)].contiguous()  # [columns, rows]: a column lies in one piece
+    codes = torch.empty(w.shape[::-1], dtype=torch.uint8)
     fitted: dict[int, Params] = {}
     at = 0
-    for unit in order:
-        end, width = at + len(unit), len(unit)
+    for unit, local in zip(bent.order, bent.units, strict=True):
+        cut = slice(at, at + len(unit))
         natural, place = unit.sort()  # the unit's columns as the file orders them, and where the loop keeps them
-        position = torch.empty_like(place)
-        position[place] = torch.arange(width)
-        first = int(natural[0])
-        known = None if state is None else {k: s[:, first // codec.unit(columns)] for k, s in state.items()}
-        params = codec.fit(work[at:end][place].T, diagonal[natural], known)
-        grid = codec.grid(params, width)
-        for start in range(at, end, BLOCK):
-            stop = min(start + BLOCK, end)
-            errors = torch.empty(stop - start, len(w), dtype=w.dtype)
-            for j, column in zip(range(start, stop), position[start - at:stop - at].tolist(), strict=True):
-                only = grid.columns(slice(column, column + 1))
-                code = only.encode(work[j, :, None])
-                if codes is None:
-                    codes = torch.empty(w.shape[::-1], dtype=code.dtype)
-                codes[permutation[j]] = code[:, 0]
-                error = errors[j - start] = (work[j] - only.decode(code)[:, 0]) / upper[j, j]
-                work[j + 1:stop] -= upper[j, j + 1:stop, None] * error
-            work[stop:] -= upper[start:stop, stop:].T @ errors
+        first = int(natural[0]) // codec.unit(columns)
+        position = place.argsort().tolist()
+        known = None if state is None else {k: s[:, first] for k, s in state.items()}
+        x, own = work[cut], bent.upper[cut, cut]
+        wanted = x[place]
+        params = codec.fit(wanted.T, bent.importance[natural], known)
+        values, errors = _round(x, codec.grid(params, len(unit)), position, own)
+        if again:
+            found = codec.grid(params, len(unit)).encode(values[place].T.contiguous())
+            pull = local @ (wanted - values[place])
+            better, _ = refit(codec, found, params, values[place].T, pull, local)
+            if better is not params:
+                others, wrong = _round(x, codec.grid(better, len(unit)), position, own)
+                falls = wrong.square().sum(0) < errors.square().sum(0)
+                values, errors = torch.where(falls, others, values), torch.where(falls, wrong, errors)
+                params = {k: torch.where(falls[:, None], better[k], p) for k, p in params.items()}
+        codes[natural] = codec.grid(params, len(unit)).encode(values[place].T.contiguous()).T
+        work[cut.stop:] -= bent.upper[cut, cut.stop:].T @ errors
         fitted[first] = params
-        at = end
-    assert codes is not None
+        at = cut.stop
     units = [fitted[k] for k in sorted(fitted)]
     return codes.T.contiguous(), {k: torch.stack([u[k] for u in units], dim=1) for k in units[0]}
 
 
-def unit_order(importance: torch.Tensor, unit: int) -> list[torch.Tensor]:
-    """Columns of every unit, most important first; units by their summed importance."""
-    groups = torch.arange(len(importance)).split(unit)
-    groups = tuple(sorted(groups, key=lambda g: -float(importance[g].sum())))
-    return [g[importance[g].argsort(descending=True, stable=True)] for g in groups]
-
-
-def inverse_factor(moment: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped second moment; dead inputs count as independent."""
-    moment = moment.clone()
-    diagonal = moment.diagonal()  # a view
-    dead = diagonal <= 0
-    mean = diagonal[~dead].mean() if (~dead).any() else torch.ones((), dtype=moment.dtype)
-    diagonal[dead] = mean
-    clean = diagonal.clone()
-    for share in DAMPING:
-        diagonal.copy_(clean + share * mean)
-        lower, failed = torch.linalg.cholesky_ex(moment)
-        if failed:
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(upper.isfinite().all()):
-            return upper
-    raise FewbitsError(f"second moment of {len(moment)} inputs is not positive definite at any damping",
-                       "use more calibration text")
+def _round(x: torch.Tensor, grid: Grid, position: list[int], upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of the columns `x` `[unit, rows]`, each rounded after those before it, and the errors they pass on, in
+    units that make the sum of their squares the loss."""
+    work, errors, rounders = x.clone(), torch.empty_like(x), grid.rounders(len(x))
+    values = torch.empty_like(x)
+    size = upper.diagonal().tolist()
+    for start in range(0, len(x), BLOCK):
+        stop = min(start + BLOCK, len(x))
+        for j in range(start, stop):
+            values[j] = rounders[position[j]](work[j])
+            torch.sub(work[j], values[j], out=errors[j]).div_(size[j])
+            work[j + 1:stop].addr_(upper[j, j + 1:stop], errors[j], alpha=-1)
+        work[stop:] -= upper[start:stop, stop:].T @ errors[start:stop]
+    return values, errors

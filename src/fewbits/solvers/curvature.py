@@ -1,0 +1,88 @@
+"""The second moment of a layer's inputs as solvers need it: damped, and factored in the order of rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch
+from fewbits.statistics import Statistics
+
+DAMPING = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # shares of the geometric mean of the diagonal, tried in turn
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Of tr((W - Q) H (W - Q)^T): H damped, and what is left of it for columns that those after them can correct."""
+
+    moment: torch.Tensor  # H [in, in], damped
+    order: list[torch.Tensor]  # columns of every unit, as they are rounded
+    upper: torch.Tensor  # Cholesky factor of the inverse of H, rows and columns in that order
+    units: list[torch.Tensor]  # of each of `order`: its part of H once later units have corrected, natural order
+    importance: torch.Tensor  # [in], of an error once all later columns have corrected it
+    columns: torch.Tensor | None  # in act-order all these are of w[:, columns]
+
+    def corrected(self, w: torch.Tensor) -> torch.Tensor:
+        return w if self.columns is None else w[:, self.columns]
+
+
+_known: WeakKeyDictionary[Statistics, dict[tuple[int, bool], Curvature]] = WeakKeyDictionary()
+
+
+def curvature(statistics: Statistics, unit: int, act_order: bool = False) -> Curvature:
+    """For units of so many columns; in act-order, of columns sorted by importance. Made once for layers that share
+    statistics."""
+    known = _known.setdefault(statistics, {})
+    if (unit, act_order) not in known:
+        columns = statistics.diagonal.argsort(descending=True, stable=True) if act_order else None
+        known[unit, act_order] = _curvature(statistics.moment, unit, columns)
+    return known[unit, act_order]
+
+
+def _curvature(moment: torch.Tensor, unit: int, columns: torch.Tensor | None) -> Curvature:
+    if columns is not None:
+        moment = moment[columns][:, columns]
+    order = unit_order(moment.diagonal(), unit)
+    permutation = torch.cat(order)
+    damped, upper = inverse_factor(moment[permutation][:, permutation])
+    units, at = [], 0
+    for part in order:
+        own, at = upper[at:at + len(part), at:at + len(part)], at + len(part)
+        natural = part.argsort()
+        units.append(torch.cholesky_inverse(own, upper=True)[natural][:, natural])
+    back = permutation.argsort()
+    return Curvature(damped[back][:, back], order, upper, units, upper.diagonal().pow(-2)[back], columns)
+
+
+def unit_order(importance: torch.Tensor, unit: int) -> list[torch.Tensor]:
+    """Columns of every unit, most important first; units by their summed importance."""
+    groups = torch.arange(len(importance)).split(unit)
+    groups = tuple(sorted(groups, key=lambda g: -float(importance[g].sum())))
+    return [g[importance[g].argsort(descending=True, stable=True)] for g in groups]
+
+
+def inverse_factor(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The damped second moment and the upper Cholesky factor of its inverse.
+
+    Damping is a share of the geometric mean of the diagonal: a few inputs of enormous size do not raise it. All that
+    is known of dead inputs is the damping.
+
+    Raises:
+        FewbitsError: no damping makes it positive definite.
+    """
+    live = moment.diagonal()[moment.diagonal() > 0]
+    mean = live.double().log().mean().exp() if len(live) else torch.ones(())
+    eye = torch.eye(len(moment), dtype=moment.dtype)
+    for share in DAMPING:
+        damped = moment + (share * float(mean)) * eye
+        for exact in {damped.dtype: damped, torch.float64: damped.double()}.values():
+            # backwards H = L L^T, so forwards H = V V^T with V upper triangular, and the inverse is U^T U with U = 1/V
+            lower, failed = torch.linalg.cholesky_ex(exact.flip(0, 1))
+            if failed:
+                continue
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye.to(exact.dtype), upper=True).to(moment.dtype)
+            if bool(upper.isfinite().all()):
+                return damped, upper
+    raise FewbitsError(f"second moment of {len(moment)} inputs is not positive definite at any damping",
+                       "use more calibration text")
