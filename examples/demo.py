@@ -42,7 +42,7 @@ def main() -> None:
         for name, recipe in RECIPES.items():
             remove(folder / name)
             result = fewbits.quantize(original, folder / name, recipe, progress=report,
-                                      samples=24, calibration=_docs(folder) if name.endswith("gptq") else None)
+                                      samples=24, calibration=_docs(folder) if name.endswith("gptq") else "none")
             found = fewbits.evaluate(folder / name, reference, text=TEXT, chunks=4, progress=report)
             table.add_row(name, f"{result.bits_per_weight:.2f}", size(result.nbytes), f"{found.kl_mean:.4f}",
                           f"{100 * found.top1:.1f} %", f"{result.seconds:.1f}")
