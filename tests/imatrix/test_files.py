@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -104,6 +105,21 @@ def test_old_kind_byte_by_byte(tmp_path: Path) -> None:
         wanted = [float(s) / c * calls if c else calls for row, c in zip(sums.sums, sums.counts, strict=True)
                   for s in row]
         assert values == pytest.approx(wanted, rel=1e-6), name
+
+
+def test_the_page_on_these_files_is_true(tmp_path: Path) -> None:
+    """Its examples by hand: `offset  bytes  what they are`, `…` for bytes left out."""
+    one = Imatrix({"t": Sums(np.array([[6, 24]], np.float32), np.array([12]))}, ["abc"], 2, 8)
+    pages = (Path(__file__).parents[2] / "docs/formats/imatrix.md").read_text().split("### By hand")[1:]
+    for name, page in zip(("i.gguf", "i.dat"), pages, strict=True):
+        imatrix.write(tmp_path / name, one)
+        raw = (tmp_path / name).read_bytes()
+        lines = re.findall(r"^ *(\d+)  ((?:(?:[0-9a-f]{2}|…) +)+)", page, re.MULTILINE)
+        assert len(lines) > 5
+        for at, written in lines:
+            for part in re.split(r"….*", written)[:1]:  # what stands before something left out
+                wanted = bytes.fromhex(part)
+                assert raw[int(at):int(at) + len(wanted)] == wanted, (name, at)
 
 
 @pytest.mark.parametrize("name", ["i.gguf", "i.dat"])
