@@ -18,7 +18,7 @@ from fewbits.solvers.curvature import curvature
 from fewbits.solvers.gptq import gptq
 from fewbits.solvers.gptq import refuses as gptq_refuses
 from fewbits.solvers.nearest import nearest, search
-from fewbits.statistics import Known, Statistics
+from fewbits.statistics import Diagonal, Known, Statistics
 
 PART = 1 << 18  # weights that a worker solves at a time
 Solver = Callable[..., "tuple[torch.Tensor, Params]"]
@@ -47,6 +47,9 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Kno
         raise FewbitsError(f"{solver} into {codec.name} at shape {list(shape)}: {reason}")
     if solver in NEEDS_STATISTICS and statistics is None:
         raise FewbitsError(f"solver {solver} needs calibration text", "give one with --calibration FILE")
+    if solver in NEEDS_STATISTICS and isinstance(statistics, Diagonal):
+        raise FewbitsError(f"solver {solver}: an importance matrix is only the diagonal of what it needs",
+                           "take --solver search, or give a text with --calibration")
     if len(shape) > 2 and codec.stacks(shape) and (solver in NEEDS_STATISTICS or not codec.rows_apart(shape)):
         return _stacked(codec, shape, [solve(part, codec, solver, statistics.expert(i) if statistics else None)
                                        for i, part in enumerate(w.flatten(0, -3))])
