@@ -32,6 +32,10 @@ class Original:
     inputs: list[torch.Tensor]
     arguments: list[dict[str, Any]]
 
+    def output(self, number: int) -> torch.Tensor:
+        """What the block puts out for a batch, with a gradient where that is on."""
+        return _output(self.module, self.inputs[number], self.arguments[number])
+
 
 @dataclass
 class Block:
@@ -73,6 +77,10 @@ class Block:
     def run(self) -> list[torch.Tensor]:
         """What the block puts out for each batch."""
         return [_call(self.module, x, a) for x, a in zip(self.inputs, self.arguments, strict=True)]
+
+    def output(self, number: int) -> torch.Tensor:
+        """What the block puts out for a batch, with a gradient where that is on."""
+        return _output(self.module, self.inputs[number], self.arguments[number])
 
     def advance(self) -> None:
         """Put the block's outputs in the place of its inputs."""
@@ -174,5 +182,9 @@ def _readings(part: Block | Original, number: int, keys: set[Key], calls: int = 
 
 def _call(module: torch.nn.Module, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
-        y = module(x, **arguments)
+        return _output(module, x, arguments)
+
+
+def _output(module: torch.nn.Module, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    y = module(x, **arguments)
     return y[0] if isinstance(y, tuple) else y

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fewbits import __version__, containers, distributed, hub, solvers, sources
+from fewbits import __version__, containers, distributed, finishing, hub, solvers, sources
 from fewbits import imatrix as matrices
 from fewbits.checkpoint import Checkpoint
 from fewbits.containers import experts
@@ -63,14 +63,15 @@ class Result:
 def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, *, solver: str | None = None,
              calibration: str | Path | Calibration | Sequence[Batch] | None = None, samples: int = 64,
              length: int = 512, seed: int = 0, imatrix: str | Path | Imatrix | None = None,
-             transform: str | None = None, overrides: Overrides = None, container: str | None = None,
-             keep_nonfinite: bool = False, progress: Progress | None = None) -> Result:
+             transform: str | None = None, finish: str = "off", overrides: Overrides = None,
+             container: str | None = None, keep_nonfinite: bool = False, progress: Progress | None = None) -> Result:
     """Quantize `model` (a path in any format or a hub id) by the recipe `to` into `out`.
 
     With `calibration` (see `sources.calibration`: `samples` sequences of `length` tokens), the solver is GPTQ unless
     named; without, a search of the parameters of least squared error, weighted by `imatrix` where that is given.
     Recipes for GPTQ, AWQ and compressed-tensors directories of integers calibrate on the model's own text, unless a
-    solver or an importance matrix is named, or `calibration` is "none".
+    solver or an importance matrix is named, or `calibration` is "none". `finish` (off, quick, thorough) then tunes
+    scales and norms towards the original model's logits, on the calibration text or, without, on the model's own.
 
     Under torchrun the work is shared between the ranks. A killed run resumes when called again. What became of each
     tensor goes to `OUT.quantization.json`, and what happened when to `OUT.log.jsonl`.
@@ -90,6 +91,8 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
         importances = matrix.statistics(source) if matrix else {}
         by_default = calibration is None and not (matrix or solver or recipe.solvers) and _is_calibrated(recipe)
         spec = "self" if by_default else None if calibration == "none" else calibration
+        if finishing.asked(finish) and calibration is None:
+            spec, by_default = "self", False
 
         choices, notes = _choices(source, recipe, overrides, solver, spec is not None, bool(matrix))
         if ranks.leads:
@@ -106,6 +109,9 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
                 notes += [f"calibrated on {used.description}", *used.notes]
         elif calibration is None and not matrix and not solver:
             notes += _advice(recipe, choices)
+        if matrix and used is None:
+            absent = [c.name for c in choices if c.solver and c.name not in importances]
+            notes += [f"{some(absent)}: not in the importance matrix, searched without weights"] if absent else []
         notes += _again(source, choices)
         if transform is not None:
             from fewbits import transforms
@@ -118,14 +124,16 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
         folder = out.with_name(f".{out.name}.work")
         stamp = {"source": _identity(source), "choices": [[c.name, c.codec.name, c.solver] for c in choices],
                  "calibration": used.digest() if used else None, "imatrix": _digest(matrix) if matrix else None,
-                 "transform": transform, "version": __version__}
+                 "transform": transform, "finish": finish, "version": __version__}
         with resumable(folder):
             job = Job(source, choices, Store(folder, stamp) if ranks.leads else None, ranks, keep_nonfinite, report)
             job.solve(used, importances)
             result: Result | None = None
             if job.store:
                 solved = _titled(job.checkpoint(), recipe)
-                # finishing.finish(source, solved, calibration, level, folder, progress) -> Checkpoint goes here
+                if finishing.asked(finish) and used is not None:
+                    solved, told = finishing.finish(source, solved, used, finish, job.store, report)
+                    notes += told
                 written = write(containers.by_name(recipe.container), out, solved, report)
                 result = Result(out, recipe.container, recipe.name, used.description if used else None, _size(out),
                                 written.nbytes * 8 / written.parameters, time.monotonic() - began,

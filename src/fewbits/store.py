@@ -68,6 +68,13 @@ class Store:
         with safe_open(self._file(name), "pt") as file:
             return json.loads(file.metadata()["record"])
 
+    def write(self, name: str, data: bytes) -> None:
+        """Keep anything under a name of its own."""
+        self._write(self._file(name), data)
+
+    def read(self, name: str) -> bytes | None:
+        return self._file(name).read_bytes() if self.has(name) else None
+
     @property
     def log_file(self) -> Path:
         return self.folder / "log.jsonl"

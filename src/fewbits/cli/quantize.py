@@ -22,6 +22,8 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Which sequences are taken.")] = 0,
     imatrix: Annotated[Path | None, typer.Option(help="An importance matrix, to weigh a search by.")] = None,
     transform: Annotated[str | None, typer.Option(help="awq: scale channels before anything is rounded.")] = None,
+    finish: Annotated[str, typer.Option(
+        help="Tune scales and norms towards the original's logits: off, quick (100 steps) or thorough (400).")] = "off",
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=CODEC, may be repeated.")] = None,
     container: Annotated[str | None, typer.Option(help="Another layout than the recipe's own.")] = None,
     keep_nonfinite: Annotated[bool, typer.Option(help="Leave tensors with NaN or infinities unquantized.")] = False,
@@ -35,7 +37,8 @@ def command(
     with progress() as report:
         result = quantize(source(model, allow_pickle), out, to, solver=solver, calibration=calibration,
                           samples=samples, length=length, seed=seed, imatrix=imatrix, transform=transform,
-                          overrides=override, container=container, keep_nonfinite=keep_nonfinite, progress=report)
+                          finish=finish, overrides=override, container=container, keep_nonfinite=keep_nonfinite,
+                          progress=report)
     if json:
         emit(result.to_json())
         return
