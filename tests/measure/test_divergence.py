@@ -15,7 +15,7 @@ from fewbits.measure.divergence import cut, read_text
 
 
 def test_figures_follow_their_definitions(tiny: Path, tmp_path: Path, english: Path) -> None:
-    out = fewbits.quantize(tiny, tmp_path / "q", "int2-g32").path
+    out = fewbits.quantize(tiny, tmp_path / "q", "int2-g32", calibration="none").path
     found = fewbits.evaluate(out, tiny, text=english, chunks=3, context=64)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     quantized = fewbits.load(out)
