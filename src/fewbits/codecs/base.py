@@ -47,6 +47,7 @@ class Codec:
 
     integer_bits: ClassVar[int] = 8  # bits of one code
     linear: ClassVar[tuple[str, ...]] = ()  # float parameters, one a unit, in which values are linear
+    integers: ClassVar[dict[str, tuple[int, int]]] = {}  # the same for integers of sub-blocks: lowest, highest
     family: ClassVar[str] = ""  # which containers take it: "float", "ggml", "int", "table", "int8"
 
     @property

@@ -69,6 +69,7 @@ class IQ4_XS(Blocks):
     integer_bits: ClassVar[int] = 4
     block_bytes: ClassVar[int] = 136
     subs: ClassVar[int] = 8
+    integers: ClassVar[dict[str, tuple[int, int]]] = {"scales": (-32, 31)}
 
     @property
     def name(self) -> str:

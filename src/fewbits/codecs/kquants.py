@@ -41,6 +41,7 @@ class WithMinimum(_K):
     subs: ClassVar[int] = 8
     scale_bits: ClassVar[int] = 6
     linear: ClassVar[tuple[str, ...]] = ("d", "dmin")
+    integers: ClassVar[dict[str, tuple[int, int]]] = {"scales": (0, 63), "mins": (0, 63)}
 
     @property
     def block_bytes(self) -> int:
@@ -80,6 +81,7 @@ class Q2_K(WithMinimum):
     bits: int = 2
     subs: ClassVar[int] = 16
     scale_bits: ClassVar[int] = 4
+    integers: ClassVar[dict[str, tuple[int, int]]] = {"scales": (0, 15), "mins": (0, 15)}
 
     @property
     def block_bytes(self) -> int:
@@ -123,6 +125,7 @@ class Symmetric(_K):
 class Q3_K(Symmetric):
     bits: int = 3
     scale_bits: ClassVar[int] = 6
+    integers: ClassVar[dict[str, tuple[int, int]]] = {"scales": (-32, 31)}
 
     @property
     def block_bytes(self) -> int:
@@ -144,6 +147,7 @@ class Q3_K(Symmetric):
 class Q6_K(Symmetric):
     bits: int = 6
     scale_bits: ClassVar[int] = 8
+    integers: ClassVar[dict[str, tuple[int, int]]] = {"scales": (-128, 127)}
 
     @property
     def block_bytes(self) -> int:

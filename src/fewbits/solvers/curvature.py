@@ -9,7 +9,7 @@ from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.statistics import Statistics
 
-DAMPING = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # shares of the geometric mean of the diagonal, tried in turn
+DAMPING = (0.2, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0)  # shares of the geometric mean of the diagonal, tried in turn
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,11 @@ def descend(w: torch.Tensor, codec: Codec, codes: torch.Tensor, params: Params, 
             cut = slice(at, min(at + unit, columns))
             own = {k: p[:, at // unit] for k, p in params.items()}
             pull, local = moment[cut] @ off, moment[cut, cut]
-            own, values[cut] = refit(codec, codes[cut].T.contiguous(), own, values[cut].T, pull, local)
-            off[cut] = w.T[cut] - values[cut]
-            values[cut] = improve(codec, own, values[cut], moment[cut] @ off, local)
+            for fit in (refit, refit_integers):
+                own, found = fit(codec, codes[cut].T.contiguous(), own, values[cut], pull, local)
+                pull.addmm_(local, found - values[cut], alpha=-1)
+                values[cut] = found
+            values[cut] = improve(codec, own, values[cut], pull, local)
             off[cut] = w.T[cut] - values[cut]
             codes[cut] = codec.grid(own, cut.stop - at).encode(values[cut].T.contiguous()).T
             for k, p in own.items():
@@ -61,7 +63,7 @@ def refit(codec: Codec, codes: torch.Tensor, params: Params, values: torch.Tenso
     they are better than the present ones; and the values `[unit, rows]` that they give."""
     basis = codec.basis(codes, params)  # name -> [rows, k, unit]
     if not basis:
-        return params, values.T
+        return params, values
     slopes = torch.cat(list(basis.values()), 1)
     bend = slopes @ local @ slopes.mT  # [rows, n, n]
     gain = slopes @ pull.T.unsqueeze(-1)
@@ -80,3 +82,25 @@ def refit(codec: Codec, codes: torch.Tensor, params: Params, values: torch.Tenso
     falls &= failed == 0
     found = {k: torch.where(falls[:, None], better[k], p) for k, p in params.items()}
     return found, codec.grid(found, codes.shape[1]).decode(codes).T
+
+
+def refit_integers(codec: Codec, codes: torch.Tensor, params: Params, values: torch.Tensor, pull: torch.Tensor,
+                   local: torch.Tensor) -> tuple[Params, torch.Tensor]:
+    """The same for integer parameters of sub-blocks, one after the other."""
+    if not codec.integers:
+        return params, values
+    pull, params = pull.clone(), dict(params)
+    still = {k: torch.zeros_like(params[k]) for k in codec.integers}
+    for name, (low, high) in codec.integers.items():
+        slope = codec.grid(params | still | {name: torch.ones_like(params[name])}, codes.shape[1]).decode(codes)
+        old = params[name].float()
+        best = old.clone()
+        for i, columns in enumerate(torch.arange(codes.shape[1]).split(codes.shape[1] // old.shape[1])):
+            own = slice(int(columns[0]), int(columns[-1]) + 1)
+            part = slope[:, own]
+            bend, gain = ((part @ local[own, own]) * part).sum(1), (part * pull[own].T).sum(1)
+            step = torch.where(bend > 0, gain / bend, 0.0)
+            best[:, i] = (old[:, i] + step).round_().clamp_(low, high)
+            pull.addmm_(local[:, own], (part * (best[:, i] - old[:, i])[:, None]).T, alpha=-1)
+        params[name] = best.to(params[name].dtype)
+    return params, codec.grid(params, codes.shape[1]).decode(codes).T

@@ -16,7 +16,7 @@ from fewbits.solvers.curvature import Curvature
 from fewbits.solvers.descent import BLOCK, descend, refit
 
 ROWS = 512  # of the weight that a worker solves at a time
-SWEEPS = 2  # of coordinate descent afterwards
+SWEEPS = 3  # of coordinate descent afterwards
 
 
 def refuses(codec: Codec, shape: Shape) -> str | None:
@@ -65,7 +65,7 @@ def _rows(w: torch.Tensor, codec: Codec, bent: Curvature, state: Params | None,
         if again:
             found = codec.grid(params, len(unit)).encode(values[place].T.contiguous())
             pull = local @ (wanted - values[place])
-            better, _ = refit(codec, found, params, values[place].T, pull, local)
+            better, _ = refit(codec, found, params, values[place], pull, local)
             if better is not params:
                 others, wrong = _round(x, codec.grid(better, len(unit)), position, own)
                 falls = wrong.square().sum(0) < errors.square().sum(0)
