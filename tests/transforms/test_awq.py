@@ -15,6 +15,7 @@ from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
 from fewbits.recipe import Choice, ModelFacts, get
 from fewbits.sources import Calibration
+from fewbits.store import Store
 from fewbits.transforms import awq
 from fewbits.transforms.scaling import scaled
 from fewbits.transforms.sites import Site, sites
@@ -96,7 +97,7 @@ def test_scales_are_those_of_the_least_change_of_outputs(recipe: str, stories: P
     source, calibration = containers.open(stories), tokens(512)
     seen = inputs_of(stories, calibration)
     choices = {c.name: c for c in choices_of(source, recipe, "nearest")}
-    found = {s.producer: scale for s, scale in awq.scales(source, layer(source, 1), choices, calibration)}
+    found = awq.scales(source, layer(source, 1), choices, calibration.batches)
     assert len(found) >= 2
     for site in layer(source, 1):
         got = found.get(site.producer, torch.ones(source.entries[site.producer].shape[0]))
@@ -118,7 +119,8 @@ def test_less_error_of_outputs(recipe: str, solver: str, stories: Path, all_rows
         return float(((error @ moments[name].moment) * error).sum())
 
     before = after = 0.0
-    for site, scale in awq.scales(source, layer(source, 2), choices, calibration):
+    found = awq.scales(source, layer(source, 2), choices, calibration.batches)
+    for site, scale in ((s, found[s.producer]) for s in layer(source, 2) if s.producer in found):
         changed = scaled(source, [(site, scale)], {})
         names = [c for c in site.consumers if choices[c].solver]
         old = sum(loss(source, c, torch.ones(len(site.rows))) for c in names)
@@ -134,9 +136,9 @@ def test_experts_and_their_router(name: str, tmp_path: Path, monkeypatch: pytest
     source = containers.open(directory(random_model(MODELS[name]), tmp_path / "m"))
     calibration = tokens(VOCAB, 2, 32)
     choices = choices_of(source, "Q4_0", "search")
-    found = awq.scales(source, layer(source, 1), {c.name: c for c in choices}, calibration)
-    assert [site.producer for site, _ in found] == [site.producer for site in layer(source, 1)]
-    after = scaled(source, found, {})
+    found = awq.scales(source, layer(source, 1), {c.name: c for c in choices}, calibration.batches)
+    assert list(found) == [site.producer for site in layer(source, 1)]
+    after = scaled(source, [(site, found[site.producer]) for site in layer(source, 1)], {})
     with torch.no_grad():
         wanted, got = (fewbits.load(c)(calibration.batches[0]["input_ids"]).logits for c in (source, after))
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
@@ -151,3 +153,16 @@ def test_nothing_is_loaded_and_nothing_changes_where_nothing_is_quantized(storie
 def test_an_unknown_transform(stories: Path) -> None:
     with pytest.raises(FewbitsError, match="unknown transform 'smooth'"):
         transforms.apply("smooth", containers.open(stories), [], tokens(512))
+
+
+def test_scales_are_kept_for_a_run_that_resumes(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, calibration = containers.open(stories), tokens(512, 2, 32)
+    choices = [c for c in choices_of(source, "Q4_0", "nearest") if ".0." in c.name]
+    store = Store(tmp_path / "work", {})
+    first = transforms.apply("awq", source, choices, calibration, store=store)
+    monkeypatch.setitem(transforms.TRANSFORMS, "awq", lambda *_: pytest.fail("looked for again"))
+    again = transforms.apply("awq", source, choices, calibration, store=store)
+    changed = [n for n, e in first.entries.items() if e is not source.entries[n]]
+    assert changed
+    for name, entry in first.entries.items():
+        assert torch.equal(entry.load().dequantize(), again.entries[name].load().dequantize())

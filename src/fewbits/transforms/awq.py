@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from fewbits.calibrate import Walk
+from fewbits.calibrate import Batches, Walk
 from fewbits.checkpoint import Checkpoint
 from fewbits.codecs.base import Codec
 from fewbits.containers.base import Progress
 from fewbits.lazy import torch
 from fewbits.recipe import Choice
 from fewbits.solvers import solve
-from fewbits.sources import Calibration
 from fewbits.statistics import Experts, Found, Statistics
 from fewbits.transforms.sites import Site
 
@@ -27,12 +26,14 @@ ROWS = 128  # of a site's weights that scales are chosen on, spread evenly over 
 LEAST_GAIN = 0.03  # less than this on a sample of rows may be nothing on all of them
 
 
-def scales(source: Checkpoint, sites: list[Site], choices: Mapping[str, Choice], calibration: Calibration,
-           progress: Progress | None = None,
-           combine: Callable[[Found], None] | None = None) -> list[tuple[Site, torch.Tensor]]:
-    """The scale `[out of the producer]` of every site where scaling lowers the loss on the calibration text."""
-    found: list[tuple[Site, torch.Tensor]] = []
-    walk = Walk(source, calibration.batches, combine=combine)
+def scales(source: Checkpoint, sites: list[Site], choices: Mapping[str, Choice], batches: Batches,
+           progress: Progress | None = None, combine: Callable[[Found], None] | None = None) -> dict[str, torch.Tensor]:
+    """Producer -> its scale `[out]`, of every site where scaling lowers the loss on the calibration batches.
+
+    `combine` is that of the walk.
+    """
+    found: dict[str, torch.Tensor] = {}
+    walk = Walk(source, batches, combine=combine)
     for block in walk:
         here = [s for s in sites if s.consumers[0].startswith(block.prefix)
                 and any(c in choices and choices[c].solver for c in s.consumers)]
@@ -41,7 +42,7 @@ def scales(source: Checkpoint, sites: list[Site], choices: Mapping[str, Choice],
             scale = _best(list(_weights(site, source, choices, statistics)), site.rows,
                           source.entries[site.producer].shape[0])
             if scale is not None:
-                found.append((site, scale))
+                found[site.producer] = scale
         if progress:
             progress("scaling", block.index + 1, len(walk))
     return found
