@@ -12,7 +12,7 @@ from fewbits.codecs import ternary
 from fewbits.codecs.base import Codec, Params, decode_units, encode_units
 from fewbits.errors import FewbitsError
 from fewbits.solvers import loss, refuses, solve
-from fewbits.solvers.curvature import DAMPING, curvature, inverse_factor, unit_order
+from fewbits.solvers.curvature import CORRECTION, DAMPING, curvature, inverse_factor, unit_order
 from fewbits.solvers.gptq import gptq
 from fewbits.statistics import Experts, Statistics
 from tests.codecs.registry import ALL
@@ -129,6 +129,29 @@ def test_bits_and_groups(bits: int, group: str) -> None:
     codec = codecs.get(f"int{bits}-{group}-asym")
     q = solve(w, codec, "gptq", statistics)
     assert loss(w, q, statistics) < loss(w, solve(w, codec, "search", statistics), statistics)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_drift_is_corrected(act_order: bool) -> None:
+    """The target for inputs x that have come off x0 is the best weight for E|W x0 - Q x|^2, in part."""
+    w, _ = correlated(6, 48)
+    draw = torch.Generator().manual_seed(9)
+    x0 = torch.randn(4000, 48, generator=draw) @ torch.randn(48, 48, generator=draw)
+    x = 0.8 * x0 + 0.3 * torch.randn(4000, 48, generator=draw)
+    statistics = Statistics.zeros(48, drift=True)
+    statistics.add(x, x0)
+    bent = curvature(statistics, 16, act_order)
+    order = torch.arange(48) if bent.columns is None else bent.columns
+    moment = damped(statistics)
+    ideal = w.double() @ (moment + statistics.drift.double()) @ torch.linalg.inv(moment)
+    meant = (1 - CORRECTION) * w.double() + CORRECTION * ideal
+    torch.testing.assert_close(bent.target(w).double(), meant[:, order], rtol=1e-3, atol=1e-3)
+
+    def off(solver_statistics: Statistics) -> float:
+        q = solve(w, codecs.get("int4-g16"), "gptq-act-order" if act_order else "gptq", solver_statistics).dequantize()
+        return float((x0 @ w.T - x @ q.T).square().mean())
+
+    assert off(statistics) < 0.9 * off(Statistics(statistics.moment, 4000))
 
 
 def obq(w: torch.Tensor, moment: torch.Tensor, levels: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:

@@ -80,7 +80,7 @@ def _with_moments(w: torch.Tensor, codec: Codec, shape: Shape, statistics: Stati
     if len(statistics.moment) != w.shape[1]:
         raise FewbitsError(f"statistics of {len(statistics.moment)} inputs for a weight of {w.shape[1]} columns")
     bent = curvature(statistics, codec.unit(w.shape[1]), act_order)
-    w = bent.corrected(w.float())
+    w = bent.target(w.float())
     q = QTensor.pack(codec, shape, *gptq(w, codec, bent, codec.begin(w, bent.importance)))
     return replace(q, order=bent.columns)
 

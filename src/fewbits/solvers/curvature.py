@@ -10,6 +10,7 @@ from fewbits.lazy import torch
 from fewbits.statistics import Statistics
 
 DAMPING = (0.2, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0)  # shares of the geometric mean of the diagonal, tried in turn
+CORRECTION = 0.5  # how much of the drift is made good: all of it fits the text it was measured on too closely
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,12 @@ class Curvature:
     units: list[torch.Tensor]  # of each of `order`: its part of H once later units have corrected, natural order
     importance: torch.Tensor  # [in], of an error once all later columns have corrected it
     columns: torch.Tensor | None  # in act-order all these are of w[:, columns]
+    shift: torch.Tensor | None  # [in, in], by which weights make good for what their inputs have lost
 
-    def corrected(self, w: torch.Tensor) -> torch.Tensor:
-        return w if self.columns is None else w[:, self.columns]
+    def target(self, w: torch.Tensor) -> torch.Tensor:
+        """What the codes are to come near to: `w` `[rows, in]` in order of the columns, corrected for drift."""
+        w = w if self.columns is None else w[:, self.columns]
+        return w if self.shift is None else w + w @ self.shift
 
 
 _known: WeakKeyDictionary[Statistics, dict[tuple[int, bool], Curvature]] = WeakKeyDictionary()
@@ -36,13 +40,14 @@ def curvature(statistics: Statistics, unit: int, act_order: bool = False) -> Cur
     known = _known.setdefault(statistics, {})
     if (unit, act_order) not in known:
         columns = statistics.diagonal.argsort(descending=True, stable=True) if act_order else None
-        known[unit, act_order] = _curvature(statistics.moment, unit, columns)
+        known[unit, act_order] = _curvature(statistics.moment, statistics.drift, unit, columns)
     return known[unit, act_order]
 
 
-def _curvature(moment: torch.Tensor, unit: int, columns: torch.Tensor | None) -> Curvature:
+def _curvature(moment: torch.Tensor, drift: torch.Tensor | None, unit: int, columns: torch.Tensor | None) -> Curvature:
     if columns is not None:
         moment = moment[columns][:, columns]
+        drift = None if drift is None else drift[columns][:, columns]
     order = unit_order(moment.diagonal(), unit)
     permutation = torch.cat(order)
     damped, upper = inverse_factor(moment[permutation][:, permutation])
@@ -52,7 +57,8 @@ def _curvature(moment: torch.Tensor, unit: int, columns: torch.Tensor | None) ->
         natural = part.argsort()
         units.append(torch.cholesky_inverse(own, upper=True)[natural][:, natural])
     back = permutation.argsort()
-    return Curvature(damped[back][:, back], order, upper, units, upper.diagonal().pow(-2)[back], columns)
+    shift = None if drift is None else CORRECTION * (drift[:, permutation] @ upper.T @ upper)[:, back]
+    return Curvature(damped[back][:, back], order, upper, units, upper.diagonal().pow(-2)[back], columns, shift)
 
 
 def unit_order(importance: torch.Tensor, unit: int) -> list[torch.Tensor]:
