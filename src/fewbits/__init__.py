@@ -10,6 +10,7 @@ from fewbits.errors import FewbitsError
 if TYPE_CHECKING:
     from fewbits.converting import convert
     from fewbits.explaining import explain
+    from fewbits.finishing.files import finish
     from fewbits.inspection import inspect
     from fewbits.loading import load
     from fewbits.measure import evaluate
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from fewbits.verifying import verify
 
 __version__ = "0.1.0"
-__all__ = ["FewbitsError", "convert", "evaluate", "explain", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = ["FewbitsError", "convert", "evaluate", "explain", "finish", "inspect", "load", "plan", "quantize", "verify"]
 
 _HOMES = {"convert": "fewbits.converting", "evaluate": "fewbits.measure", "explain": "fewbits.explaining",
-          "inspect": "fewbits.inspection", "load": "fewbits.loading", "plan": "fewbits.planning",
-          "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
+          "finish": "fewbits.finishing.files", "inspect": "fewbits.inspection", "load": "fewbits.loading",
+          "plan": "fewbits.planning", "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
 
 
 def __getattr__(name: str) -> Any:

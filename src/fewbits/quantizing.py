@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fewbits import __version__, containers, distributed, finishing, hub, solvers, sources
+from fewbits import __version__, containers, distributed, finishing, hub, solvers, sources, transforms
 from fewbits import imatrix as matrices
 from fewbits.checkpoint import Checkpoint
+from fewbits.codecs.affine import IntK
 from fewbits.containers import experts
 from fewbits.containers.base import Progress, check_output, check_space, write
 from fewbits.errors import FewbitsError
@@ -69,9 +70,9 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
 
     With `calibration` (see `sources.calibration`: `samples` sequences of `length` tokens), the solver is GPTQ unless
     named; without, a search of the parameters of least squared error, weighted by `imatrix` where that is given.
-    Recipes for GPTQ, AWQ and compressed-tensors directories of integers calibrate on the model's own text, unless a
-    solver or an importance matrix is named, or `calibration` is "none". `finish` (off, quick, thorough) then tunes
-    scales and norms towards the original model's logits, on the calibration text or, without, on the model's own.
+    Recipes for GPTQ, AWQ and compressed-tensors directories of fewer than 8 bits calibrate on the model's own text,
+    unless a solver or an importance matrix is named, or `calibration` is "none". `finish` (off, quick, thorough) then
+    tunes scales and norms towards the original model's logits, on the calibration text or, without, on the model's own.
 
     Under torchrun the work is shared between the ranks. A killed run resumes when called again. What became of each
     tensor goes to `OUT.quantization.json`, and what happened when to `OUT.log.jsonl`.
@@ -95,13 +96,19 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
             spec, by_default = "self", False
 
         choices, notes = _choices(source, recipe, overrides, solver, spec is not None, bool(matrix))
+        if transform is not None:
+            transforms.check(transform, source)
+            if spec is None:
+                raise FewbitsError(f"transform {transform} needs calibration text", "give one with --calibration")
+            by_default = False  # it was asked for: no text is an error
         if ranks.leads:
             check_space(out.parent, 2 * _goal(source, choices).nbytes)
         used = None
         if spec is not None:
             take = partial(sources.calibration, spec, source, samples=samples, length=length, seed=seed,
                            progress=report)
-            used, reason = ranks.broadcast(_calibration(take, by_default) if ranks.leads else (None, ""))
+            gives_way = by_default and transform is None
+            used, reason = ranks.broadcast(_calibration(take, gives_way) if ranks.leads else (None, ""))
             if used is None:
                 choices, notes = _choices(source, recipe, overrides, solver, False, False)
                 notes.append(f"searched, not calibrated on the model's own text: {reason}")
@@ -113,39 +120,35 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
             absent = [c.name for c in choices if c.solver and c.name not in importances]
             notes += [f"{some(absent)}: not in the importance matrix, searched without weights"] if absent else []
         notes += _again(source, choices)
-        if transform is not None:
-            from fewbits import transforms
-
-            if used is None:
-                raise FewbitsError(f"transform {transform} needs calibration text", "give one with --calibration")
-            source = transforms.apply(transform, source, choices, used, report)
-        source = _apart(source, choices)
 
         folder = out.with_name(f".{out.name}.work")
         stamp = {"source": _identity(source), "choices": [[c.name, c.codec.name, c.solver] for c in choices],
                  "calibration": used.digest() if used else None, "imatrix": _digest(matrix) if matrix else None,
                  "transform": transform, "finish": finish, "version": __version__}
         with resumable(folder):
-            job = Job(source, choices, Store(folder, stamp) if ranks.leads else None, ranks, keep_nonfinite, report)
+            store = Store(folder, stamp) if ranks.leads else None
+            if transform is not None and used is not None:
+                source = transforms.apply(transform, source, choices, used, report, ranks, store)
+            job = Job(_apart(source, choices), choices, store, ranks, keep_nonfinite, report)
             job.solve(used, importances)
             result: Result | None = None
-            if job.store:
+            if store:
                 solved = _titled(job.checkpoint(), recipe)
                 if finishing.asked(finish) and used is not None:
-                    solved, told = finishing.finish(source, solved, used, finish, job.store, report)
+                    solved, told = finishing.tune(source, solved, used, finish, store, report)
                     notes += told
                 written = write(containers.by_name(recipe.container), out, solved, report)
                 result = Result(out, recipe.container, recipe.name, used.description if used else None, _size(out),
                                 written.nbytes * 8 / written.parameters, time.monotonic() - began,
                                 _rows(written, job), notes + job.notes())
-                _conclude(result, job.store)
+                _conclude(result, store)
         result = ranks.broadcast(result)
         assert result is not None
         return result
 
 
 def _is_calibrated(recipe: Recipe) -> bool:
-    return recipe.codec is not None and recipe.codec.family == "int" and recipe.container in CALIBRATED
+    return isinstance(recipe.codec, IntK) and recipe.codec.bits < 8 and recipe.container in CALIBRATED
 
 
 def _choices(source: Checkpoint, recipe: Recipe, overrides: Overrides, solver: str | None, calibrated: bool,
@@ -190,12 +193,12 @@ def _solvable(choices: list[Choice]) -> tuple[list[Choice], list[str]]:
         f"{some(names)}: {why}" for why, names in refused.items()]
 
 
-def _calibration(take: Callable[[], Calibration], by_default: bool) -> tuple[Calibration | None, str]:
-    """The calibration; where nobody asked for it, perhaps none, and why."""
+def _calibration(take: Callable[[], Calibration], gives_way: bool) -> tuple[Calibration | None, str]:
+    """The calibration; where nobody asked for one it may be none, and why."""
     try:
         return take(), ""
     except FewbitsError as error:
-        if not by_default:
+        if not gives_way:
             raise
         return None, str(error)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import fewbits
 from fewbits import containers, finishing
@@ -96,3 +97,28 @@ def test_bad_levels_and_too_little_text(tiny: Path, english: Path, tmp_path: Pat
         quantize(tiny, tmp_path / "a", english, finish="slow")
     with pytest.raises(FewbitsError, match="cannot be held out"):
         quantize(tiny, tmp_path / "a", english, samples=1)
+
+
+# files that are there already -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["a.gguf", "a"])
+def test_a_file_is_finished_as_it_would_have_been(name: str, tiny: Path, english: Path, tmp_path: Path) -> None:
+    recipe = "Q4_0" if name.endswith("gguf") else "int3-g32"
+    at_once = quantize(tiny, tmp_path / ("once-" + name), english, recipe).path
+    plain = quantize(tiny, tmp_path / ("plain-" + name), english, recipe, finish="off").path
+    found = fewbits.finish(plain, tmp_path / ("later-" + name), tiny, calibration=english, **OPTIONS)
+    assert found.notes[-1].startswith("finished (quick")
+    for n, entry in containers.open(found.path).entries.items():
+        assert torch.equal(entry.load().dequantize(), containers.open(at_once).entries[n].load().dequantize()), n
+
+
+def test_files_that_cannot_be_finished(tiny: Path, english: Path, tmp_path: Path) -> None:
+    with pytest.raises(FewbitsError, match="nothing in it can be tuned: F16, F32"):
+        plain = fewbits.quantize(tiny, tmp_path / "f16.gguf", "f16", container="gguf").path
+        fewbits.finish(plain, tmp_path / "out", tiny, calibration=english, **OPTIONS)
+    other = tmp_path / "other"
+    shape = transformers.AutoConfig.from_pretrained(tiny)
+    shape.intermediate_size = 96
+    transformers.LlamaForCausalLM(shape).save_pretrained(other)
+    plain = quantize(tiny, tmp_path / "a", english, finish="off").path
+    with pytest.raises(FewbitsError, match=r"is no quantization of .*mlp.*there: \[96, 96\], not \[96, 172\]"):
+        fewbits.finish(plain, tmp_path / "b", other, calibration=english, **OPTIONS)

@@ -6,12 +6,13 @@ import sys
 
 import typer
 
-from fewbits.cli import chat, convert, evaluate, explain, imatrix, info, plan, quantize, run, verify
+from fewbits.cli import chat, convert, evaluate, explain, finish, imatrix, info, plan, quantize, run, verify
 from fewbits.errors import FewbitsError
 
 app = typer.Typer(name="fewbits", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Put any language model into few bits: quantize, run, measure.")
 app.command("quantize")(quantize.command)
+app.command("finish")(finish.command)
 app.command("convert")(convert.command)
 app.command("imatrix")(imatrix.command)
 app.command("info")(info.command)

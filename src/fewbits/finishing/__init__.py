@@ -44,8 +44,8 @@ def asked(level: str) -> bool:
     return level != "off"
 
 
-def finish(source: Checkpoint, solved: Checkpoint, calibration: Calibration, level: str, store: Store,
-           progress: Progress | None = None, seed: int = 0) -> tuple[Checkpoint, list[str]]:
+def tune(source: Checkpoint, solved: Checkpoint, calibration: Calibration, level: str, store: Store,
+         progress: Progress | None = None, seed: int = 0) -> tuple[Checkpoint, list[str]]:
     """`solved`, a quantized `source`, with its float parameters tuned on `calibration`; and what to say of it.
 
     A killed run goes on where it stopped when called again with the same store.
