@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,47 @@ def test_quantizing_twice_says_so(tiny: Path, tmp_path: Path) -> None:
     assert any("quantized before (Q8_0)" in n for n in result.notes)
 
 
+# what nobody has to decide ------------------------------------------------------------------------------------------
+def solvers_of(result: Any) -> set[str]:
+    return {t["solver"] for t in result.tensors if t["solver"]}
+
+
+def test_integer_layouts_calibrate_on_the_models_own_text(tiny: Path, tmp_path: Path) -> None:
+    result = fewbits.quantize(tiny, tmp_path / "out", "int4-g32", samples=2, length=32)
+    assert solvers_of(result) == {"gptq"} and result.calibration and result.calibration.startswith("self")
+    assert f"calibrated on {result.calibration}" in result.notes
+
+
+@pytest.mark.parametrize("to, options", [
+    ("int4-g32", {"solver": "search"}), ("int4-g32", {"calibration": "none"}), ("int8-g32", {}), ("nf4", {}),
+    ("int4-g32", {"container": "fewbits"}), ("Q4_0", {})])
+def test_nothing_else_is_calibrated_unasked(to: str, options: dict[str, str], tiny: Path, tmp_path: Path) -> None:
+    result = fewbits.quantize(tiny, tmp_path / RECIPES.get(to, "a"), to, **options)
+    assert solvers_of(result) == {"search"} and result.calibration is None
+
+
+def test_without_a_tokenizer_the_default_gives_way_and_says_so(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny / name, model)
+    result = fewbits.quantize(model, tmp_path / "out", "int4-g32", samples=2, length=32)
+    assert solvers_of(result) == {"search"} and result.calibration is None
+    assert any(n.startswith("searched, not calibrated on the model's own text: ") for n in result.notes)
+    with pytest.raises(FewbitsError, match="no tokenizer"):
+        fewbits.quantize(model, tmp_path / "asked", "int4-g32", calibration="self")
+
+
+@pytest.mark.parametrize("to, options, said", [
+    ("Q4_0", {}, True), ("Q8_0", {}, False), ("Q4_0", {"solver": "search"}, False),
+    ("Q4_0", {"calibration": "none"}, False), ("nf4", {}, False)])
+def test_what_calibration_would_add_is_said_where_it_adds(to: str, options: dict[str, str], said: bool, tiny: Path,
+                                                          tmp_path: Path) -> None:
+    """Blocks of nf4 cross the rows of this model: nothing is gained there."""
+    result = fewbits.quantize(tiny, tmp_path / "a.gguf" if to[0] == "Q" else tmp_path / "a", to, **options)
+    assert said == any("--calibration self" in note for note in result.notes)
+
+
 # bad input ----------------------------------------------------------------------------------------------------------
 def broken(tiny: Path, to: Path, value: float) -> Path:
     shutil.copytree(tiny, to)
@@ -186,8 +228,28 @@ def test_too_little_calibration_text(tiny: Path, tmp_path: Path) -> None:
     short.write_text("Hello.")
     with pytest.raises(FewbitsError, match="6 tokens of text, one sequence needs"):
         fewbits.quantize(tiny, tmp_path / "out", "int4-g32", calibration=short)
-    with pytest.raises(FewbitsError, match="needs calibration text"):
-        fewbits.quantize(tiny, tmp_path / "out", "int4-g32", solver="gptq")
+    for solver in ("gptq", "gptq-act-order"):
+        with pytest.raises(FewbitsError, match=f"{solver} needs calibration text"):
+            fewbits.quantize(tiny, tmp_path / "out", "int4-g32", solver=solver)
+    with pytest.raises(FewbitsError, match="transform awq needs calibration text"):
+        fewbits.quantize(tiny, tmp_path / "out", "nf4", transform="awq")
+
+
+@pytest.mark.parametrize("to, container", [("int4-g32", "awq"), ("int4-g32", "compressed-tensors"), ("Q4_0", "gguf")])
+def test_only_some_containers_take_columns_in_another_order(to: str, container: str, tiny: Path, tmp_path: Path,
+                                                            english: Path) -> None:
+    with pytest.raises(FewbitsError, match=f"{container} cannot hold .*_proj.weight by gptq-act-order") as caught:
+        fewbits.quantize(tiny, tmp_path / "out.gguf", to, container=container, solver="gptq-act-order",
+                         calibration=english)
+    assert "--container gptq" in (caught.value.hint or "") and not list(tmp_path.iterdir())
+
+
+def test_act_order_goes_through_the_store_to_the_file(tiny: Path, tmp_path: Path, english: Path) -> None:
+    options = {"solver": "gptq-act-order", "calibration": english, "samples": 4, "length": 64}
+    out = fewbits.quantize(tiny, tmp_path / "out", "int4-g32", **options).path
+    entries = containers.open(out).entries
+    order = entries["model.layers.1.self_attn.q_proj.weight"].load().order
+    assert order is not None and sorted(order.tolist()) == list(range(96)) and order.tolist() != list(range(96))
 
 
 def test_a_file_that_reads_back_differently_is_not_kept(tiny: Path, tmp_path: Path,
