@@ -15,7 +15,7 @@ from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.statistics import Experts, Found, Statistics
 
-__all__ = ["Batches", "Block", "Experts", "Group", "Statistics", "Walk", "sample_tokens"]
+__all__ = ["Batches", "Block", "Experts", "Group", "Statistics", "Walk"]
 
 Batches = list[dict[str, "torch.Tensor"]]  # keyword arguments of the model, one batch each
 
@@ -26,6 +26,12 @@ class Stream:
 
     inputs: list[torch.Tensor]  # of the next block
     arguments: list[list[dict[str, Any]]]  # of every block: what it is called with beside them
+    tupled: bool = False  # blocks put out a tuple, whose first part goes on
+    at: torch.Tensor | None = None  # while arguments are recorded: what the last block handed on
+
+    def wrap(self, x: torch.Tensor) -> Any:
+        """`x` as a block puts it out."""
+        return (x,) if self.tupled else x
 
 
 class Walk:
@@ -39,13 +45,11 @@ class Walk:
     sees the groups before it quantized. `combine` gets all statistics as they were collected, before they are used.
     """
 
-    def __init__(self, checkpoint: Checkpoint, batches: Batches | torch.Tensor, drift: bool = False,
+    def __init__(self, checkpoint: Checkpoint, batches: Batches, drift: bool = False,
                  sequential: bool = True, combine: Callable[[Found], None] | None = None):
         from fewbits.runtime.build import block_lists, empty_model
         from fewbits.runtime.places import Places
 
-        if not isinstance(batches, list):  # tokens [samples, length]
-            batches = [{"input_ids": row[None]} for row in batches]
         self.checkpoint, self.batches = checkpoint, batches
         self.drift, self.sequential, self.combine = drift, sequential, combine
         self.thin: dict[str, tuple[int, int]] = {}  # layer -> experts that saw few tokens, experts
@@ -56,7 +60,7 @@ class Walk:
         self._load(self._names_outside())
         if len(self.lists) > 1:
             self.lists = self._in_order()
-        self._ends: list[list[list[torch.Tensor]]] = []  # what each list walked puts out, a stream each
+        self._ends: list[list[Stream]] = []  # what each list walked puts out
 
     def __len__(self) -> int:
         return sum(len(modules) for _, modules in self.lists)
@@ -94,7 +98,7 @@ class Walk:
                     stream.arguments[i] = []
                 module.to("meta")
                 index += 1
-            self._ends.append([s.inputs for s in streams])
+            self._ends.append(streams)
 
     def mask(self, prefix: str, number: int) -> torch.Tensor | None:
         """Which tokens of a batch are no padding `[batch * length]`, in the block of that prefix; None if all are."""
@@ -122,42 +126,64 @@ class Walk:
         """The lists that the first batch runs through, in the order it does; weights of the others are loaded."""
         seen: list[torch.nn.ModuleList] = []
 
-        def first(modules: torch.nn.ModuleList) -> Any:
-            def forward(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        def first(modules: torch.nn.ModuleList, tupled: bool) -> Any:
+            def forward(x: torch.Tensor, *_: Any, **__: Any) -> Any:
                 if modules not in seen:
                     seen.append(modules)
-                return x
+                return (x,) if tupled else x
             return forward
 
-        self._run(self.batches[0], {m: first(modules) for _, modules in self.lists for m in modules})
+        for tupled in (False, True):
+            try:
+                self._run(self.batches[0], {m: first(modules, tupled) for _, modules in self.lists for m in modules})
+                break
+            except FewbitsError:
+                if tupled:
+                    raise
         for _, modules in self.lists:
             if modules not in seen:
                 self._load([n for m in modules for n in self._names[m]])
         return sorted((pair for pair in self.lists if pair[1] in seen), key=lambda pair: seen.index(pair[1]))
 
     def _enter(self, at: int, which: int) -> Stream:
-        """Runs the model up to the list `at`, the lists before it giving what they put out."""
-        modules = self.lists[at][1]
-        stream = Stream([], [[] for _ in modules])
-        for number, batch in enumerate(self.batches):
-            forwards: dict[torch.nn.Module, Any] = {}
-            for (_, before), ends in zip(self.lists, self._ends, strict=False):
-                end = ends[which][number]
-                forwards |= {m: lambda *_, end=end, **__: end for m in before}
-            recorders = {m: self._recorder(stream, number, i, m) for i, m in enumerate(modules)}
-            self._run(batch, forwards | recorders)
-            if not all(len(a) == number + 1 for a in stream.arguments):
-                raise FewbitsError(f"{type(self.model).__name__} runs not all of its blocks in their order",
-                                   "use --solver search")
-        return stream
+        """What the blocks of the list `at` are called with; those of lists before it put out what they did in the walk.
+
+        Raises:
+            FewbitsError: what runs between two blocks is more than handing on what the first put out.
+        """
+        for tupled in (False, True):
+            stream = Stream([], [[] for _ in self.lists[at][1]], tupled)
+            try:
+                for number, batch in enumerate(self.batches):
+                    self._record(stream, at, which, number, batch)
+            except FewbitsError:
+                if tupled or number:
+                    raise
+            else:
+                return stream
+        raise AssertionError
+
+    def _record(self, stream: Stream, at: int, which: int, number: int, batch: dict[str, torch.Tensor]) -> None:
+        """Runs the model on one batch, to the end on the first, else up to the last block of the list `at`."""
+        forwards: dict[torch.nn.Module, Any] = {}
+        for (_, modules), ends in zip(self.lists, self._ends, strict=False):
+            end = ends[which].wrap(ends[which].inputs[number])
+            forwards |= {m: lambda *_, end=end, **__: end for m in modules}
+        for _, modules in self.lists[at:]:
+            forwards |= {m: lambda x, *_, **__: stream.wrap(x) for m in modules}
+        stream.at = None
+        forwards |= {m: self._recorder(stream, number, i, m) for i, m in enumerate(self.lists[at][1])}
+        self._run(batch, forwards)
+        if not all(len(a) == number + 1 for a in stream.arguments):
+            raise FewbitsError(f"{type(self.model).__name__} does not run all of its blocks", "use --solver search")
 
     def _recorder(self, stream: Stream, number: int, index: int, module: torch.nn.Module) -> Any:
         positions = [p.name for p in signature(module.forward).parameters.values()
                      if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
         arguments = stream.arguments[index]
 
-        def forward(x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-            if len(rest) > len(positions) or len(arguments) != number:
+        def forward(x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+            if len(rest) > len(positions) or len(arguments) != number or (index and x is not stream.at):
                 raise FewbitsError(f"{type(module).__name__} {index} is called in a way that the walk doesn't know",
                                    "use --solver search")
             if index == 0:
@@ -165,9 +191,10 @@ class Walk:
             named |= zip(positions, rest, strict=False)
             named.pop("past_key_values", None)
             arguments.append({**named, "use_cache": False} if "use_cache" in named else named)
-            if index == len(stream.arguments) - 1:
+            if number and index == len(stream.arguments) - 1:
                 raise Done
-            return x
+            stream.at = x
+            return stream.wrap(x)
 
         return forward
 
@@ -185,23 +212,9 @@ class Walk:
             try:
                 with torch.no_grad(), suppress(Done):
                     self.model(**more | batch)
-            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            except FewbitsError:
+                raise
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in batch.items())
                 raise FewbitsError(f"{type(self.model).__name__} does not run block by block on {shapes}: {error}",
                                    "use --solver search") from error
-
-
-def sample_tokens(tokens: list[int], samples: int, length: int, bos: int | None, source: str) -> torch.Tensor:
-    """`[samples, length]` windows spread evenly over `tokens`, each beginning with `bos` where the model wants one.
-
-    Raises:
-        FewbitsError: fewer than `length` tokens.
-    """
-    body = length - (bos is not None)
-    windows = len(tokens) // body
-    if not windows:
-        raise FewbitsError(f"{source}: {len(tokens)} tokens of text, one sequence needs {body}", "give more text")
-    take = min(samples, windows)
-    starts = [i * windows // take * body for i in range(take)]
-    rows = [([bos] if bos is not None else []) + tokens[s:s + body] for s in starts]
-    return torch.tensor(rows, dtype=torch.long)
