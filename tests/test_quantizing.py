@@ -88,7 +88,7 @@ def test_walk_equals_the_model(family: str, tmp_path: Path) -> None:
                          max_position_embeddings=64, **more)).eval()
     whole.save_pretrained(tmp_path / "m")
     tokens = torch.randint(0, 90, (2, 24))
-    walk = Walk(containers.open(tmp_path / "m"), tokens)
+    walk = Walk(containers.open(tmp_path / "m"), [{"input_ids": row[None]} for row in tokens])
     counts = [len(block.statistics()) for block in walk]
     assert counts == [4, 4] if family == "gpt_neox" else [7, 7]
     last = [m for m in whole.base_model.children() if "Norm" in type(m).__name__][-1]
