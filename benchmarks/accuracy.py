@@ -7,9 +7,9 @@ perplexity, bytes, seconds. Figures beside a peer are ratios, ours divided by th
     python benchmarks/accuracy.py --part all --quick        # every part, tried in minutes on very little
     python benchmarks/accuracy.py --forget gptq quick       # after a change: these are made anew
 
-Parts: baselines (the peers alone), gptq (beside gptqmodel), groups (what group size and act-order cost), gguf (beside llama.cpp), shares (of fit,
-feedback, finishing), nf4, self, texts (other kinds of text), tasks, llama-kl (KL inside llama.cpp and transformers),
-time (beside gptqmodel, in turn), big (1.1 B), resume (killed and run again).
+Parts: baselines (the peers alone), gptq (beside gptqmodel), groups (what group size and act-order cost), gguf (beside
+llama.cpp), shares (of fit, feedback, finishing), nf4, self, texts (other kinds of text), tasks, llama-kl (KL inside
+llama.cpp and transformers), time (beside gptqmodel, in turn), big (1.1 B), resume (killed and run again).
 """
 
 from __future__ import annotations
@@ -279,9 +279,9 @@ def part_resume(r: Report) -> None:
 
 
 PARTS: dict[str, Callable[[Report], None]] = {
-    "baselines": part_baselines, "gptq": part_gptq, "groups": part_groups, "gguf": part_gguf, "shares": part_shares, "nf4": part_nf4,
-    "self": part_self, "texts": part_texts, "tasks": part_tasks, "llama-kl": part_llama_kl, "time": part_time,
-    "big": part_big, "resume": part_resume}
+    "baselines": part_baselines, "gptq": part_gptq, "groups": part_groups, "gguf": part_gguf, "shares": part_shares,
+    "nf4": part_nf4, "self": part_self, "texts": part_texts, "tasks": part_tasks, "llama-kl": part_llama_kl,
+    "time": part_time, "big": part_big, "resume": part_resume}
 
 
 def main() -> None:

@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling the layers takes longer than the few windows
 
 import numpy as np
 import torch

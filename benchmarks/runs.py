@@ -107,8 +107,9 @@ def killed_and_resumed(bench: Bench, model: str, to: str, samples: int) -> Row:
     unbroken = time.monotonic() - began
     work = broken.with_name(f".{broken.name}.work")
     running = _quantize(bench, model, to, broken, samples)
-    while (solved := len(list(work.glob("*.safetensors")))) < 70 and running.poll() is None:  # of 210
-        time.sleep(0.05)
+    matrices = sum(len(e.shape) > 1 for e in containers.open(bench.models / model).entries.values())
+    while (solved := len(list(work.glob("*.safetensors")))) < matrices // 3 and running.poll() is None:
+        time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.communicate()
     if broken.exists():
