@@ -39,6 +39,9 @@ def test_each_tensor_is_searched_by_its_own_importances(suffix: str, made, tmp_p
     result = fewbits.quantize(folder, tmp_path / "q.gguf", "Q4_0", imatrix=file)
     source, got, known = containers.open(folder), containers.open(tmp_path / "q.gguf"), importances(folder, file)
     assert len(known) == 14
+    absent = sorted(r["name"] for r in result.tensors if r["solver"] and r["name"] not in known)
+    assert absent == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert any("2 tensors" in n and "not in the importance matrix" in n for n in result.notes)
     for row in result.tensors:
         entry, w = got.entries[row["name"]], source.entries[row["name"]].load().dequantize()
         if row["solver"] is None:
