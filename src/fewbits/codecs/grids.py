@@ -98,7 +98,7 @@ class UniformGrid(_Folded):
         def rounder(scale: torch.Tensor, inverse: torch.Tensor, shift: torch.Tensor, base: torch.Tensor) -> Rounder:
             def nearest(w: torch.Tensor) -> torch.Tensor:
                 codes = torch.addcmul(shift, w.float(), inverse).round_().clamp_(self.low, self.high)
-                return codes.mul_(scale).add_(base)
+                return torch.addcmul(base, codes, scale)
             return nearest
 
         return self._each(rounder, scale, inverse, self.zero - offset * inverse, offset - self.zero * scale)

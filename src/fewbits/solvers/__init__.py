@@ -6,14 +6,15 @@ params `[rows, units, k]`. It sees only the codec interface.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from fewbits.codecs.base import Codec, Params, Planes, Shape
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
-from fewbits.qtensor import QTensor
+from fewbits.qtensor import CHUNK, QTensor
 from fewbits.solvers.curvature import curvature
 from fewbits.solvers.gptq import gptq
 from fewbits.solvers.gptq import refuses as gptq_refuses
@@ -91,8 +92,33 @@ def _stacked(codec: Codec, shape: Shape, parts: list[QTensor]) -> QTensor:
     return QTensor(codec, shape, planes, torch.stack(orders) if orders else None)
 
 
-def loss(w: torch.Tensor, q: QTensor, statistics: Statistics) -> float:
-    """tr((W - Q) H (W - Q)^T) / tr(W H W^T): the share of the layer's output, in squares, that quantizing changes."""
-    w = w.float()
-    off = w - q.dequantize()
-    return float(((off @ statistics.moment) * off).sum() / ((w @ statistics.moment) * w).sum().clamp(min=1e-30))
+def loss(w: torch.Tensor, q: QTensor, statistics: Known | None) -> float:
+    """tr((W - Q) H (W - Q)^T) / tr(W H W^T): the share of the layer's output, in squares, that quantizing changes; of
+    experts together. H has only its diagonal where only that is known, and is the identity where nothing is."""
+    off = whole = 0.0
+    for part, decoded, known in _pieces(w, q, statistics):
+        off += _squares(part - decoded, known)
+        whole += _squares(part, known)
+    return off / max(whole, 1e-30)
+
+
+def _pieces(w: torch.Tensor, q: QTensor,
+            statistics: Known | None) -> Iterator[tuple[torch.Tensor, torch.Tensor, Known | None]]:
+    """Some rows of the weight, the same of `q` decoded, and what is known of their inputs."""
+    rows, columns = q.shape[-2:]
+    apart = q.codec.rows_apart(q.shape)
+    decoded = None if apart else q.dequantize().view(-1, columns)
+    step = max(1, CHUNK // columns)
+    for i in range(math.prod(q.shape[:-2])):
+        known = statistics.expert(i) if statistics is not None and len(q.shape) > 2 else statistics
+        for at in range(i * rows, (i + 1) * rows, step):
+            some = slice(at, min(at + step, (i + 1) * rows))
+            part = q.part(some).dequantize() if decoded is None else decoded[some]
+            yield w.reshape(-1, columns)[some].float(), part, known
+
+
+def _squares(x: torch.Tensor, known: Known | None) -> float:
+    """tr(X H X^T)."""
+    if isinstance(known, Statistics):
+        return float(((x @ known.moment) * x).sum())
+    return float((x.square() if known is None else x.square() * known.importance(x.shape, (len(x), x.shape[-1]))).sum())

@@ -47,14 +47,19 @@ def improve(codec: Codec, params: Params, values: torch.Tensor, pull: torch.Tens
 
     `pull` `[unit, rows]` is H times what is missing, W - Q, at these columns; `local` is H between them.
     """
-    values, width = values.clone(), len(values)
-    diagonal = local.diagonal().tolist()
-    for start, nearest in zip(range(width), codec.grid(params, width).rounders(width), strict=True):
-        level = nearest(torch.add(values[start], pull[start], alpha=1 / diagonal[start]))
-        step = values[start] - level
-        values[start] = level
-        pull[start + 1:].addr_(local[start + 1:, start], step)
-    return values
+    width, olds = len(values), values.unbind()
+    rounders, new = codec.grid(params, width).rounders(width), list[torch.Tensor]()
+    pull = pull / local.diagonal()[:, None]  # from here on it is how far each value is from its best
+    step = local / local.diagonal()[:, None]
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        pulls, steps, gone = pull[start:stop].unbind(), step[start:stop, start:stop].T.contiguous().unbind(), []
+        for j in range(stop - start):
+            new.append(rounders[start + j](olds[start + j] + pulls[j]))
+            gone.append(olds[start + j] - new[-1])
+            pull[start + j + 1:stop].addr_(steps[j][j + 1:], gone[-1])
+        pull[stop:].addmm_(step[stop:, start:stop], torch.stack(gone))
+    return torch.stack(new)
 
 
 def refit(codec: Codec, codes: torch.Tensor, params: Params, values: torch.Tensor, pull: torch.Tensor,

@@ -15,7 +15,7 @@ from fewbits.lazy import torch
 from fewbits.solvers.curvature import Curvature
 from fewbits.solvers.descent import BLOCK, descend, refit
 
-ROWS = 512  # of the weight that a worker solves at a time
+ROWS = 768  # of the weight that a worker solves at a time
 SWEEPS = 3  # of coordinate descent afterwards
 
 
@@ -82,14 +82,16 @@ def _rows(w: torch.Tensor, codec: Codec, bent: Curvature, state: Params | None,
 def _round(x: torch.Tensor, grid: Grid, position: list[int], upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values of the columns `x` `[unit, rows]`, each rounded after those before it, and the errors they pass on, in
     units that make the sum of their squares the loss."""
-    work, errors, rounders = x.clone(), torch.empty_like(x), grid.rounders(len(x))
-    values = torch.empty_like(x)
-    size = upper.diagonal().tolist()
+    rounders, work, size = grid.rounders(len(x)), x.clone(), upper.diagonal()
+    share = upper / size[:, None]  # of an error that later columns take over
+    values: list[torch.Tensor] = []
+    errors: list[torch.Tensor] = []
     for start in range(0, len(x), BLOCK):
         stop = min(start + BLOCK, len(x))
-        for j in range(start, stop):
-            values[j] = rounders[position[j]](work[j])
-            torch.sub(work[j], values[j], out=errors[j]).div_(size[j])
-            work[j + 1:stop].addr_(upper[j, j + 1:stop], errors[j], alpha=-1)
-        work[stop:] -= upper[start:stop, stop:].T @ errors[start:stop]
-    return values, errors
+        columns, shares = work[start:stop].unbind(), share[start:stop, start:stop].unbind()
+        for j in range(stop - start):
+            values.append(rounders[position[start + j]](columns[j]))
+            errors.append(columns[j] - values[-1])
+            work[start + j + 1:stop].addr_(shares[j][j + 1:], errors[-1], alpha=-1)
+        work[stop:].addmm_(share[start:stop, stop:].T, torch.stack(errors[start:]), alpha=-1)
+    return torch.stack(values), torch.stack(errors) / size[:, None]
