@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from fewbits.checkpoint import Entry
 from fewbits.codecs.base import Shape
+from fewbits.containers import experts
 
 # a search of parameters takes a weight as long as so many multiply-adds of a matrix product (between 12 and 48
 # thousand, codec by codec; int4 512 x 1536 on one core), GPTQ's loop over columns as long as 20 a column
@@ -18,22 +20,24 @@ def solve_cost(shape: Shape, gptq: bool) -> int:
     return math.prod(shape) * (SEARCH + (COLUMN * shape[-1] if gptq else 0))
 
 
-def walk_cost(entries: Iterable[Entry], tokens: int) -> int:
-    """One block: two runs, and the second moments between them."""
+def walk_cost(entries: Iterable[Entry], tokens: int, drift: bool) -> int:
+    """One block of the walk: about four passes in all, of the original block too, and the second moments."""
     shapes = [e.shape for e in entries if len(e.shape) > 1]
-    return tokens * (2 * sum(math.prod(s) for s in shapes) + _moments(shapes))
+    moments = sum(width ** 2 for width in {s[-1] for s in shapes})
+    return tokens * (1 + drift) * (4 * sum(math.prod(s) for s in shapes) + moments)
 
 
-def block_bytes(entries: Iterable[Entry], tokens: int, length: int, hidden: int) -> int:
-    """Memory at the peak of one block, in float32: weights, second moments, the activations of all `tokens` before and
-    after it, and either one batch of `length` tokens inside it or the solving of its largest weight."""
+def block_bytes(entries: Iterable[Entry], tokens: int, length: int, hidden: int, drift: bool) -> int:
+    """Memory at the peak of one block, in float32: weights, activations of all `tokens`, the second moments of the
+    widest layers (all their experts); with `drift` all of these for the original block too. Then one batch of `length`
+    tokens inside it, or the solving of its largest weight."""
     entries = list(entries)
-    shapes = [e.shape for e in entries if len(e.shape) > 1]
-    inside = length * (2 * hidden + 3 * max((s[-2] for s in shapes), default=0))
-    solving = max((2 * s[-2] * s[-1] + 3 * s[-1] ** 2 for s in shapes), default=0)
-    return 4 * (sum(e.parameters for e in entries) + _moments(shapes) + 2 * tokens * hidden + max(inside, solving))
-
-
-def _moments(shapes: list[Shape]) -> int:
-    """Elements of all second moments: layers of one width mostly share theirs, experts don't."""
-    return sum(math.prod(lead) * width ** 2 for *lead, width in {(*s[:-2], s[-1]) for s in shapes})
+    moments: Counter[str] = Counter()
+    for e in entries:
+        if len(e.shape) > 1:
+            moments[experts.stack_of(e.name)] += math.prod(e.shape[:-2]) * e.shape[-1] ** 2
+    sizes = [e.shape[-2:] for e in entries if len(e.shape) > 1]
+    inside = length * (2 * hidden + 3 * max((rows for rows, _ in sizes), default=0))
+    solving = max((2 * rows * columns + 3 * columns ** 2 for rows, columns in sizes), default=0)
+    held = sum(e.parameters for e in entries) + max(moments.values(), default=0) + tokens * hidden
+    return 4 * ((1 + drift) * held + max(inside, solving))

@@ -103,10 +103,11 @@ class Job:
         if len(calibration.batches) < self.ranks.size:
             raise FewbitsError(f"{len(calibration.batches)} calibration sequences for {self.ranks.size} processes",
                                "take more --samples, or fewer processes")
-        walk = Walk(self.source, self.ranks.share(calibration.batches), combine=self.ranks.combine)
+        self.drift = any(c.solver in solvers.NEEDS_STATISTICS for c in self.choices.values())
+        walk = Walk(self.source, self.ranks.share(calibration.batches), self.drift, combine=self.ranks.combine)
         blocks = [[self.source.entries[n] for n in names] for names in walk.names]
         tokens = calibration.tokens // self.ranks.size
-        self.walk_costs = [estimating.walk_cost(entries, tokens) for entries in blocks]
+        self.walk_costs = [estimating.walk_cost(entries, tokens, self.drift) for entries in blocks]
         self.total += sum(self.walk_costs)
         self._rehearse(walk, blocks, tokens, calibration.tokens // len(calibration.batches))
         return walk
@@ -118,7 +119,7 @@ class Job:
             FewbitsError: it does not fit into the memory that is free.
         """
         hidden = ModelFacts.of(self.source).hidden
-        needs = [estimating.block_bytes(entries, tokens, length, hidden) for entries in blocks]
+        needs = [estimating.block_bytes(entries, tokens, length, hidden, self.drift) for entries in blocks]
         largest, free = needs.index(max(needs)), available_bytes()
         self._log(event="memory", block=largest, needed_bytes=needs[largest], free_bytes=free)
         if needs[largest] > free:
@@ -130,7 +131,7 @@ class Job:
 
     def _try(self, index: int, batches: Batches) -> None:
         """Statistics and the costliest solve of one block, on activations that one batch brings there."""
-        for block in Walk(self.source, batches):
+        for block in Walk(self.source, batches, self.drift):
             names = [n for n in block.names if self.choices[n].solver]
             if block.index == index and names:
                 name = max(names, key=self._cost)
@@ -181,7 +182,7 @@ class Job:
         began = time.monotonic()
         weight, codec, solver = self._weight(name), self.choices[name].codec, self._solver(name, statistics)
         q = solvers.solve(weight, codec, solver, statistics)
-        self._put(name, q, {"solver": solver, "error": _loss(weight, q, statistics),
+        self._put(name, q, {"solver": solver, "error": solvers.loss(weight, q, statistics),
                             "error_of": "weights" if statistics is None else "outputs",
                             "seconds": time.monotonic() - began})
 
@@ -276,18 +277,3 @@ def _converter(path: Path, entry: Entry, codec: Codec) -> Callable[[], QTensor]:
                                "override it: --override " + entry.name + "=bf16")
         return q
     return load
-
-
-def _loss(w: torch.Tensor, q: QTensor, statistics: Any) -> float:
-    """tr((W - Q) H (W - Q)^T) / tr(W H W^T)."""
-    w = w.float()
-    difference = w - q.dequantize()
-
-    def total(x: torch.Tensor) -> float:
-        if isinstance(statistics, Experts):
-            return sum(float((x[i] @ statistics.expert(i).moment * x[i]).sum()) for i in range(len(x)))
-        if isinstance(statistics, Statistics):
-            return float((x @ statistics.moment * x).sum(dtype=torch.float64))
-        return float(x.square().sum(dtype=torch.float64))
-
-    return total(difference) / max(total(w), 1e-30)
