@@ -11,6 +11,7 @@ import transformers
 from fewbits.errors import FewbitsError
 from fewbits.sources import Batch
 
+TINY = 1e-38
 ROWS = 128  # positions whose logits are held at a time
 
 
@@ -94,21 +95,26 @@ def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def _log_sum(logits: torch.Tensor, shares: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """log of the sum of exp(logits), from the softmax at one place of each row."""
+    return logits.gather(-1, at) - shares.gather(-1, at).clamp(min=TINY).log()
+
+
 class _Divergence(torch.autograd.Function):
     """The gradient of the hidden states is made along with the loss, so that logits never lie in memory as a whole."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, goal: Logits, meant: torch.Tensor) -> torch.Tensor:
         total, parts = hidden.new_zeros(()), []
-        for x, y in zip(hidden.split(ROWS), meant.split(ROWS), strict=True):
-            logits = _capped(x @ goal.student.T, goal.cap)
-            slope = 1.0 if goal.cap is None else 1 - (logits / goal.cap).square()
-            q = logits.log_softmax(-1)
-            p = _capped(y @ goal.original.T, goal.cap).log_softmax(-1)
-            share = p.exp()
-            total += (p.sub_(q)).mul_(share).sum()
+        for x, y in zip(hidden.split(ROWS), meant.split(ROWS), strict=True):  # in few passes over the logits
+            s, t = (_capped(z @ w.T, goal.cap) for z, w in ((x, goal.student), (y, goal.original)))
+            q, p = s.softmax(-1), t.softmax(-1)
+            top = p.argmax(-1, keepdim=True)
+            slope = None if goal.cap is None else 1 - (s / goal.cap).square()
+            total += (_log_sum(s, q, top) - _log_sum(t, p, top)).sum() + t.sub_(s).mul_(p).sum()
             if ctx.needs_input_grad[0]:
-                parts.append(q.exp_().sub_(share).mul_(slope) @ goal.student)
+                part = q.sub_(p)
+                parts.append((part if slope is None else part.mul_(slope)) @ goal.student)
         if parts:
             ctx.save_for_backward(torch.cat(parts) / len(hidden))
         return total / len(hidden)
