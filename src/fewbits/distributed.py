@@ -16,16 +16,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from fewbits.errors import FewbitsError
+from fewbits.errors import Elsewhere, FewbitsError
 from fewbits.statistics import Experts, Found
 
 T = TypeVar("T")
 CALLS = itertools.count()  # a process may quantize several times
 PATIENCE = timedelta(days=1)  # a rank may solve one large tensor while the others wait
-
-
-class Elsewhere(FewbitsError):
-    """Another rank failed, and says why."""
 
 
 class Ranks:
@@ -87,6 +83,11 @@ def _talking() -> Iterator[None]:
     except RuntimeError as error:
         raise FewbitsError("the connection to another rank broke: it ended without a word",
                            "it may have run out of memory; the same command resumes") from error
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its ranks that speaks."""
+    return not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ["RANK"] == "0"
 
 
 @contextmanager

@@ -9,3 +9,7 @@ class FewbitsError(ValueError):
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message)
         self.hint = hint
+
+
+class Elsewhere(FewbitsError):
+    """Another process of the same call failed, and says why."""

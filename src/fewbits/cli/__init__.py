@@ -7,7 +7,7 @@ import sys
 import typer
 
 from fewbits.cli import chat, convert, evaluate, explain, finish, imatrix, info, plan, quantize, run, verify
-from fewbits.errors import FewbitsError
+from fewbits.errors import Elsewhere, FewbitsError
 
 app = typer.Typer(name="fewbits", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Put any language model into few bits: quantize, run, measure.")
@@ -29,6 +29,8 @@ def main() -> None:
     """Entry point: errors become one line and a hint on stderr, and an exit code."""
     try:
         app()
+    except Elsewhere:
+        sys.exit(1)
     except FewbitsError as error:
         _say(f"error: {error}")
         if error.hint:

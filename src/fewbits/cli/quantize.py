@@ -14,9 +14,11 @@ def command(
     model: Annotated[str, typer.Argument(help="A path in any format, or a hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File or directory to write.")],
     to: Annotated[str, typer.Option("--to", help="Recipe: Q4_K_M, Q8_0, nf4, int8, int4-g128, …")],
-    solver: Annotated[str | None, typer.Option(help="nearest, search, gptq or gptq-act-order.")] = None,
+    solver: Annotated[str | None, typer.Option(
+        help="nearest, search, gptq or gptq-act-order. With calibration gptq, else search.")] = None,
     calibration: Annotated[str | None, typer.Option(
-        help="c4, wikitext2, self (the model's own text), none, or a file of text, chats or inputs.")] = None,
+        help="c4, wikitext2, self (the model's own text), none, or a file of text, chats or inputs. "
+             "self for int2 to int4 directories, where no solver is named, else none.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 64,
     length: Annotated[int, typer.Option(min=2, help="Tokens a calibration sequence.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Which sequences are taken.")] = 0,
@@ -31,6 +33,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     """Quantize a model into a recipe."""
+    from fewbits.distributed import speaks
     from fewbits.quantizing import quantize
 
     quiet_libraries()
@@ -39,6 +42,8 @@ def command(
                           samples=samples, length=length, seed=seed, imatrix=imatrix, transform=transform,
                           finish=finish, overrides=override, container=container, keep_nonfinite=keep_nonfinite,
                           progress=report)
+    if not speaks():
+        return
     if json:
         emit(result.to_json())
         return
