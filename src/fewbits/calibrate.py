@@ -94,6 +94,7 @@ class Walk:
                     block.original = Original(copy.deepcopy(module), streams[1].inputs, arguments[1])
                 yield block
                 block.advance()
+                block.original = None
                 for stream in streams:
                     stream.arguments[i] = []
                 module.to("meta")
