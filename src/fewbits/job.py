@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fewbits import estimating, solvers
-from fewbits.calibrate import Batches, Block, Experts, Statistics, Walk
+from fewbits.calibrate import Batches, Block, Walk
 from fewbits.checkpoint import Checkpoint, Entry
-from fewbits.codecs.base import Codec, Shape
+from fewbits.codecs.base import Codec
 from fewbits.codecs.floats import F16, Float
 from fewbits.containers.base import Progress
 from fewbits.distributed import Ranks
@@ -22,15 +22,10 @@ from fewbits.planning import available_bytes
 from fewbits.qtensor import CHUNK, QTensor
 from fewbits.recipe import Choice, ModelFacts
 from fewbits.sources import Calibration
+from fewbits.statistics import Diagonal, Known
 from fewbits.store import Store
 
 AHEAD = 4  # tensors outside of blocks that each rank solves before results are exchanged
-
-
-class Importance(Protocol):
-    """What a search weighs its error by: full statistics, or the diagonal that an importance matrix has."""
-
-    def importance(self, shape: Shape, matrix: tuple[int, int]) -> torch.Tensor: ...
 
 
 class Job:
@@ -51,7 +46,7 @@ class Job:
         self.done = self.total = 0
         self.what = "tensors outside of blocks"
 
-    def solve(self, calibration: Calibration | None, importances: Mapping[str, Importance] | None = None) -> None:
+    def solve(self, calibration: Calibration | None, importances: Mapping[str, Known] | None = None) -> None:
         """Solve what isn't yet in the store.
 
         Raises:
@@ -135,18 +130,20 @@ class Job:
             names = [n for n in block.names if self.choices[n].solver]
             if block.index == index and names:
                 name = max(names, key=self._cost)
-                found: Any = block.statistics().get(name)
+                found = block.statistics().get(name)
                 solvers.solve(self._weight(name), self.choices[name].codec, self._solver(name, found), found)
                 return
 
-    def _block(self, block: Block, importances: Mapping[str, Importance], count: int) -> None:
+    def _block(self, block: Block, importances: Mapping[str, Known], count: int) -> None:
         began = time.monotonic()
         what = f"block {block.index + 1} of {count}"
         self._advance(0, what)
         names = [n for n in block.names if self.choices[n].solver]
         for group in block.groups():
             todo = [n for n in group.names if n in names]
-            known = dict(importances) | (group.statistics() if any(n not in self.records for n in todo) else {})
+            known: dict[str, Known] = dict(importances)
+            if any(n not in self.records for n in todo):
+                known |= group.statistics()
             self._together(todo, known)
             for name in todo:
                 block.replace(name, self._get(name))
@@ -158,7 +155,7 @@ class Job:
         self._advance(0, f"{what}, error {mean:.3g}")
 
     # tensors --------------------------------------------------------------------------------------------------------
-    def _together(self, names: list[str], statistics: Mapping[str, Any]) -> None:
+    def _together(self, names: list[str], statistics: Mapping[str, Known]) -> None:
         """Solve what of `names` isn't solved, shared out between the ranks; then each rank has all of `names`."""
         owners = self.ranks.owners({n: self._cost(n) for n in names if n not in self.records})
         for name in names:
@@ -176,7 +173,7 @@ class Job:
                 self._put(name, *outcome)
                 self._advance(self._cost(name))
 
-    def _solve(self, name: str, statistics: Any) -> None:
+    def _solve(self, name: str, statistics: Known | None) -> None:
         """Solve one tensor and note how: its solver, the relative squared error of the layer's outputs (of the weights,
         where nothing is known of the inputs), and the seconds that it took."""
         began = time.monotonic()
@@ -186,11 +183,11 @@ class Job:
                             "error_of": "weights" if statistics is None else "outputs",
                             "seconds": time.monotonic() - began})
 
-    def _solver(self, name: str, statistics: Any) -> str:
+    def _solver(self, name: str, statistics: Known | None) -> str:
         """The tensor's solver; a search where that needs second moments and there are none."""
         solver = self.choices[name].solver or "search"
-        known = isinstance(statistics, Statistics | Experts)
-        return solver if known or solver not in solvers.NEEDS_STATISTICS else "search"
+        diagonal = statistics is None or isinstance(statistics, Diagonal)
+        return "search" if diagonal and solver in solvers.NEEDS_STATISTICS else solver
 
     def _put(self, name: str, q: QTensor, record: dict[str, Any]) -> None:
         self.records[name] = record
