@@ -168,20 +168,20 @@ def test_scales_are_kept_for_a_run_that_resumes(stories: Path, tmp_path: Path, m
         assert torch.equal(entry.load().dequantize(), again.entries[name].load().dequantize())
 
 
-@pytest.mark.parametrize(("recipe", "solver"), [("int3-g32", "search"), ("Q4_0", "gptq")])
-def test_the_whole_way(recipe: str, solver: str, stories: Path, english: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "name"), [("int4-g32", "m"), ("Q4_0", "m.gguf")])
+def test_the_whole_way(recipe: str, name: str, stories: Path, english: Path, tmp_path: Path) -> None:
     """The file holds the transformed model's norms and its weights rounded; it is no other model."""
     source, kl = containers.open(stories), {}
     for transform in (None, "awq"):
-        out = tmp_path / str(transform) / ("m.gguf" if recipe == "Q4_0" else "m")
+        out = tmp_path / str(transform) / name
         out.parent.mkdir()
-        fewbits.quantize(stories, out, recipe, solver=solver, calibration=english, samples=8, length=128,
+        fewbits.quantize(stories, out, recipe, solver="nearest", calibration=english, samples=4, length=64,
                          transform=transform)
-        kl[transform] = fewbits.evaluate(out, stories, text=english, chunks=8, context=128).kl_mean
+        kl[transform] = fewbits.evaluate(out, stories, text=english, chunks=4, context=64).kl_mean
         norm = "model.layers.2.input_layernorm.weight"
         values = [c.entries[norm].load().dequantize() for c in (source, containers.open(out))]
         assert torch.allclose(*values, rtol=1e-3) == (transform is None)
-    assert kl["awq"] < 1.2 * kl[None], kl  # on this tiny model it is of little use: 0.96 and 1.01
+    assert kl["awq"] < 1.2 * kl[None], kl  # it helps little on so small a model
 
 
 def test_needs_text(stories: Path, tmp_path: Path) -> None:
