@@ -28,7 +28,8 @@ from fewbits.store import Store
 
 STEPS = {"quick": 100, "thorough": 400}  # of one batch each; of every block, where blocks are tuned one by one
 HELD_OUT = 1 / 16  # of the calibration, to measure on
-RATE = 0.024  # largest learning rate of a factor, over the levels that a code has
+# the largest learning rate of a factor, over the square root of the loss: of a divergence, of a block's relative error
+RATE, BLOCK_RATE = 0.0025, 0.01
 BYTES = 12  # of memory a weight while whole models are tuned: the original in float32, codes, a layer's gradient
 FINISHED = "finished:"  # before names of tensors in the store
 
@@ -102,7 +103,7 @@ class _Run:
             more = {"use_cache": False} if hasattr(net.config, "use_cache") else {}
             return goal(net.base_model(**more | self.batches[i]).last_hidden_state, i)
 
-        return self._train(student, loss, "model", self._advance(self.steps))
+        return self._train(student, loss, "model", RATE, self._advance(self.steps))
 
     def blocks(self) -> tuple[set[str], Outcome]:
         """One block in memory at a time, each on what the tuned ones before it put out."""
@@ -115,17 +116,18 @@ class _Run:
             with torch.no_grad():
                 meant = [block.original.output(i) for i in range(len(self.batches))]
             student = seat(block.module, walk.places, [self.solved.entries[n] for n in block.names])
-            found, outcome = self._train(student, partial(_distance, block, meant), f"block {block.index}", advance)
+            found, outcome = self._train(student, partial(_distance, block, meant), f"block {block.index}",
+                                         BLOCK_RATE, advance)
             names |= found
             outcomes.append(outcome)
         count = max(1, len(outcomes))
         before, after = (sum(o) / count for o in zip(*((o.before, o.after) for o in outcomes), strict=True))
         return names, Outcome(before, after, self.steps)
 
-    def _train(self, student: Student, loss: Callable[[int], torch.Tensor], what: str,
+    def _train(self, student: Student, loss: Callable[[int], torch.Tensor], what: str, rate: float,
                advance: Callable[[int, str], None]) -> tuple[set[str], Outcome]:
         outcome = train(student.parameters, loss, len(self.batches) - len(self.held_out), self.held_out,
-                        steps=self.steps, rate=RATE / 2 ** student.bits, seed=self.seed,
+                        steps=self.steps, rate=rate, seed=self.seed,
                         store=self.store, name=FINISHED + what, advance=advance)
         results = student.results()
         for name, q in results.items():

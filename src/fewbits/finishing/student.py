@@ -28,12 +28,6 @@ class Student:
         return [f for layer in self.layers.values() for f in layer.factors.values()] + [
             p for _, p in self.floats.values()]
 
-    @property
-    def bits(self) -> float:
-        """Mean bits of a code."""
-        sizes = [(layer.size, layer.q.codec.integer_bits) for layer in self.layers.values()]
-        return sum(n * bits for n, bits in sizes) / max(1, sum(n for n, _ in sizes))
-
     def results(self) -> dict[str, QTensor]:
         """The tuned tensors as files hold them."""
         found = {name: layer.result() for name, layer in self.layers.items()}

@@ -17,6 +17,7 @@ from fewbits.store import Store
 
 CHECKS = 4  # times that the loss on held-out batches is measured on the way
 SAVE_EVERY = 60.0  # seconds
+SMOOTHING = 0.1  # of the loss that is told
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
 Loss = Callable[[int], torch.Tensor]  # of the batch of that number
@@ -36,7 +37,8 @@ def train(parameters: list[nn.Parameter], loss: Loss, count: int, held_out: list
     """Tune `parameters` by `steps` steps of Adam, one batch each, on the first `count` batches.
 
     They end as they were where the mean loss on the batches `held_out` was least: unchanged, if that was at the start.
-    Each parameter's steps are relative to its own size where it has one: `rate` at most, rising and falling again.
+    Each parameter's steps are relative to its own size where it has one; they rise and fall again, `rate` times the
+    square root of the loss at most: what noise in the steps costs grows with their square.
     `store` keeps under `name` how far it got.
     """
     sizes = [_size(p) for p in parameters]
@@ -50,22 +52,22 @@ def train(parameters: list[nn.Parameter], loss: Loss, count: int, held_out: list
     state = _restored(store.read(name), adam, parameters)
     if state is None:
         before = measured()
-        state = {"step": 0, "before": before, "least": before, "best": _copy(parameters)}
+        state = {"step": 0, "before": before, "now": before, "least": before, "best": _copy(parameters)}
     saved = time.monotonic()
-    advance(state["step"], f"{state['least']:.4g}")
+    advance(state["step"], _told(state))
     for step in range(state["step"], steps):
         value = loss(order[step])
         adam.zero_grad()
         value.backward()
         for group, size in zip(adam.param_groups, sizes, strict=True):
-            group["lr"] = rate * size * _share(step, steps)
+            group["lr"] = rate * math.sqrt(state["before"]) * size * _share(step, steps)
         adam.step()
-        state["step"] = step + 1
+        state |= {"step": step + 1, "recent": _smoothed(state.get("recent"), float(value.detach()))}
         if (step + 1) % math.ceil(steps / CHECKS) == 0 or step + 1 == steps:
-            now = measured()
-            if now < state["least"]:
-                state |= {"least": now, "best": _copy(parameters)}
-        advance(1, f"{state['least']:.4g}")
+            state["now"] = measured()
+            if state["now"] < state["least"]:
+                state |= {"least": state["now"], "best": _copy(parameters)}
+        advance(1, _told(state))
         if time.monotonic() - saved > SAVE_EVERY:
             store.write(name, _bytes(state, adam, parameters))
             saved = time.monotonic()
@@ -74,6 +76,15 @@ def train(parameters: list[nn.Parameter], loss: Loss, count: int, held_out: list
             p.copy_(best)
     store.write(name, _bytes(state, adam, parameters))
     return Outcome(state["before"], state["least"], steps)
+
+
+def _smoothed(mean: float | None, value: float) -> float:
+    return value if mean is None else mean + SMOOTHING * (value - mean)
+
+
+def _told(state: dict[str, Any]) -> str:
+    recent = f"{state['recent']:.4g} now, " if "recent" in state else ""
+    return f"{recent}{state['now']:.4g} on held-out text, {state['before']:.4g} before"
 
 
 def _size(p: nn.Parameter) -> float:
