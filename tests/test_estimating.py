@@ -25,18 +25,18 @@ WEIGHTS = 64 + 160 + 160 + 8
 def test_memory_of_a_block() -> None:
     """20 x 20 second moments are the widest; the solve of down_proj takes more than one batch of 10 tokens."""
     held = WEIGHTS + 20 * 20 + 100 * 8
-    solving, inside = 2 * 8 * 20 + 3 * 20 * 20, 10 * (2 * 8 + 3 * 20)
+    solving, inside = 6 * 8 * 20 + 10 * 20 * 20, 10 * (2 * 8 + 3 * 20)
     assert solving > inside
     assert estimating.block_bytes(BLOCK, 100, 10, 8, drift=False) == 4 * (held + solving)
     assert estimating.block_bytes(BLOCK, 100, 10, 8, drift=True) == 4 * (2 * held + solving)
-    assert estimating.block_bytes(BLOCK, 100, 50, 8, drift=False) == 4 * (held + 50 * (2 * 8 + 3 * 20))
+    assert estimating.block_bytes(BLOCK, 100, 90, 8, drift=False) == 4 * (held + 90 * (2 * 8 + 3 * 20))
 
 
 @pytest.mark.parametrize("experts", [[entry("mlp.experts.down_proj", 5, 8, 20)],
                                      [entry(f"mlp.experts.{i}.down_proj", 8, 20) for i in range(5)]])
 def test_each_expert_has_a_second_moment(experts: list[Entry]) -> None:
     held = 5 * 8 * 20 + 5 * 20 * 20 + 100 * 8
-    assert estimating.block_bytes(experts, 100, 1, 8, drift=False) == 4 * (held + 2 * 8 * 20 + 3 * 20 * 20)
+    assert estimating.block_bytes(experts, 100, 1, 8, drift=False) == 4 * (held + 6 * 8 * 20 + 10 * 20 * 20)
 
 
 def test_time() -> None:

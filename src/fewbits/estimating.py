@@ -38,6 +38,6 @@ def block_bytes(entries: Iterable[Entry], tokens: int, length: int, hidden: int,
             moments[experts.stack_of(e.name)] += math.prod(e.shape[:-2]) * e.shape[-1] ** 2
     sizes = [e.shape[-2:] for e in entries if len(e.shape) > 1]
     inside = length * (2 * hidden + 3 * max((rows for rows, _ in sizes), default=0))
-    solving = max((2 * rows * columns + 3 * columns ** 2 for rows, columns in sizes), default=0)
+    solving = max((6 * rows * columns + 10 * columns ** 2 for rows, columns in sizes), default=0)
     held = sum(e.parameters for e in entries) + max(moments.values(), default=0) + tokens * hidden
     return 4 * ((1 + drift) * held + max(inside, solving))
