@@ -273,9 +273,9 @@ def part_resume(r: Report) -> None:
     rows = []
     for model, to in r.first([(BASE, "int4-g32"), (WIDE, "Q4_K_M")]):
         row = runs.killed_and_resumed(r.bench, model, to, samples=2 if r.args.quick else 8)
-        rows.append([model, to, row["tensors"], "yes" if row["equal"] else "**no**", row["unbroken"], row["resumed"]])
+        rows.append([model, to, row["tensors"], ", ".join(row["differ"]) or "none", row["unbroken"], row["resumed"]])
     r.table("Killed (SIGKILL) and run again, beside an unbroken run",
-            ["model", "recipe", "tensors at the kill", "equal bytes", "unbroken s", "resumed s"], rows)
+            ["model", "recipe", "tensors at the kill", "files that differ", "unbroken s", "resumed s"], rows)
 
 
 PARTS: dict[str, Callable[[Report], None]] = {

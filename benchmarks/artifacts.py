@@ -82,7 +82,7 @@ class Bench:
             print(f"  {model} {to} {method}: quantizing", flush=True)
             remove(out)
             row = self._make(model, to, method, out)
-            return row | {"bytes": weight_bytes(out)}
+            return {"bytes": weight_bytes(out)} | row
 
         key = {"file": [model, to, method, self.samples]}
         if not out.exists():

@@ -127,4 +127,11 @@ def gptqmodel(peers: Peers, model: Path, text: Path, recipe: str, samples: int, 
     peers.run("gptq", "peer_gptqmodel.py", job={
         "model": str(model), "out": str(out), "bits": int(bits), "group_size": size, "settings": chosen,
         "tokens": windows(model, text, samples)})
-    return dict(json.loads((out / "peer.json").read_text()))
+    return json.loads((out / "peer.json").read_text()) | {"bytes": bytes_in_16_bits(out)}
+
+
+def bytes_in_16_bits(folder: Path) -> int:
+    """Of a directory's safetensors, the embedding and norms counted as float16: GPTQModel ran in float32."""
+    entries = containers.open(folder).entries.values()
+    floats = sum(e.parameters for e in entries if e.codec.name == "F32")
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors")) - 2 * floats
