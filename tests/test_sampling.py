@@ -10,7 +10,8 @@ import transformers
 
 from fewbits import containers, loading, sampling
 from fewbits.errors import FewbitsError
-from fewbits.sampling import HOT, WARM, sample
+from fewbits.runtime import build
+from fewbits.sampling import sample
 from fewbits.sources import calibration
 from tests.arch.models import MODELS, directories
 
@@ -28,14 +29,10 @@ def expected(path: Path, tokens: torch.Tensor, draws: torch.Tensor, ends: set[in
     found = torch.full_like(tokens, -1)
     for r, row in enumerate(tokens.tolist()):
         logits = net(input_ids=tokens[r:r + 1], use_cache=False).logits[0].double()
-        age = 0
         for at in range(1, len(row)):
-            if row[at - 1] in ends:
-                age = 0
-                continue
-            p = (logits[at - 1] / max(1.0, HOT - (HOT - 1) * age / WARM)).softmax(-1)
-            found[r, at] = int((p.cumsum(0) <= float(draws[r, at])).sum())
-            age += 1
+            if row[at - 1] not in ends:
+                p = logits[at - 1].softmax(-1)
+                found[r, at] = int((p.cumsum(0) <= float(draws[r, at])).sum())
     return found
 
 
@@ -57,16 +54,25 @@ def sampling_ends(path: Path) -> set[int]:
 
 
 def test_a_text_that_ends_is_followed_by_another(tiny: Path, monkeypatch: pytest.MonkeyPatch):
-    """With most tokens made ends, rows are still full, and after an end comes a first token, not the model's choice."""
-    many = torch.arange(2, 200)
+    """With most tokens made ends, rows are full, and after an end come BOS and a first token, not the model's choice."""
+    many = torch.arange(3, 200)
     monkeypatch.setattr(sampling, "_ends", lambda net, words: many)
-    monkeypatch.setattr(sampling, "_firsts", lambda words: torch.tensor([1]))
-    tokens = sample(containers.open(tiny), 4, 32, seed=0)
+    monkeypatch.setattr(sampling, "_firsts", lambda words: torch.tensor([2]))
+    source = containers.open(tiny)
+    tokens = sample(source, 4, 32, seed=0)
     ended = torch.isin(tokens[:, :-1], many)
-    assert ended.sum() > 20 and bool((tokens[:, 1:][ended] == 1).all()) and bool((tokens[:, 0] == 1).all())
+    assert ended.sum() > 10 and bool((tokens[:, 1:][ended] == 2).all()) and bool((tokens[:, 0] == 2).all())
+    for bos, ends in ((1, many), (2, torch.tensor([2, *many]))):  # BOS and EOS may be one token
+        monkeypatch.setattr(build, "bos_of", lambda words, bos=bos: bos)
+        monkeypatch.setattr(sampling, "_ends", lambda net, words, ends=ends: ends)
+        monkeypatch.setattr(sampling, "_firsts", lambda words: torch.tensor([250]))
+        tokens = sample(source, 4, 32, seed=0)
+        after = torch.isin(tokens[:, :-1], many)
+        assert after.sum() > 10 and bool((tokens[:, 1:][after] == bos).all()) and bool((tokens[:, 0] == bos).all())
+        assert bool((tokens[:, 1:][tokens[:, :-1] == bos] == 250).all())
 
 
-def test_texts_begin_with_bos_or_with_any_ordinary_token(tiny: Path):
+def test_texts_begin_with_any_ordinary_token(tiny: Path):
     words = loading.tokenizer(loading.load(tiny))
     firsts = set(sampling._firsts(words).tolist())
     assert firsts == set(range(len(words))) - {0, 1, 2}  # all but <unk>, <s> and </s>
