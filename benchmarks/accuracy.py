@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import runs
-from artifacts import OURS, Bench, is_peer, refused
+from artifacts import FINISHED, OURS, Bench, is_peer
 from common import ROOT, parser, show
 from tasks import TASKS, judge, questions, scores
 
@@ -36,7 +36,7 @@ MIXES = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q4_0", "Q4_K_S", "Q4_K_M"]
 GPTQMODEL_BEST = ("best",)
 THEIR_BEST = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS", "IQ4_NL"]
 PURE = ["pure:Q2_K", "pure:Q3_K", "pure:Q4_K", "pure:Q4_0"]
-FINISHED = ("gptq", "quick", "thorough")
+STAGES = ("gptq", "quick")  # without finishing, and with
 GOALS = {"int4": (0.95, 0.75), "int3": (0.95, 0.75), "int2": (0.8, 0.5), "Q2_K": (1, 0.6), "Q3_K_M": (1, 0.6),
          "Q4_0": (1, 0.8), "Q4_K_S": (1, 0.8), "Q4_K_M": (1, 0.8)}  # of the ratio: without finishing, and with
 
@@ -54,15 +54,8 @@ class Report:
         return kept[:1] if self.args.quick else kept
 
     def methods(self, wanted: Sequence[str]) -> list[str]:
-        """Those that this fewbits can run and that --methods does not leave out."""
-        kept = []
-        for method in wanted:
-            reason = refused(method)
-            if reason:
-                print(f"  {method} is left out: {reason}")
-            elif not self.args.methods or method in self.args.methods or is_peer(method):
-                kept.append(method)
-        return kept
+        """Those that --methods does not leave out."""
+        return [m for m in wanted if not self.args.methods or m in self.args.methods or is_peer(m)]
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         show(title, header, rows)
@@ -92,7 +85,7 @@ FIGURES = ["KL", "top-1", "perplexity", "MB", "s"]
 def beside(r: Report, title: str, recipes: Sequence[tuple[str, str]], rivals: Sequence[str]) -> None:
     """One table of what everybody reached, one of ratios of KL with the goals."""
     all_rows, ratios = [], []
-    ours = r.methods(FINISHED)
+    ours = r.methods(STAGES)
     for model, to in recipes:
         found = {m: r.bench.measured(model, to, m) for m in [*ours, *rivals]}
         all_rows += [[model, to, m, *figures(row)] for m, row in found.items()]
@@ -138,7 +131,7 @@ def part_gguf(r: Report) -> None:
     r.table(f"All of llama.cpp's files: {r.setting}", ["type", *FIGURES], [[t, *figures(f)] for t, f in theirs.items()])
     rows = []
     for _, to in mixes:
-        for method in r.methods(FINISHED):
+        for method in r.methods(STAGES):
             mine = r.bench.measured(WIDE, to, method)
             rival = min((t for t, f in theirs.items() if f["bytes"] <= mine["bytes"] * 1.001),
                         key=lambda t: theirs[t]["kl_mean"], default=None)
@@ -151,7 +144,7 @@ def part_gguf(r: Report) -> None:
 
 
 def part_shares(r: Report) -> None:
-    steps = r.methods(("nearest", "search", "weighted", "awq", "gptq", "awq+gptq", "act-order", *FINISHED[1:]))
+    steps = r.methods(("nearest", "search", "weighted", "awq", "gptq", "awq+gptq", "act-order", *STAGES[1:]))
     rows = []
     for model, to in r.first([(WIDE, m) for m in MIXES] + GPTQ[:3]):
         able = [m for m in steps if m != "act-order" or to.startswith("int")]
@@ -165,7 +158,7 @@ def part_nf4(r: Report) -> None:
     for to in r.first(["nf4", "nf4-dq", "fp4"]):
         plain = r.bench.measured(BASE, to, "nearest")
         rows.append([to, "nearest", *figures(plain), ""])
-        for method in r.methods(("search", *FINISHED)):
+        for method in r.methods(("search", *STAGES)):
             mine = r.bench.measured(BASE, to, method)
             rows.append([to, method, *figures(mine), ratio(mine["kl_mean"], plain["kl_mean"])])
     r.table(f"bitsandbytes' types on {BASE}: {r.setting}", ["recipe", "method", *FIGURES, "KL / nearest"], rows)
@@ -174,7 +167,7 @@ def part_nf4(r: Report) -> None:
 def part_self(r: Report) -> None:
     rows = []
     for model, to in r.first([(WIDE, "int4-g128"), (WIDE, "int3-g128"), (WIDE, "Q4_K_M"), (WIDE, "Q2_K")]):
-        for method in FINISHED:
+        for method in STAGES:
             if len(r.methods((method, f"{method}-self"))) == 2:
                 found = [r.bench.measured(model, to, m)["kl_mean"] for m in (method, f"{method}-self")]
                 rows.append([to, method, *(f"{x:.4f}" for x in found), ratio(found[1], found[0])])
@@ -187,9 +180,9 @@ def part_texts(r: Report) -> None:
     for text in ("wikitext2-test", "tinystories", "code"):
         for to in r.first(["Q2_K", "Q3_K_M", "Q4_K_M"]):
             theirs = r.bench.measured(WIDE, to, "llama.cpp", text)["kl_mean"]
-            found = [r.bench.measured(WIDE, to, m, text)["kl_mean"] for m in r.methods(FINISHED)]
+            found = [r.bench.measured(WIDE, to, m, text)["kl_mean"] for m in r.methods(STAGES)]
             rows.append([text, to, f"{theirs:.4f}", *(ratio(x, theirs) for x in found)])
-    r.table("Other kinds of text: KL ours / llama.cpp's", ["text", "recipe", "llama.cpp", *r.methods(FINISHED)], rows)
+    r.table("Other kinds of text: KL ours / llama.cpp's", ["text", "recipe", "llama.cpp", *r.methods(STAGES)], rows)
 
 
 def part_tasks(r: Report) -> None:
@@ -207,7 +200,7 @@ def part_tasks(r: Report) -> None:
         original = answers(r.bench.models / WIDE, [WIDE, "", ""])
         rows.append([task, "original", "", *_judged(judge(asked, original, original))])
         for to in r.first(["Q2_K", "Q3_K_M", "Q4_K_M"]):
-            for method in ["llama.cpp", *r.methods(("gptq", "thorough"))]:
+            for method in ["llama.cpp", *r.methods(STAGES)]:
                 path, _ = r.bench.file(WIDE, to, method)
                 found = answers(path, [WIDE, to, method, r.bench.samples])
                 rows.append([task, to, method, *_judged(judge(asked, found, original))])
@@ -224,7 +217,7 @@ def _judged(a: Any) -> list[str]:
 def part_llama_kl(r: Report) -> None:
     rows = []
     for to in r.first(["Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M"]):
-        for method in ["llama.cpp", *r.methods(("gptq", "thorough"))]:
+        for method in ["llama.cpp", *r.methods(STAGES)]:
             weights = r.bench.measured(WIDE, to, method)["kl_mean"]
             key = {"llama-kl": [WIDE, to, method, r.bench.samples], "chunks": r.bench.chunks}
             row = r.bench.cache.get(key, partial(runs.inside_llama, r.bench, WIDE, to, method))
@@ -234,7 +227,7 @@ def part_llama_kl(r: Report) -> None:
                                     "difference", "within 2 % or 0.005"], rows)
     rows = []
     for model, to in r.first([GPTQ[0], GPTQ[3], GPTQ[1]]):
-        for method in ["gptqmodel-default", *r.methods(("gptq", "act-order", "thorough"))]:
+        for method in ["gptqmodel-default", *r.methods(("gptq", "act-order", "quick"))]:
             ours = r.bench.measured(model, to, method)["kl_mean"]
             key = {"transformers-kl": [model, to, method, r.bench.samples], "chunks": r.bench.chunks}
             row = r.bench.cache.get(key, partial(runs.inside_transformers, r.bench, model, to, method))
@@ -288,7 +281,7 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--part", nargs="*", default=[], choices=[*PARTS, "all"])
     p.add_argument("--only", nargs="*", default=[], help="recipes")
-    p.add_argument("--methods", nargs="*", default=[], choices=list(OURS), help="of ours; the peers' always run")
+    p.add_argument("--methods", nargs="*", default=[], choices=[*OURS, *FINISHED], help="of ours; the peers' always run")
     p.add_argument("--forget", nargs="*", default=[], help="methods to make anew")
     p.add_argument("--samples", type=int, default=32, help="calibration sequences of 512 tokens")
     p.add_argument("--chunks", type=int, default=8, help="windows of 512 tokens that are measured")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,12 +34,11 @@ OURS: dict[str, Row] = {
     "act-order": {"solver": "gptq-act-order", "calibration": "c4", "finish": "off"},
     "awq": {"transform": "awq", "solver": "search", "calibration": "c4", "finish": "off"},
     "awq+gptq": {"transform": "awq", "solver": "gptq", "calibration": "c4", "finish": "off"},
-    "quick": {"calibration": "c4", "finish": "quick"},
-    "thorough": {"calibration": "c4", "finish": "thorough"},
     "gptq-self": {"solver": "gptq", "calibration": "self", "finish": "off"},
-    "quick-self": {"calibration": "self", "finish": "quick"},
-    "thorough-self": {"calibration": "self", "finish": "thorough"},
 }
+# method -> the method whose file is finished, the level, the text
+FINISHED = {"quick": ("gptq", "quick", "c4"), "thorough": ("gptq", "thorough", "c4"),
+            "quick-self": ("gptq-self", "quick", "self"), "llama.cpp+quick": ("llama.cpp", "quick", "c4")}
 PEERS = ("llama.cpp", "llama.cpp-plain", *(f"gptqmodel-{s}" for s in GPTQMODEL))
 
 
@@ -91,11 +89,17 @@ class Bench:
 
     def _make(self, model: str, to: str, method: str, out: Path) -> Row:
         source, text = self.models / model, self.text("c4")
+        if method in FINISHED:
+            before, level, spec = FINISHED[method]
+            path, facts = self.file(model, to, before)
+            after = fewbits.finish(path, out, source, level=level, calibration=text if spec == "c4" else spec,
+                                   length=CONTEXT, progress=self.progress)
+            return facts | {"seconds": facts["seconds"] + after.seconds, "notes": after.notes}
         if method.startswith("llama.cpp"):
             return llama_cpp(self.peers, source, text, to, 0 if method.endswith("plain") else self.samples, out)
         if method.startswith("gptqmodel-"):
             return gptqmodel(self.peers, source, text, to, self.samples, method.removeprefix("gptqmodel-"), out)
-        options = taken(method) | {"samples": self.samples, "length": CONTEXT, "progress": self.progress}
+        options = OURS[method] | {"samples": self.samples, "length": CONTEXT, "progress": self.progress}
         if options["calibration"] == "c4":
             options["calibration"] = text
         if to.startswith("pure:"):
@@ -147,25 +151,6 @@ class Bench:
             for file in (self.work / "files").glob(f"*-{method}-{self.samples}.any"):
                 remove(file)
         print(f"{self.cache.forget(old)} rows forgotten")
-
-
-def taken(method: str) -> Row:
-    """Its arguments; one that turns off what this fewbits has not is none."""
-    return {k: v for k, v in OURS[method].items() if v != "off" or k in signature(fewbits.quantize).parameters}
-
-
-def refused(method: str) -> str | None:
-    """Why this version of fewbits cannot run a method of ours."""
-    if is_peer(method):
-        return None
-    from fewbits import solvers
-
-    takes = signature(fewbits.quantize).parameters
-    missing = [k for k in taken(method) if k not in takes]
-    solver = OURS[method].get("solver")
-    if solver is not None and solver not in solvers.SOLVERS:
-        missing.append(f"solver {solver}")
-    return f"fewbits.quantize has no {', '.join(missing)}" if missing else None
 
 
 class Remembered:

@@ -103,7 +103,7 @@ def killed_and_resumed(bench: Bench, model: str, to: str, samples: int) -> Row:
     for out in (whole, broken):
         remove(out)
     began = time.monotonic()
-    _quantize(bench, model, to, whole, samples).communicate()
+    _finished(_quantize(bench, model, to, whole, samples))
     unbroken = time.monotonic() - began
     work = broken.with_name(f".{broken.name}.work")
     running = _quantize(bench, model, to, broken, samples)
@@ -115,10 +115,7 @@ def killed_and_resumed(bench: Bench, model: str, to: str, samples: int) -> Row:
     if broken.exists():
         raise SystemExit(f"{to} was done before it could be killed")
     began = time.monotonic()
-    again = _quantize(bench, model, to, broken, samples)
-    _, errors = again.communicate()
-    if again.returncode:
-        raise SystemExit(errors.decode()[-2000:])
+    _finished(_quantize(bench, model, to, broken, samples))
     found = {"tensors": solved, "unbroken": unbroken, "resumed": time.monotonic() - began}
     a, b = _digests(whole), _digests(broken)
     found["differ"] = sorted(name for name in a | b if a.get(name) != b.get(name))
@@ -131,6 +128,12 @@ def _quantize(bench: Bench, model: str, to: str, out: Path, samples: int) -> sub
     command = [sys.executable, "-m", "fewbits", "quantize", str(bench.models / model), "-o", str(out), "--to", to,
                "--calibration", str(bench.text("c4")), "--samples", str(samples)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=dict(os.environ))
+
+
+def _finished(running: subprocess.Popen[bytes]) -> None:
+    _, errors = running.communicate()
+    if running.returncode:
+        raise SystemExit(errors.decode()[-2000:])
 
 
 def _digests(path: Path) -> dict[str, str]:
