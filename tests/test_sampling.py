@@ -54,7 +54,7 @@ def sampling_ends(path: Path) -> set[int]:
 
 
 def test_a_text_that_ends_is_followed_by_another(tiny: Path, monkeypatch: pytest.MonkeyPatch):
-    """With most tokens made ends, rows are full, and after an end come BOS and a first token, not the model's choice."""
+    """With most tokens made ends, rows are full; after an end come BOS and a first token, not the model's choice."""
     many = torch.arange(3, 200)
     monkeypatch.setattr(sampling, "_ends", lambda net, words: many)
     monkeypatch.setattr(sampling, "_firsts", lambda words: torch.tensor([2]))
