@@ -281,7 +281,8 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--part", nargs="*", default=[], choices=[*PARTS, "all"])
     p.add_argument("--only", nargs="*", default=[], help="recipes")
-    p.add_argument("--methods", nargs="*", default=[], choices=[*OURS, *FINISHED], help="of ours; the peers' always run")
+    p.add_argument("--methods", nargs="*", default=[], choices=[*OURS, *FINISHED],
+                   help="of ours; the peers' always run")
     p.add_argument("--forget", nargs="*", default=[], help="methods to make anew")
     p.add_argument("--samples", type=int, default=32, help="calibration sequences of 512 tokens")
     p.add_argument("--chunks", type=int, default=8, help="windows of 512 tokens that are measured")

@@ -135,7 +135,8 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
             if store:
                 solved = _titled(job.checkpoint(), recipe)
                 if finishing.asked(finish) and used is not None:
-                    solved, told = finishing.tune(source, solved, used, finish, store, report)
+                    text = take(samples=finishing.sequences(finish))  # a new sequence each step
+                    solved, told = finishing.tune(source, solved, text, finish, store, report)
                     notes += told
                 written = write(containers.by_name(recipe.container), out, solved, report)
                 result = Result(out, recipe.container, recipe.name, used.description if used else None, _size(out),

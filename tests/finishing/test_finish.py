@@ -96,7 +96,8 @@ def test_bad_levels_and_too_little_text(tiny: Path, english: Path, tmp_path: Pat
     with pytest.raises(FewbitsError, match="--finish slow: no such level"):
         quantize(tiny, tmp_path / "a", english, finish="slow")
     with pytest.raises(FewbitsError, match="cannot be held out"):
-        quantize(tiny, tmp_path / "a", english, samples=1)
+        fewbits.quantize(tiny, tmp_path / "a", "int4-g32", calibration=[{"input_ids": torch.arange(64)[None]}],
+                         finish="quick")
 
 
 # files that are there already -----------------------------------------------------------------------------------------

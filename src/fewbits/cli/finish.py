@@ -17,7 +17,7 @@ def command(
     level: Annotated[str, typer.Option(help="quick (100 steps) or thorough (400).")] = "quick",
     calibration: Annotated[str, typer.Option(help="c4, wikitext2, self (text of the model's own), or a file.")] =
         "self",
-    samples: Annotated[int, typer.Option(min=2, help="Calibration sequences.")] = 64,
+    samples: Annotated[int | None, typer.Option(min=2, help="Calibration sequences; as many as steps, to 200.")] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens a calibration sequence.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Which sequences are taken.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,

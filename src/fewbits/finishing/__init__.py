@@ -7,6 +7,7 @@ tuned by itself, to put out what the original's block does.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,11 +28,17 @@ from fewbits.sources import Batch, Calibration
 from fewbits.store import Store
 
 STEPS = {"quick": 100, "thorough": 400}  # of one batch each; of every block, where blocks are tuned one by one
+MOST = 200  # sequences: their last hidden states are kept in memory
 HELD_OUT = 1 / 16  # of the calibration, to measure on
 # the largest learning rate of a factor, over the square root of the loss: of a divergence, of a block's relative error
 RATE, BLOCK_RATE = 0.0025, 0.01
 BYTES = 12  # of memory a weight while whole models are tuned: the original in float32, codes, a layer's gradient
 FINISHED = "finished:"  # before names of tensors in the store
+
+
+def sequences(level: str) -> int:
+    """How many sequences a level learns from and measures on: a new one each step, up to `MOST`."""
+    return math.ceil(min(STEPS[level], MOST) / (1 - HELD_OUT))
 
 
 def asked(level: str) -> bool:

@@ -12,7 +12,7 @@ from fewbits import __version__, containers, hub, sources
 from fewbits.checkpoint import Checkpoint
 from fewbits.containers.base import Progress, check_output, check_space, write
 from fewbits.errors import FewbitsError
-from fewbits.finishing import asked, tune
+from fewbits.finishing import asked, sequences, tune
 from fewbits.sources import Batch, Calibration
 from fewbits.store import Store, resumable
 
@@ -32,8 +32,9 @@ class Finished:
 
 
 def finish(model: str | Path | Checkpoint, out: str | Path, original: str | Path | Checkpoint, *,
-           level: str = "quick", calibration: str | Path | Calibration | Sequence[Batch] = "self", samples: int = 64,
-           length: int = 512, seed: int = 0, progress: Progress | None = None) -> Finished:
+           level: str = "quick", calibration: str | Path | Calibration | Sequence[Batch] = "self",
+           samples: int | None = None, length: int = 512, seed: int = 0,
+           progress: Progress | None = None) -> Finished:
     """Tune scales, norms and biases of the quantized `model` towards `original`; `out` has the same layout.
 
     See `sources.calibration` for what it is tuned on. A killed run resumes when called again.
@@ -53,7 +54,8 @@ def finish(model: str | Path | Checkpoint, out: str | Path, original: str | Path
     if refusal:
         raise FewbitsError(f"{target.name} cannot be written with {refusal[0].name}: {refusal[1]}")
     check_space(out.parent, 2 * quantized.nbytes)
-    used = sources.calibration(calibration, source, samples=samples, length=length, seed=seed, progress=progress)
+    used = sources.calibration(calibration, source, samples=samples or sequences(level), length=length, seed=seed,
+                               progress=progress)
     folder = out.with_name(f".{out.name}.work")
     with resumable(folder):
         store = Store(folder, {"model": _identity(quantized), "original": _identity(source), "finish": level,
