@@ -106,7 +106,7 @@ def test_a_file_is_finished_as_it_would_have_been(name: str, tiny: Path, english
     recipe = "Q4_0" if name.endswith("gguf") else "int3-g32"
     at_once = quantize(tiny, tmp_path / ("once-" + name), english, recipe).path
     plain = quantize(tiny, tmp_path / ("plain-" + name), english, recipe, finish="off").path
-    found = fewbits.finish(plain, tmp_path / ("later-" + name), tiny, calibration=english, **OPTIONS)
+    found = fewbits.finish(plain, tmp_path / ("later-" + name), tiny, calibration=english, length=OPTIONS["length"])
     assert found.notes[-1].startswith("finished (quick")
     for n, entry in containers.open(found.path).entries.items():
         assert torch.equal(entry.load().dequantize(), containers.open(at_once).entries[n].load().dequantize()), n
