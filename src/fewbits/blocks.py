@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fewbits.checkpoint import Entry
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
+from fewbits.planning import available_bytes
 from fewbits.statistics import Experts, Found, Statistics
 
 if TYPE_CHECKING:
@@ -20,8 +21,19 @@ if TYPE_CHECKING:
     from fewbits.runtime.taps import Key, Reading
 
 
+KEPT = 0.25  # of the free memory, for what the original model's layers read
+
+
 class Done(Exception):
     """A forward pass got as far as needed."""
+
+
+@dataclass
+class Pass:
+    """What all layers of a block read on one batch, and what it put out."""
+
+    readings: list[Reading]
+    output: torch.Tensor
 
 
 @dataclass
@@ -31,6 +43,30 @@ class Original:
     module: torch.nn.Module
     inputs: list[torch.Tensor]
     arguments: list[dict[str, Any]]
+    passed: dict[int, Pass] = field(default_factory=dict)  # by batch, where there is memory to keep it
+    fits: bool = True
+
+    def readings(self, number: int, keys: set[Key], calls: int) -> list[Reading]:
+        """What the layers `keys` read on one batch; all groups are served from one pass if that can be kept."""
+        if number not in self.passed and not self._room():
+            return _readings(self, number, keys, calls)
+        if number not in self.passed:
+            from fewbits.runtime.taps import tapped
+
+            found: list[Reading] = []
+            with tapped(self.module, found.append):
+                output = _call(self.module, self.inputs[number], self.arguments[number])
+            self.passed[number] = Pass(found, output)
+        return [r for r in self.passed[number].readings if r.key in keys]
+
+    def _room(self) -> bool:
+        """Whether what all batches read fits into a part of the free memory, going by the first."""
+        if not self.passed:
+            return True
+        if len(self.passed) == 1:
+            one = {id(r.source): r.x.nbytes for p in self.passed.values() for r in p.readings}
+            self.fits = sum(one.values()) * len(self.inputs) < available_bytes() * KEPT
+        return self.fits
 
     def output(self, number: int) -> torch.Tensor:
         """What the block puts out for a batch, with a gradient where that is on."""
@@ -85,8 +121,9 @@ class Block:
     def advance(self) -> None:
         """Put the block's outputs in the place of its inputs."""
         for part in (self, self.original) if self.original else (self,):
+            known = part.passed if isinstance(part, Original) else {}
             for i, (x, arguments) in enumerate(zip(part.inputs, part.arguments, strict=True)):
-                part.inputs[i] = _call(part.module, x, arguments)
+                part.inputs[i] = known.pop(i).output if i in known else _call(part.module, x, arguments)
 
     def _readers(self) -> list[list[Key]]:
         """Keys of the layers in the order in which they run on the first batch, by the tensor that they read."""
@@ -147,7 +184,7 @@ class Group:
         originals: list[Reading | None] = [None] * len(readings)
         if block.original:
             twins = dict(zip(block.module.modules(), block.original.module.modules(), strict=True))
-            originals = [*_readings(block.original, number, {(twins[module], leaf) for module, leaf in first}, calls)]
+            originals = [*block.original.readings(number, {(twins[module], leaf) for module, leaf in first}, calls)]
         keep = block.walk.mask(block.prefix, number)
         for reading, original in zip(readings, originals, strict=True):
             if not bool(reading.x.isfinite().all()):

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 class _Lazy(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self.__name__), name)
+        found = getattr(importlib.import_module(self.__name__), name)
+        self.__dict__[name] = found  # inner loops ask often
+        return found
 
 
 if TYPE_CHECKING:

@@ -8,14 +8,16 @@ error will cost once the columns after it have corrected it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from fewbits.codecs.base import Codec, Grid, Params, Shape
 from fewbits.lazy import torch
 from fewbits.solvers.curvature import Curvature
 from fewbits.solvers.descent import BLOCK, descend, refit
 
-ROWS = 768  # of the weight that a worker solves at a time
+ROWS = 4096  # of the weight that a worker solves at a time: with fewer, threads wait for Python more than they compute
 SWEEPS = 3  # of coordinate descent afterwards
 
 
@@ -38,10 +40,22 @@ def gptq(w: torch.Tensor, codec: Codec, bent: Curvature, state: Params | None = 
         codes, params = _rows(w[rows], codec, bent, known, again)
         return descend(w[rows], codec, codes, params, bent.moment, sweeps) if sweeps else (codes, params)
 
-    # rows don't see each other: the same parts on every machine, small enough for a core's cache, shared by the cores
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = list(pool.map(some, (slice(at, at + ROWS) for at in range(0, len(w), ROWS))))
+    # rows don't see each other: the same parts on every machine, shared by the cores
+    cuts = [slice(at, at + ROWS) for at in range(0, len(w), ROWS)]
+    with alone() as threads, ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(some, cuts) if len(cuts) > 1 else map(some, cuts))
     return torch.cat([c for c, _ in parts]), {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]}
+
+
+@contextmanager
+def alone() -> Iterator[int]:
+    """Keep torch from starting threads of its own for small operations; how many it would have started."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rows(w: torch.Tensor, codec: Codec, bent: Curvature, state: Params | None,
