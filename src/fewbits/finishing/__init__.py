@@ -31,7 +31,7 @@ STEPS = {"quick": 100, "thorough": 400}  # of one batch each; of every block, wh
 MOST = 200  # sequences: their last hidden states are kept in memory
 HELD_OUT = 1 / 16  # of the calibration, to measure on
 # the largest learning rate of a factor, over the square root of the loss: of a divergence, of a block's relative error
-RATE, BLOCK_RATE = 0.0025, 0.01
+RATE, BLOCK_RATE = 0.0007, 0.003
 BYTES = 12  # of memory a weight while whole models are tuned: the original in float32, codes, a layer's gradient
 FINISHED = "finished:"  # before names of tensors in the store
 
