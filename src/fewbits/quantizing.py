@@ -26,7 +26,7 @@ from fewbits.qtensor import QTensor
 from fewbits.recipe import Choice, ModelFacts, Overrides, Recipe
 from fewbits.recipe import get as get_recipe
 from fewbits.sources import Batch, Calibration
-from fewbits.store import Store, resumable
+from fewbits.store import Store, identity, resumable
 
 REORDERS = "gptq-act-order"  # the solver that leaves columns in an order of their own: QTensor.order
 # layouts of integers in groups, made for calibrated weights: these are calibrated unless told otherwise
@@ -122,7 +122,7 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
         notes += _again(source, choices)
 
         folder = out.with_name(f".{out.name}.work")
-        stamp = {"source": _identity(source), "choices": [[c.name, c.codec.name, c.solver] for c in choices],
+        stamp = {"source": identity(source), "choices": [[c.name, c.codec.name, c.solver] for c in choices],
                  "calibration": used.digest() if used else None, "imatrix": _digest(matrix) if matrix else None,
                  "transform": transform, "finish": finish, "version": __version__}
         with resumable(folder):
@@ -230,11 +230,6 @@ def _goal(source: Checkpoint, choices: list[Choice]) -> Checkpoint:
 
 def _unsolved(name: str) -> QTensor:
     raise AssertionError(f"{name} is not solved yet")
-
-
-def _identity(source: Checkpoint) -> list[Any]:
-    stat = os.stat(source.path)
-    return [str(source.path), stat.st_size, stat.st_mtime_ns]
 
 
 def _digest(matrix: Imatrix) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from fewbits.checkpoint import Checkpoint
 from fewbits.codecs.base import Codec
 from fewbits.containers.base import remove, sync
 from fewbits.errors import FewbitsError
@@ -86,6 +87,12 @@ class Store:
 
     def clear(self) -> None:
         remove(self.folder)
+
+
+def identity(source: Checkpoint) -> list[Any]:
+    """What tells a checkpoint's files from others, and from themselves once changed."""
+    stat = source.path.stat()
+    return [str(source.path), stat.st_size, stat.st_mtime_ns]
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def test_divergence_and_its_gradient(models: Any) -> None:
     original, student = models()
     batches = [{"input_ids": torch.randint(0, 300, (2, 150))}]
     goal = goals.goal(original, student, batches)
-    hidden = goals.last_states(student, batches[0]).requires_grad_()
+    hidden = goals.last_states(student, batches[0]).detach().requires_grad_()
     goal(hidden, 0).backward()
 
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_a_model_is_at_no_distance_from_itself() -> None:
     original, _ = llama()
     batches = [{"input_ids": torch.randint(0, 300, (1, 20))}]
     goal = goals.goal(original, original, batches)
-    assert float(goal(goals.last_states(original, batches[0]), 0)) == pytest.approx(0, abs=1e-6)
+    assert float(goal(goals.last_states(original, batches[0]).detach(), 0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_logits_made_in_another_way_are_refused() -> None:
@@ -75,4 +75,4 @@ def test_models_without_a_head_are_measured_at_their_last_states() -> None:
     goal = goals.goal(original, student, [batch])
     a, b = (m(**batch).last_hidden_state.double() for m in (original, student))
     want = float(((a - b).square().sum() / a.square().sum()).detach())
-    assert float(goal(goals.last_states(student, batch), 0)) == pytest.approx(want, rel=1e-4)
+    assert float(goal(goals.last_states(student, batch).detach(), 0)) == pytest.approx(want, rel=1e-4)

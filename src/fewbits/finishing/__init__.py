@@ -107,8 +107,7 @@ class _Run:
         goal = goals.goal(load(self.source, kernel="decoded"), net, self.batches)
 
         def loss(i: int) -> torch.Tensor:
-            more = {"use_cache": False} if hasattr(net.config, "use_cache") else {}
-            return goal(net.base_model(**more | self.batches[i]).last_hidden_state, i)
+            return goal(goals.last_states(net, self.batches[i]), i)
 
         return self._train(student, loss, "model", RATE, self._advance(self.steps))
 

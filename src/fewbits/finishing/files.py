@@ -14,7 +14,7 @@ from fewbits.containers.base import Progress, check_output, check_space, write
 from fewbits.errors import FewbitsError
 from fewbits.finishing import asked, sequences, tune
 from fewbits.sources import Batch, Calibration
-from fewbits.store import Store, resumable
+from fewbits.store import Store, identity, resumable
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def finish(model: str | Path | Checkpoint, out: str | Path, original: str | Path
                                progress=progress)
     folder = out.with_name(f".{out.name}.work")
     with resumable(folder):
-        store = Store(folder, {"model": _identity(quantized), "original": _identity(source), "finish": level,
+        store = Store(folder, {"model": identity(quantized), "original": identity(source), "finish": level,
                                "calibration": used.digest(), "version": __version__})
         tuned, notes = tune(source, quantized, used, level, store, progress, seed)
         write(target, out, tuned, progress)
@@ -77,8 +77,3 @@ def _check(source: Checkpoint, quantized: Checkpoint) -> None:
             found = "no such tensor" if other is None else f"{list(other.shape)}, not {list(entry.shape)}"
             raise FewbitsError(f"{quantized.path} is no quantization of {source.path}: {name} there: {found}",
                                "give the model that it was made from")
-
-
-def _identity(checkpoint: Checkpoint) -> list[Any]:
-    stat = checkpoint.path.stat()
-    return [str(checkpoint.path), stat.st_size, stat.st_mtime_ns]

@@ -68,7 +68,8 @@ def goal(original: transformers.PreTrainedModel, student: transformers.PreTraine
     Raises:
         FewbitsError: logits that are made in another way than the models known here do.
     """
-    hidden = [last_states(original, batch) for batch in batches]
+    with torch.no_grad():
+        hidden = [last_states(original, batch) for batch in batches]
     if original.get_output_embeddings() is None:
         return States(hidden)
     found = Logits(original, student, hidden)
@@ -77,10 +78,9 @@ def goal(original: transformers.PreTrainedModel, student: transformers.PreTraine
 
 
 def last_states(model: transformers.PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """What enters the model's head, `[batch, length, hidden]`."""
+    """What enters the model's head, `[batch, length, hidden]`, with a gradient where that is on."""
     more = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    with torch.no_grad():
-        states: torch.Tensor = model.base_model(**more | batch).last_hidden_state
+    states: torch.Tensor = model.base_model(**more | batch).last_hidden_state
     return states
 
 
