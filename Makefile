@@ -2,7 +2,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-peers peers bench lint types lines check clean
+.PHONY: demo test native test-peers peers bench lint types lines check clean
 
 ## The two commands of the README ------------------------------------------------------------------------------------
 demo: $(READY)          # a real 135 M model into one recipe of each family
@@ -20,6 +20,11 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 check: lint types test
+
+native: $(READY)        # the native core again, after a change in csrc/
+	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(PY)) > build/native.log
+	cmake --build build/native
+	cmake --install build/native --prefix $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 
 lint: $(READY)
 	$(PY) -m ruff check .

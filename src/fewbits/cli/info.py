@@ -1,4 +1,4 @@
-"""`fewbits info PATH`."""
+"""`fewbits info PATH`, `fewbits info --cpu`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from rich.table import Table
 
 from fewbits.cli import imatrix
 from fewbits.cli.common import AllowPickle, console, emit, size, source
+from fewbits.errors import FewbitsError
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A path in any format, or a hub id.")],
+    model: Annotated[str | None, typer.Argument(help="A path in any format, or a hub id.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="What this CPU can do, and which kernels are used.")] = False,
 ) -> None:
-    """Say what a model file holds, from its header alone; or of what an importance matrix was made."""
+    """Say what a model file holds, from its header alone; of what an imatrix was made; or what the CPU can do."""
+    if cpu:
+        _cpu(json)
+        return
+    if model is None:
+        raise FewbitsError("info: no model", "a path, a hub id, or --cpu")
     from fewbits.imatrix import is_imatrix, read
     from fewbits.inspection import inspect
 
@@ -42,3 +49,18 @@ def command(
         for tensor in found.tensors:
             listing.add_row(tensor.name, " x ".join(map(str, tensor.shape)), tensor.codec, size(tensor.nbytes))
         console.print(listing)
+
+
+def _cpu(json: bool) -> None:
+    from fewbits import _native
+    from fewbits.runtime import instructions
+
+    here = [name for name, has in _native.features() if has]
+    missing = [name for name, has in _native.features() if not has]
+    if json:
+        emit({"instructions": here, "missing": missing, "kernels": _native.usable(), "used": _native.current()})
+        return
+    console.print(f"instructions: {' '.join(here) or '-'}", highlight=False, soft_wrap=True)
+    console.print(f"missing:      {' '.join(missing) or '-'}", highlight=False, soft_wrap=True)
+    console.print(f"kernels:      {_native.current()} of {', '.join(_native.usable())} ({instructions.VARIABLE} names "
+                  "another)", highlight=False, soft_wrap=True)
