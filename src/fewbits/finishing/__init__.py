@@ -77,7 +77,7 @@ def tune(source: Checkpoint, solved: Checkpoint, calibration: Calibration, level
 
 def _distance(block: Block, meant: list[torch.Tensor], number: int) -> torch.Tensor:
     """Squared distance of what the block puts out from what was meant, over its mean square."""
-    return F.mse_loss(block.output(number), meant[number]) / meant[number].square().mean()
+    return F.mse_loss(block.passes.output(number), meant[number]) / meant[number].square().mean()
 
 
 def _stored(store: Store, entry: Entry) -> Entry:
@@ -121,7 +121,7 @@ class _Run:
             assert block.original is not None
             with torch.no_grad():
                 meant = [block.original.output(i) for i in range(len(self.batches))]
-            student = seat(block.module, walk.places, [self.solved.entries[n] for n in block.names])
+            student = seat(block.passes.module, walk.places, [self.solved.entries[n] for n in block.names])
             found, outcome = self._train(student, partial(_distance, block, meant), f"block {block.index}",
                                          BLOCK_RATE, advance)
             names |= found
