@@ -34,10 +34,10 @@ with distributed.joined() as ranks:
     said |= {"counts": parts.counts, "moments": [p.moment[0, 0].item() for p in parts.parts], "rank": ranks.rank}
 
 class Breaks(job.Job):
-    def _solve(self, name, statistics):
+    def _solve(self, names, statistics):
         if self.ranks.rank == 1:
             raise fewbits.FewbitsError("rank 1 cannot go on")
-        super()._solve(name, statistics)
+        super()._solve(names, statistics)
 
 fewbits.quantizing.Job = Breaks
 try:

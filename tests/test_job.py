@@ -94,7 +94,7 @@ def test_progress_rises_to_its_end(tiny: Path, tmp_path: Path, english: Path) ->
 
 
 # killed and resumed ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("after", [1, 6, 13])
+@pytest.mark.parametrize("after", [3, 6, 13])
 def test_a_run_that_ends_anywhere_resumes_and_ends_equal(after: int, whole: Any, tiny: Path, tmp_path: Path,
                                                          english: Path) -> None:
     out, folder = tmp_path / "out", tmp_path / ".out.work"
@@ -120,7 +120,7 @@ from pathlib import Path
 import fewbits
 
 def kill(what, done, total):
-    if len(list((Path(sys.argv[2]).parent / ".out.work").glob("*.safetensors"))) == 9:
+    if len(list((Path(sys.argv[2]).parent / ".out.work").glob("*.safetensors"))) == 10:
         os.kill(os.getpid(), signal.SIGKILL)
 
 fewbits.quantize(sys.argv[1], sys.argv[2], "int4-g32", calibration=sys.argv[3], samples=4, length=64, progress=kill)
@@ -137,7 +137,7 @@ def test_a_killed_process_resumes_and_ends_equal(whole: Any, tiny: Path, tmp_pat
     real = solvers.solve
     monkeypatch.setattr(solvers, "solve", lambda *a: (solved.append(1), real(*a))[1])
     fewbits.quantize(tiny, out, "int4-g32", calibration=english, **OPTIONS)
-    assert weights(out) == weights(whole.path) and len(solved) == 14 - 9
+    assert weights(out) == weights(whole.path) and len(solved) == 8 - 5
 
 
 def test_another_job_does_not_take_what_is_stored(tiny: Path, tmp_path: Path, english: Path) -> None:

@@ -124,7 +124,7 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
         folder = out.with_name(f".{out.name}.work")
         stamp = {"source": identity(source), "choices": [[c.name, c.codec.name, c.solver] for c in choices],
                  "calibration": used.digest() if used else None, "imatrix": _digest(matrix) if matrix else None,
-                 "transform": transform, "finish": finish, "version": __version__}
+                 "transform": transform, "version": __version__}
         with resumable(folder):
             store = Store(folder, stamp) if ranks.leads else None
             if transform is not None and used is not None:

@@ -76,6 +76,20 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Kno
     return QTensor(codec, shape, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
 
 
+def solve_together(weights: list[torch.Tensor], codec: Codec, solver: str, statistics: Known | None) -> list[QTensor]:
+    """Weights that read the same, each as by `solve`. GPTQ, whose loop over columns costs little more for many rows
+    than for few, takes those that are matrices as one."""
+    as_one = solver in NEEDS_STATISTICS and len(weights) > 1 and all(
+        w.ndim == 2 and codec.rows_apart(tuple(w.shape)) for w in weights)
+    if not as_one:
+        return [solve(w, codec, solver, statistics) for w in weights]
+    whole, parts, at = solve(torch.cat(weights), codec, solver, statistics), list[QTensor](), 0
+    for w in weights:
+        part, at = whole.part(slice(at, at + len(w))), at + len(w)
+        parts.append(replace(part, planes={k: p.clone() for k, p in part.planes.items()}))
+    return parts
+
+
 def _with_moments(w: torch.Tensor, codec: Codec, shape: Shape, statistics: Statistics, act_order: bool) -> QTensor:
     """One matrix by GPTQ; in act-order columns are stored as they are rounded."""
     if len(statistics.moment) != w.shape[1]:
