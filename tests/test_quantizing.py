@@ -13,10 +13,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import fewbits
-from fewbits import containers, solvers, sources
-from fewbits.calibrate import Walk
+from fewbits import containers, solvers
+from fewbits.calibration import sources
+from fewbits.calibration.walk import Walk
 from fewbits.errors import FewbitsError
-from fewbits.store import Store
+from fewbits.jobs.store import Store
 
 RECIPES = {"Q8_0": "a.gguf", "Q4_0": "a.gguf", "int4-g128": "a", "int3-g32-asym": "a", "int8": "a", "nf4": "a",
            "nf4-dq": "a", "fp4": "a", "f16": "a",

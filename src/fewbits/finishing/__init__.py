@@ -16,16 +16,16 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fewbits.calibrate import Block, Walk
+from fewbits.calibration.sources import Batch, Calibration
+from fewbits.calibration.walk import Block, Walk
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers.base import Progress
 from fewbits.errors import FewbitsError
 from fewbits.finishing import goals
 from fewbits.finishing.student import Student, seat
 from fewbits.finishing.training import Outcome, train
+from fewbits.jobs.store import Store
 from fewbits.planning import available_bytes
-from fewbits.sources import Batch, Calibration
-from fewbits.store import Store
 
 STEPS = {"quick": 100, "thorough": 400}  # of one batch each; of every block, where blocks are tuned one by one
 MOST = 200  # sequences: their last hidden states are kept in memory

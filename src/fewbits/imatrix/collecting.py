@@ -16,9 +16,9 @@ from fewbits.imatrix.matching import names
 from fewbits.lazy import torch
 
 if TYPE_CHECKING:
-    from fewbits.calibrate import Block, Walk
+    from fewbits.calibration.sources import Calibration
+    from fewbits.calibration.walk import Block, Walk
     from fewbits.runtime.taps import Key
-    from fewbits.sources import Calibration
 
 
 def collect(source: Checkpoint, calibration: Calibration, progress: Progress | None = None, *,
@@ -31,7 +31,7 @@ def collect(source: Checkpoint, calibration: Calibration, progress: Progress | N
     Raises:
         FewbitsError: a family without GGUF names, or activations that are not finite.
     """
-    from fewbits.calibrate import Walk
+    from fewbits.calibration.walk import Walk
 
     table = names(source)
     walk = Walk(source, calibration.batches)

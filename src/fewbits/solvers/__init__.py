@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from fewbits.calibration.statistics import Diagonal, Known, Statistics
 from fewbits.codecs.base import Codec, Params, Planes, Shape
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
@@ -19,7 +20,6 @@ from fewbits.solvers.curvature import curvature
 from fewbits.solvers.gptq import gptq
 from fewbits.solvers.gptq import refuses as gptq_refuses
 from fewbits.solvers.nearest import nearest, search
-from fewbits.statistics import Diagonal, Known, Statistics
 
 PART = 1 << 18  # weights that a worker solves at a time
 Solver = Callable[..., "tuple[torch.Tensor, Params]"]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
-from fewbits.blocks import Block, Group
+from fewbits.calibration.blocks import Block, Group
+from fewbits.calibration.statistics import Experts, Found, Statistics
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
-from fewbits.statistics import Experts, Found, Statistics
 
 __all__ = ["Batches", "Block", "Experts", "Group", "Statistics", "Walk"]
 

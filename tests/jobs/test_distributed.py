@@ -12,8 +12,8 @@ import torch
 
 import fewbits
 from fewbits import containers
-from fewbits.distributed import Ranks
-from fewbits.statistics import Experts, Statistics
+from fewbits.calibration.statistics import Experts, Statistics
+from fewbits.jobs.distributed import Ranks
 
 OPTIONS = {"samples": 6, "length": 64}
 RANK = """
@@ -21,8 +21,9 @@ import json, sys
 from pathlib import Path
 import torch.distributed as dist
 import fewbits
-from fewbits import distributed, job
-from fewbits.statistics import Experts, Statistics
+from fewbits.jobs import distributed
+from fewbits.jobs import job
+from fewbits.calibration.statistics import Experts, Statistics
 
 model, text, folder, options = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
 result = fewbits.quantize(model, folder / "two", "int4-g32", calibration=text, **options)

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from fewbits.calibration.statistics import Experts, Found, Statistics
 from fewbits.checkpoint import Entry
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.planning import available_bytes
-from fewbits.statistics import Experts, Found, Statistics
 
 if TYPE_CHECKING:
-    from fewbits.calibrate import Walk
+    from fewbits.calibration.walk import Walk
     from fewbits.qtensor import QTensor
     from fewbits.runtime.passes import Passes
     from fewbits.runtime.taps import Key, Reading

@@ -16,10 +16,11 @@ import torch
 import transformers
 
 import fewbits
-from fewbits import containers, job, solvers
+from fewbits import containers, solvers
 from fewbits.containers import safetensors
 from fewbits.errors import FewbitsError
-from fewbits.store import Store
+from fewbits.jobs import job
+from fewbits.jobs.store import Store
 
 OPTIONS = {"samples": 4, "length": 64}
 
@@ -44,9 +45,9 @@ def test_error_of_a_layer_is_that_of_its_outputs(whole: Any, tiny: Path) -> None
     log = [json.loads(line) for line in beside(whole.path, ".log.jsonl").read_text().splitlines()]
     assert log[0]["event"] == "begins" and log[-1]["event"] == "ends"
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny).double()
-    from fewbits import sources
+    from fewbits.calibration import sources
 
-    text = Path(__file__).resolve().parents[1] / "examples" / "sample.txt"
+    text = Path(__file__).resolve().parents[2] / "examples" / "sample.txt"
     batches = sources.calibration(text, containers.open(tiny), **OPTIONS).batches
     layer = model.model.layers[0]
     seen: list[torch.Tensor] = []

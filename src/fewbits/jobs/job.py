@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 
-from fewbits import estimating, solvers
-from fewbits.calibrate import Batches, Block, Walk
+from fewbits import solvers
+from fewbits.calibration.sources import Calibration
+from fewbits.calibration.statistics import Diagonal, Known
+from fewbits.calibration.walk import Batches, Block, Walk
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Codec
 from fewbits.codecs.floats import F16, Float
 from fewbits.containers.base import Progress
-from fewbits.distributed import Ranks
 from fewbits.errors import FewbitsError
+from fewbits.jobs import estimating
+from fewbits.jobs.distributed import Ranks
+from fewbits.jobs.store import Store
 from fewbits.planning import available_bytes
 from fewbits.qtensor import CHUNK, QTensor
 from fewbits.recipe import Choice, ModelFacts
-from fewbits.sources import Calibration
-from fewbits.statistics import Diagonal, Known
-from fewbits.store import Store
 
 AHEAD = 4  # tensors outside of blocks that each rank solves before results are exchanged
 
