@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind.h"
 #include "cpu.h"
 #include "pool.h"
 
@@ -23,6 +24,7 @@ NB_MODULE(_native, m) {
         return names;
     });
     m.def("current", [] { return std::string(name_of(current())); });
+    bind_columns(m);
     m.def("use", [](const std::string& name) {
         if (!use(name)) throw nb::value_error(("no usable set of kernels is called " + name).c_str());
     });
