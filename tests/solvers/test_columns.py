@@ -10,8 +10,8 @@ from fewbits.codecs.base import Codec, Grid
 from fewbits.runtime import instructions
 from fewbits.solvers.columns import by_rounders, sweep
 
-NAMES = ["int2-g128", "int3-g32-asym", "int4-row", "int8", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
-         "Q6_K", "IQ4_NL", "IQ4_XS", "nf4", "fp4", "MXFP4", "TQ2_0", "fp8-e4m3", "kmeans3"]
+NAMES = ["int2-g128", "int3-g32-asym", "int4-row", "int8", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K",
+         "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "nf4", "fp4", "MXFP4", "TQ2_0", "fp8-e4m3", "kmeans3"]
 
 
 @pytest.fixture(params=_native.usable())

@@ -10,6 +10,7 @@ from fewbits.codecs.base import Codec, Params
 from fewbits.lazy import torch
 from fewbits.solvers.columns import sweep
 
+
 def descend(w: torch.Tensor, codec: Codec, codes: torch.Tensor, params: Params, moment: torch.Tensor,
             sweeps: int) -> tuple[torch.Tensor, Params]:
     """Better codes `[rows, columns]` and params `[rows, units, k]`; every sweep visits all units in natural order."""
