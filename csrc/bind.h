@@ -29,5 +29,6 @@ inline void check_threads(int threads) {
 }
 
 void bind_columns(nb::module_& m);
+void bind_products(nb::module_& m);
 
 }  // namespace fewbits

@@ -1,14 +1,10 @@
-// fewbits._native: what Python sees. Arguments are checked here, before any work.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/pair.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
+// fewbits._native: what Python sees. Arguments are checked in the files that bind them, before any work.
 #include "bind.h"
-#include "cpu.h"
-#include "pool.h"
 
-namespace nb = nanobind;
+#include <nanobind/stl/pair.h>
+
+#include "cpu.h"
+
 using namespace fewbits;
 
 NB_MODULE(_native, m) {
@@ -24,8 +20,7 @@ NB_MODULE(_native, m) {
         return names;
     });
     m.def("current", [] { return std::string(name_of(current())); });
+    m.def("use", [](const std::string& name) { require(use(name), "no usable set of kernels is called " + name); });
     bind_columns(m);
-    m.def("use", [](const std::string& name) {
-        if (!use(name)) throw nb::value_error(("no usable set of kernels is called " + name).c_str());
-    });
+    bind_products(m);
 }
