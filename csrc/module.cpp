@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "cpu.h"
+#include "encode_bind.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -26,4 +27,5 @@ NB_MODULE(_native, m) {
     m.def("use", [](const std::string& name) {
         if (!use(name)) throw nb::value_error(("no usable set of kernels is called " + name).c_str());
     });
+    bind_encoders(m);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from fewbits.codecs import native
 from fewbits.codecs.base import Grid, Rounder
 from fewbits.lazy import torch
 
@@ -63,6 +64,9 @@ class UniformGrid(_Folded):
 
     def encode(self, w: torch.Tensor) -> torch.Tensor:
         scale = self.scale * self.factor
+        found = native.codes(w, scale, self.offset, self.zero, self.low, self.high)
+        if found is not None:
+            return found
         step = torch.where(scale == 0, torch.inf, scale)  # a zero scale decodes every code alike
         u = self._fold(w.float())
         if self.offset is not None:
@@ -136,6 +140,9 @@ class TableGrid(_Folded):
         self.table = table
 
     def encode(self, w: torch.Tensor) -> torch.Tensor:
+        found = native.codes(w, self.scale, None, 0.0, 0, len(self.table.table) - 1, self.table)
+        if found is not None:
+            return found
         step = torch.where(self.scale == 0, torch.inf, self.scale)
         u = self._fold(w.float()) / self._spread(step)
         rank = torch.bucketize(u.contiguous(), self.table.bounds.to(w.device), out_int32=True)
