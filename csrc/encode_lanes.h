@@ -16,6 +16,7 @@
 #endif
 
 namespace fewbits::FEWBITS_ISA {
+namespace {
 
 constexpr int LANES = FEWBITS_LANES;
 typedef float V __attribute__((vector_size(4 * FEWBITS_LANES)));
@@ -64,4 +65,5 @@ inline V stored(V s, Storage type) {
     return s < V{} ? -rounded : rounded;
 }
 
+}  // namespace
 }  // namespace fewbits::FEWBITS_ISA

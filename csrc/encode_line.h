@@ -4,6 +4,7 @@
 #include "encode_scale.h"
 
 namespace fewbits::FEWBITS_ISA {
+namespace {
 
 // Weighted sums: of nothing, x, x^2, q, q^2, q x.
 struct Moments {
@@ -143,4 +144,5 @@ Line fit_line(const Columns<WEIGHTED>& p, V top, const Starts& starts, const Uni
     return chosen;
 }
 
+}  // namespace
 }  // namespace fewbits::FEWBITS_ISA

@@ -8,6 +8,7 @@
 #include "encode_unit.h"
 
 namespace fewbits::FEWBITS_ISA {
+namespace {
 
 // Integers low … high.
 struct Even {
@@ -195,4 +196,5 @@ Line search_zero(const Columns<WEIGHTED>& p, V top, const Starts& starts, const 
     return chosen;
 }
 
+}  // namespace
 }  // namespace fewbits::FEWBITS_ISA

@@ -7,6 +7,7 @@
 #include "encode_subscales.h"
 
 namespace fewbits::FEWBITS_ISA {
+namespace {
 
 constexpr int MOST_MINIMA = 4;
 
@@ -254,4 +255,5 @@ private:
     const V top_, most_;
 };
 
+}  // namespace
 }  // namespace fewbits::FEWBITS_ISA

@@ -8,6 +8,7 @@
 #include "encode_scale.h"
 
 namespace fewbits::FEWBITS_ISA {
+namespace {
 
 constexpr int MOST_SUBS = 16;
 constexpr int NEAR = 3;  // neighbours at once
@@ -137,4 +138,5 @@ private:
     const V least_, most_;
 };
 
+}  // namespace
 }  // namespace fewbits::FEWBITS_ISA

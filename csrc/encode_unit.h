@@ -7,6 +7,7 @@
 #include "encode_lanes.h"
 
 namespace fewbits::FEWBITS_ISA {
+namespace {
 
 constexpr float LEAST_WEIGHT = 1e-9f;  // of the largest in the unit: what does not matter still lands near its value
 
@@ -76,4 +77,5 @@ private:
     V peak_, step_;  // the largest magnitude; the same, but 1 where that is 0
 };
 
+}  // namespace
 }  // namespace fewbits::FEWBITS_ISA

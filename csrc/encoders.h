@@ -69,6 +69,8 @@ struct Encoders {
                   float* dmin, uint8_t* scales, uint8_t* mins);
     // nearest codes: (w - offset) / scale + zero rounded to an integer; or the level's code, by `order` of levels
     void (*codes)(const Grid&, const Levels&, const uint8_t* order, ptrdiff_t first, ptrdiff_t last, uint8_t* codes);
+    // `bits` of each code: of every `parts * run` codes byte j holds those of j, j + run, j + 2 run …, lowest first
+    void (*planes)(const uint8_t* codes, int bits, int parts, int run, ptrdiff_t first, ptrdiff_t last, uint8_t* bytes);
 };
 
 FEWBITS_TABLE(Encoders, encoders)

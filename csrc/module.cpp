@@ -1,14 +1,10 @@
-// fewbits._native: what Python sees. Arguments are checked here, before any work.
-#include <nanobind/nanobind.h>
+// fewbits._native: what Python sees. Arguments are checked in the files that bind them, before any work.
+#include "bind.h"
+
 #include <nanobind/stl/pair.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include "cpu.h"
-#include "encode_bind.h"
-#include "pool.h"
 
-namespace nb = nanobind;
 using namespace fewbits;
 
 NB_MODULE(_native, m) {
@@ -24,8 +20,7 @@ NB_MODULE(_native, m) {
         return names;
     });
     m.def("current", [] { return std::string(name_of(current())); });
-    m.def("use", [](const std::string& name) {
-        if (!use(name)) throw nb::value_error(("no usable set of kernels is called " + name).c_str());
-    });
+    m.def("use", [](const std::string& name) { require(use(name), "no usable set of kernels is called " + name); });
+    bind_products(m);
     bind_encoders(m);
 }

@@ -1,7 +1,422 @@
+// Products by integer dot products: bytes of a weight, unsigned, times bytes of activations, signed, four at a time.
+//
+// A vector holds 4 columns of 16 rows, so sums need no adding across a vector. Few rows of activations meet codes as
+// they come out of the records; for more, two tiles are unpacked to bytes once and meet panel after panel.
 #include "products.h"
+
+#include <stdlib.h>
+
+#include "unpack.h"
 
 namespace fewbits::FEWBITS_ISA {
 
-extern const Products products = {"products"};
+#if defined(__AVX512F__)
+constexpr int TILES = 2;  // 24 of 32 registers hold sums of 2 tiles and 12 rows
+constexpr int WIDTHS[] = {1, 2, 3, 4, 6, 8, 10, 12};
+#else
+constexpr int TILES = 1;
+constexpr int WIDTHS[] = {1, 2, 3, 4};
+#endif
+constexpr int FUSED = 4;           // rows that meet codes straight from the records
+constexpr int WIDEST = WIDTHS[sizeof WIDTHS / sizeof *WIDTHS - 1];
+constexpr long PANELS = 48;        // that share one unpacking
+constexpr long STRETCH = 128;      // blocks unpacked at a time: 4096 columns, 128 KiB
+
+static int width(long rows) {
+    const long panels = (rows + WIDEST - 1) / WIDEST;
+    for (int w : WIDTHS)
+        if (w * panels >= rows) return w;
+    return WIDEST;
+}
+
+// Activations ---------------------------------------------------------------------------------------------------------
+
+// 32 floats to bytes; scales have 12 bits, so that their product with MAGIC_VALUE is exact
+static float quantize_block(const float* x, int8_t* codes, int32_t* sums) {
+    float most = 0, strange = 0;
+    for (int i = 0; i < BLOCK; ++i) {
+        const float size = __builtin_fabsf(x[i]);
+        most = size > most ? size : most;
+        strange += x[i] - x[i];  // not a number where x is infinite or none
+    }
+    if (strange != 0 || most < 1e-30f) {
+        memset(codes, 0, BLOCK);
+        sums[0] = sums[1] = 0;
+        return strange;
+    }
+    float scale = most * (1.0f / 127);
+    uint32_t bits;
+    memcpy(&bits, &scale, 4);
+    bits = (bits + 0xFFF) & ~0xFFFu;
+    memcpy(&scale, &bits, 4);
+    const float inverse = 1 / scale;
+    for (int half = 0; half < 2; ++half) {
+        int32_t sum = 0;
+        for (int i = 16 * half; i < 16 * half + 16; ++i) {
+            const float rounded = (x[i] * inverse + MAGIC_VALUE) - MAGIC_VALUE;  // to nearest, ties to even
+            const int32_t code = (int32_t)rounded;
+            codes[i] = (int8_t)code;
+            sum += code;
+        }
+        sums[half] = sum;
+    }
+    return scale;
+}
+
+static void quantize(const float* x, const Activations& to, long panel) {
+    const int width = to.width;
+    for (long b = 0; b < to.blocks; ++b) {
+        const long at = (panel * to.blocks + b) * width;
+        for (int p = 0; p < width; ++p) {
+            const long row = panel * width + p, left = to.columns - b * BLOCK;
+            float block[BLOCK] = {};
+            if (row < to.rows) memcpy(block, x + row * to.columns + b * BLOCK, 4 * (left < BLOCK ? left : BLOCK));
+            int8_t codes[BLOCK];
+            int32_t sums[2];
+            const float scale = quantize_block(block, codes, sums);
+            for (int q = 0; q < 8; ++q) memcpy(to.codes + (at * 8 + q * width + p) * 4, codes + 4 * q, 4);
+            to.scales[at + p] = scale;
+            to.shifts[at + p] = scale * -MAGIC_VALUE;
+            to.sums[at * 2 + p] = sums[0];
+            to.sums[at * 2 + width + p] = sums[1];
+        }
+    }
+}
+
+static void correct(const Weight& w, const Activations& a, const Corrections& to, long panel) {
+    const int width = a.width, parts = BLOCK / w.sub;
+    for (long b = 0; b < a.blocks; ++b)
+        for (int part = 0; part < parts; ++part)
+            for (int p = 0; p < width; ++p) {
+                const long block = panel * a.blocks + b, at = (block * parts + part) * width + p;
+                const int32_t* sums = a.sums + block * 2 * width + p;
+                const int32_t sum = parts == 2 ? sums[part * width] : sums[0] + sums[width];
+                to.starts[at] = MAGIC - w.zero * sum;
+                to.sums[at] = a.scales[block * width + p] * (float)sum;
+            }
+}
+
+// Inner loops ---------------------------------------------------------------------------------------------------------
+
+// One panel, from a block on.
+struct Cursor {
+    const int32_t* codes;
+    const float *scales, *shifts, *sums;
+    const int32_t* starts;
+};
+
+INLINE Cursor cursor(const Activations& a, const Corrections& c, int parts, long panel, long block) {
+    const long at = (panel * a.blocks + block) * a.width;
+    return {(const int32_t*)a.codes + at * 8, a.scales + at, a.shifts + at, c.sums + at * parts, c.starts + at * parts};
+}
+
+// sums[p] of TILE rows with P rows of activations, as codes come out of the records
+template <class Codes, Scaling KIND, int SUB, int P>
+static void few(const Weight& w, const Activations& a, const Corrections& c, long tile, F32* sums) {
+    using Scales = Scales<KIND, SUB>;
+    constexpr int PARTS = Scales::PARTS, QUADS = SUB / 4;
+    const U8 table = table_of(w);
+    Cursor x = cursor(a, c, PARTS, 0, 0);
+    const uint8_t* record = w.codes + tile * w.blocks * Codes::BYTES;
+    F32 y[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) y[p] = F32{};
+    for (long g = 0; g < w.groups; ++g) {
+        const Scales group = Scales::group(w, tile, g);
+        const long last = (g + 1) * w.group < w.blocks ? (g + 1) * w.group : w.blocks;
+        for (long b = g * w.group; b < last; ++b) {
+            U8 code[8];
+            Codes::unpack(record, table, code);
+            __builtin_prefetch(record + 2048);
+            __builtin_prefetch(record + 2048 + 64);
+            if (Codes::BYTES > 128) __builtin_prefetch(record + 2048 + 128);
+            if (Codes::BYTES > 192) __builtin_prefetch(record + 2048 + 192);
+            if (Codes::BYTES > 256) __builtin_prefetch(record + 2048 + 256);
+#pragma GCC unroll 2
+            for (int part = 0; part < PARTS; ++part) {
+                F32 scale, offset;
+                Scales::part(group, w, tile, b, part, scale, offset);
+#pragma GCC unroll 4
+                for (int p = 0; p < P; ++p) {
+                    I32 sum = spread(x.starts[part * P + p]);
+#pragma GCC unroll 8
+                    for (int q = part * QUADS; q < (part + 1) * QUADS; ++q)
+                        sum = dot<Codes::WIDE>(sum, code[q], spread(x.codes[q * P + p]));
+                    y[p] = fma(scaled(sum, spread(x.scales[p]), spread(x.shifts[p])), scale, y[p]);
+                    if (Scales::OFFSETS) y[p] = fma(spread(x.sums[part * P + p]), offset, y[p]);
+                }
+            }
+            record += Codes::BYTES;
+            x.codes += 8 * P, x.scales += P, x.shifts += P, x.sums += PARTS * P, x.starts += PARTS * P;
+        }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) sums[p] = y[p];
+}
+
+// Bytes of TILES tiles, quad after quad, and their scales, sub-block after sub-block.
+struct Unpacked {
+    uint8_t* codes;  // [quads][TILES][64]
+    F32 *scales, *offsets;  // [sub-blocks][TILES]
+};
+
+template <class Codes, Scaling KIND, int SUB>
+static void unpack(const Weight& w, const long* tiles, long first, long last, const Unpacked& to) {
+    using Scales = Scales<KIND, SUB>;
+    const U8 table = table_of(w);
+    for (int t = 0; t < TILES; ++t)
+        for (long b = first; b < last;) {
+            const long g = b / w.group, end = (g + 1) * w.group < last ? (g + 1) * w.group : last;
+            const Scales group = Scales::group(w, tiles[t], g);
+            for (; b < end; ++b) {
+                U8 code[8];
+                Codes::unpack(w.codes + (tiles[t] * w.blocks + b) * Codes::BYTES, table, code);
+#pragma GCC unroll 8
+                for (int q = 0; q < 8; ++q) store(to.codes + (((b - first) * 8 + q) * TILES + t) * 64, code[q]);
+                for (int part = 0; part < Scales::PARTS; ++part) {
+                    const long at = ((b - first) * Scales::PARTS + part) * TILES + t;
+                    F32 scale, offset;
+                    Scales::part(group, w, tiles[t], b, part, scale, offset);
+                    to.scales[at] = scale;
+                    if (Scales::OFFSETS) to.offsets[at] = offset;
+                }
+            }
+        }
+}
+
+// y[p][t] += product of P rows with TILES unpacked tiles
+template <int SUB, bool OFFSETS, int P>
+static void many(const Unpacked& w, Cursor x, long blocks, F32* y) {
+    constexpr int PARTS = BLOCK / SUB, QUADS = SUB / 4;
+    const uint8_t* codes = w.codes;
+    for (long sub = 0; sub < blocks * PARTS; ++sub) {
+        I32 sum[P][TILES];
+#pragma GCC unroll 12
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+            for (int t = 0; t < TILES; ++t) sum[p][t] = spread(x.starts[p]);
+        for (int q = 0; q < QUADS; ++q) {
+            U8 code[TILES];
+#pragma GCC unroll 2
+            for (int t = 0; t < TILES; ++t) code[t] = load<U8>(codes + 64 * t);
+#pragma GCC unroll 12
+            for (int p = 0; p < P; ++p) {
+                const I32 four = spread(x.codes[p]);
+#pragma GCC unroll 2
+                for (int t = 0; t < TILES; ++t) sum[p][t] = dot<true>(sum[p][t], code[t], four);
+            }
+            codes += 64 * TILES, x.codes += P;
+        }
+        F32 scale[TILES], offset[TILES];
+#pragma GCC unroll 2
+        for (int t = 0; t < TILES; ++t) scale[t] = w.scales[sub * TILES + t];
+        if (OFFSETS)
+#pragma GCC unroll 2
+            for (int t = 0; t < TILES; ++t) offset[t] = w.offsets[sub * TILES + t];
+#pragma GCC unroll 12
+        for (int p = 0; p < P; ++p) {
+            const F32 factor = spread(x.scales[p]), shift = spread(x.shifts[p]);
+#pragma GCC unroll 2
+            for (int t = 0; t < TILES; ++t) {
+                F32& to = y[p * TILES + t];
+                F32 now = fma(scaled(sum[p][t], factor, shift), scale[t], to);
+                if (OFFSETS) now = fma(spread(x.sums[p]), offset[t], now);
+                to = now;
+            }
+        }
+        x.starts += P, x.sums += P;
+        if (PARTS == 1 || sub % 2) x.scales += P, x.shifts += P;
+    }
+}
+
+// Choosing among instances ----------------------------------------------------------------------------------------------
+
+using Few = void (*)(const Weight&, const Activations&, const Corrections&, long, F32*);
+using Unpack = void (*)(const Weight&, const long*, long, long, const Unpacked&);
+using Many = void (*)(const Unpacked&, Cursor, long, F32*);
+
+struct Instances {
+    Few few[FUSED];
+    Unpack unpack;
+};
+
+template <int BITS, bool TABLE, Scaling KIND, int SUB>
+constexpr Instances made() {
+    using C = Codes<BITS, TABLE>;
+    return {{few<C, KIND, SUB, 1>, few<C, KIND, SUB, 2>, few<C, KIND, SUB, 3>, few<C, KIND, SUB, 4>},
+            unpack<C, KIND, SUB>};
+}
+
+struct Row {
+    int bits;
+    bool table;
+    Scaling scaling;
+    int sub;
+    Instances instances;
+};
+
+#define ROW(bits, table, scaling, sub) {bits, table, Scaling::scaling, sub, made<bits, table, Scaling::scaling, sub>()}
+static const Row rows[] = {
+    ROW(2, false, plain, 32), ROW(3, false, plain, 32),   ROW(4, false, plain, 32),   ROW(5, false, plain, 32),
+    ROW(8, false, plain, 32), ROW(4, true, plain, 32),    ROW(1, true, plain, 32),    ROW(4, false, minimum, 32),
+    ROW(5, false, minimum, 32), ROW(2, false, zeros, 32), ROW(3, false, zeros, 32),   ROW(4, false, zeros, 32),
+    ROW(8, false, zeros, 32), ROW(2, false, nibbles, 16), ROW(3, false, small, 16),   ROW(6, false, small, 16),
+    ROW(4, true, small, 32),  ROW(4, false, lines, 32),   ROW(5, false, lines, 32),
+};
+#undef ROW
+
+static const Instances* find(const Weight& w) {
+    for (const Row& r : rows)
+        if (r.bits == w.bits && r.table == w.table && r.scaling == w.scaling && r.sub == w.sub) return &r.instances;
+    return nullptr;
+}
+
+static bool knows(const Weight& w) { return find(w) != nullptr; }
+
+template <int SUB, bool OFFSETS>
+static Many many_of(int width) {
+#if defined(__AVX512F__)
+    switch (width) {
+        case 6: return many<SUB, OFFSETS, 6>;
+        case 8: return many<SUB, OFFSETS, 8>;
+        case 10: return many<SUB, OFFSETS, 10>;
+        case 12: return many<SUB, OFFSETS, 12>;
+    }
+#endif
+    switch (width) {
+        case 1: return many<SUB, OFFSETS, 1>;
+        case 2: return many<SUB, OFFSETS, 2>;
+        case 3: return many<SUB, OFFSETS, 3>;
+    }
+    return many<SUB, OFFSETS, 4>;
+}
+
+static Many many_of(const Weight& w, int width) {
+    if (w.sub == 16) return w.offsets() ? many_of<16, true>(width) : many_of<16, false>(width);
+    return w.offsets() ? many_of<32, true>(width) : many_of<32, false>(width);
+}
+
+// Whole products --------------------------------------------------------------------------------------------------------
+
+INLINE void put(const Weight& w, const F32& sums, long tile, const float* bias, float* row) {
+    const long first = tile * TILE, count = w.rows - first < TILE ? w.rows - first : TILE;
+    float values[TILE];
+    store(values, sums);
+    for (long i = 0; i < count; ++i) row[first + i] = values[i] + (bias ? bias[first + i] : 0);
+}
+
+// Memory that a thread keeps for unpacked tiles.
+struct Scratch {
+    char* at = (char*)aligned_alloc(64, SIZE);
+    ~Scratch() { free(at); }
+    static constexpr long CODES = STRETCH * BLOCK * TILE * TILES, SCALES = STRETCH * 2 * TILES * (long)sizeof(F32),
+                          SUMS = PANELS * WIDEST * TILES * (long)sizeof(F32), SIZE = CODES + 2 * SCALES + SUMS;
+};
+
+static void multiply(const Weight& w, const Activations& a, const Corrections& c, long tile, long first_panel,
+                     long last_panel, float* out, long stride, const float* bias) {
+    const Instances* instances = find(w);
+    if (a.panels == 1 && a.width <= FUSED) {
+        for (int t = 0; t < TILES && tile + t < w.tiles; ++t) {
+            F32 sums[FUSED];
+            instances->few[a.width - 1](w, a, c, tile + t, sums);
+            for (long row = 0; row < a.rows; ++row) put(w, sums[row], tile + t, bias, out + row * stride);
+        }
+        return;
+    }
+    static thread_local Scratch scratch;
+    const Unpacked unpacked{(uint8_t*)scratch.at, (F32*)(scratch.at + Scratch::CODES),
+                            (F32*)(scratch.at + Scratch::CODES + Scratch::SCALES)};
+    F32* sums = (F32*)(scratch.at + Scratch::CODES + 2 * Scratch::SCALES);  // [panels][width][TILES]
+    const long panels = last_panel - first_panel;
+    memset((void*)sums, 0, panels * a.width * TILES * sizeof(F32));
+    long tiles[TILES];
+    for (int t = 0; t < TILES; ++t) tiles[t] = tile + t < w.tiles ? tile + t : tile;
+    const Many many = many_of(w, a.width);
+    for (long block = 0; block < w.blocks; block += STRETCH) {
+        const long end = block + STRETCH < w.blocks ? block + STRETCH : w.blocks;
+        instances->unpack(w, tiles, block, end, unpacked);
+        for (long p = 0; p < panels; ++p)
+            many(unpacked, cursor(a, c, BLOCK / w.sub, first_panel + p, block), end - block,
+                 sums + p * a.width * TILES);
+    }
+    for (long p = 0; p < panels * a.width; ++p) {
+        const long row = first_panel * a.width + p;
+        if (row >= a.rows) break;
+        for (int t = 0; t < TILES && tile + t < w.tiles; ++t)
+            put(w, sums[p * TILES + t], tile + t, bias, out + row * stride);
+    }
+}
+
+// Values ----------------------------------------------------------------------------------------------------------------
+
+// The code of a row of a tile in column 4 * quad + i of a record.
+static int code_at(const uint8_t* record, int bits, int row, int column) {
+    const int quad = column / 4, at = row * 4 + column % 4;
+    if (bits == 8) return record[quad * 64 + at];
+    int code = 0, done = 0;
+    for (int plane = 4; plane; plane /= 2)
+        if (bits & plane) {
+            const int per = 8 / plane;
+            const int byte = record[64 * done + quad / per * 64 + at];
+            code |= (byte >> (quad % per * plane) & ((1 << plane) - 1)) << done;
+            done += plane;
+        }
+    return code;
+}
+
+struct Line {
+    float scale[TILE], offset[TILE];
+};
+
+template <Scaling KIND, int SUB>
+static Line line(const Weight& w, long tile, long block, int part) {
+    using Scales = Scales<KIND, SUB>;
+    F32 scale, offset = F32{};
+    Scales::part(Scales::group(w, tile, block / w.group), w, tile, block, part, scale, offset);
+    Line found;
+    store(found.scale, scale);
+    store(found.offset, Scales::OFFSETS ? offset : F32{});
+    return found;
+}
+
+static Line line_at(const Weight& w, long tile, long block, int part) {
+    switch (w.scaling) {
+        case Scaling::minimum: return line<Scaling::minimum, 32>(w, tile, block, part);
+        case Scaling::zeros: return line<Scaling::zeros, 32>(w, tile, block, part);
+        case Scaling::lines: return line<Scaling::lines, 32>(w, tile, block, part);
+        case Scaling::nibbles: return line<Scaling::nibbles, 16>(w, tile, block, part);
+        case Scaling::small:
+            return w.sub == 16 ? line<Scaling::small, 16>(w, tile, block, part)
+                               : line<Scaling::small, 32>(w, tile, block, part);
+        case Scaling::plain: break;
+    }
+    return line<Scaling::plain, 32>(w, tile, block, part);
+}
+
+INLINE float value(const Weight& w, int code, float scale, float offset) {
+    return w.table ? w.values[code] * scale : (float)(code - w.zero) * scale + offset;
+}
+
+static void row(const Weight& w, long row, float* out) {
+    const long tile = row / TILE, lane = row % TILE;
+    for (long first = 0; first < w.columns; first += w.sub) {
+        const long block = first / BLOCK;
+        const Line l = line_at(w, tile, block, (int)(first % BLOCK / w.sub));
+        const uint8_t* record = w.codes + (tile * w.blocks + block) * 64 * w.bits;
+        for (long c = first; c < first + w.sub && c < w.columns; ++c)
+            out[c] = value(w, code_at(record, w.bits, (int)lane, (int)(c % BLOCK)), l.scale[lane], l.offset[lane]);
+    }
+}
+
+static void column(const Weight& w, long tile, long column, float* out) {
+    const long block = column / BLOCK;
+    const Line l = line_at(w, tile, block, (int)(column % BLOCK / w.sub));
+    const uint8_t* record = w.codes + (tile * w.blocks + block) * 64 * w.bits;
+    for (int i = 0; i < TILE; ++i)
+        out[i] = value(w, code_at(record, w.bits, i, (int)(column % BLOCK)), l.scale[i], l.offset[i]);
+}
+
+extern const Products products = {knows, width, quantize, correct, TILES, PANELS, multiply, row, column};
 
 }  // namespace fewbits::FEWBITS_ISA

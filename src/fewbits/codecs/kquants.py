@@ -168,6 +168,9 @@ class Q6_K(Symmetric):
 def join_planes(codes: torch.Tensor, bits: int, span: int, run: int = 32) -> torch.Tensor:
     """A few bits of each code: in every `span` columns, byte j holds those of columns j, j + run, j + 2 run …, lowest
     first."""
+    found = native.planes(codes, bits, span // run, run)
+    if found is not None:
+        return found
     parts = codes.unflatten(-1, (-1, span // run, run))
     packed = parts[..., 0, :].clone()
     for i in range(1, span // run):

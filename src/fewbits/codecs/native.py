@@ -190,6 +190,16 @@ def codes(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, zer
     return found
 
 
+def planes(codes: torch.Tensor, bits: int, parts: int, run: int) -> torch.Tensor | None:
+    """`bits` of each code: in every `parts * run` columns byte j holds those of columns j, j + run, j + 2 run …, lowest
+    first; None where the extension cannot."""
+    if _native is None or codes.device.type != "cpu" or codes.dtype != torch.uint8 or not codes.numel():
+        return None
+    packed = torch.empty(*codes.shape[:-1], codes.shape[-1] // parts, dtype=torch.uint8)
+    _native.planes(codes.reshape(-1), _threads(), bits, parts, run, packed.view(-1))
+    return packed
+
+
 # arguments ------------------------------------------------------------------------------------------------------------
 def _threads() -> int:
     return min(torch.get_num_threads(), _native.MOST_THREADS)

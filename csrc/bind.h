@@ -1,0 +1,34 @@
+// What the files that bind functions to Python share.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+
+#include "pool.h"
+
+namespace nb = nanobind;
+
+namespace fewbits {
+
+// An array in the machine's memory, rows one after the other; read-only ones are taken too where T is const.
+template <class T, int DIMENSIONS>
+using Array = nb::ndarray<T, nb::ndim<DIMENSIONS>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
+
+inline void require(bool right, const std::string& message) {
+    if (!right) throw nb::value_error(message.c_str());
+}
+
+inline void check_threads(int threads) {
+    require(1 <= threads && threads <= MOST_THREADS,
+            std::to_string(threads) + " threads: 1 to " + std::to_string(MOST_THREADS));
+}
+
+void bind_products(nb::module_& m);
+void bind_encoders(nb::module_& m);
+
+}  // namespace fewbits

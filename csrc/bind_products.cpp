@@ -1,0 +1,156 @@
+#include "bind.h"
+
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "layout.h"
+#include "product.h"
+#include "products.h"
+
+namespace fewbits {
+namespace {
+
+constexpr long MOST = 1L << 40;  // of any count: products of two still fit
+
+// A weight and the arrays that it points into.
+struct Held {
+    Weight weight;
+    Bytes codes, scales;
+    std::optional<Bytes> mins, subscales, submins;
+};
+
+template <class Kind>
+Kind named(const std::vector<const char*>& names, const std::string& name, const char* what) {
+    for (size_t i = 0; i < names.size(); ++i)
+        if (name == names[i]) return (Kind)i;
+    throw nb::value_error((std::string("no ") + what + " is called " + name).c_str());
+}
+
+const std::vector<const char*> SCALES{"f16", "bf16", "f32", "e8m0"};
+const std::vector<const char*> SCALINGS{"plain", "minimum", "zeros", "small", "lines", "nibbles"};
+constexpr long SCALE_BYTES[] = {2, 2, 4, 1};
+
+const uint8_t* plane(const std::optional<Bytes>& array, long bytes, bool needed, const char* name) {
+    require(array.has_value() == needed, std::string(name) + (needed ? " are missing" : " have no use here"));
+    if (!needed) return nullptr;
+    require((long)array->nbytes() == bytes, std::string(name) + " have " + std::to_string(array->nbytes()) +
+                                                 " bytes, not " + std::to_string(bytes));
+    return array->data();
+}
+
+Held hold(long rows, long columns, int bits, int zero, int sub, int group, float factor,
+          const std::string& scaling, const std::string& scale, const std::vector<float>& values, const std::vector<int>& levels,
+          Bytes codes, Bytes scales, std::optional<Bytes> mins, std::optional<Bytes> subscales, std::optional<Bytes> submins) {
+    require(0 <= rows && rows < MOST && 0 < columns && columns < MOST, "rows or columns out of range");
+    require(sub == 16 || sub == 32, "sub-blocks have 16 or 32 columns");
+    require(0 < group && group < MOST && 0 <= zero && zero < 256, "group or zero out of range");
+    Weight w{};
+    w.rows = rows, w.columns = columns, w.bits = bits, w.zero = zero, w.sub = sub, w.group = group, w.factor = factor;
+    w.tiles = (rows + TILE - 1) / TILE, w.blocks = (columns + BLOCK - 1) / BLOCK;
+    w.groups = (w.blocks + group - 1) / group;
+    w.scaling = named<Scaling>(SCALINGS, scaling, "scaling"), w.scale = named<Scale>(SCALES, scale, "scale");
+    w.table = !levels.empty();
+    require(levels.size() == values.size() && levels.size() <= 16, "a table has at most 16 levels, each with a value");
+    if (w.table) {
+        require((long)levels.size() == 1L << std::min(bits, 5), "a table has a level for every code");
+        for (size_t i = 0; i < levels.size(); ++i) {
+            require(0 <= levels[i] && levels[i] < 256, "levels are bytes");
+            w.levels[i] = (uint8_t)levels[i], w.values[i] = values[i];
+        }
+    }
+    require(products_of(Set::portable).knows(w), "no kernel for these codes and scales");
+    const bool lines = w.scaling == Scaling::lines, nibbles = w.scaling == Scaling::nibbles;
+    const long entries = w.tiles * w.groups * TILE, subs = w.tiles * w.subs() * TILE;
+    const long scale_bytes = entries * SCALE_BYTES[(int)w.scale];
+    w.codes = plane(codes, w.tiles * w.blocks * 64 * bits, true, "codes");
+    w.scales = plane(scales, scale_bytes, true, "scales");
+    w.mins = plane(mins, w.scaling == Scaling::zeros ? entries : scale_bytes, w.offsets(), "mins");
+    w.subscales = plane(subscales, subs, w.scaling == Scaling::small || lines || nibbles, "subscales");
+    w.submins = plane(submins, subs, lines, "submins");
+    return {w, codes, scales, mins, subscales, submins};
+}
+
+void check_ids(const Array<const int64_t, 1>& ids, long limit) {
+    for (size_t i = 0; i < ids.shape(0); ++i)
+        require(0 <= ids.data()[i] && ids.data()[i] < limit,
+                "index " + std::to_string(ids.data()[i]) + " is not in 0 … " + std::to_string(limit - 1));
+}
+
+using Out = Array<float, 2>;
+
+void multiply(const std::vector<const Held*>& weights, const Rounded& x, const std::vector<Out>& outs,
+              const std::vector<std::optional<Array<const float, 1>>>& biases, int threads) {
+    check_threads(threads);
+    require(weights.size() == outs.size() && weights.size() == biases.size(), "a result and a bias for every weight");
+    std::vector<Term> terms;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        const Weight& w = weights[i]->weight;
+        const auto& bias = biases[i];
+        require(w.columns == x.get().columns, "activations have " + std::to_string(x.get().columns) +
+                                                  " columns, the weight " + std::to_string(w.columns));
+        require((long)outs[i].shape(0) == x.get().rows && (long)outs[i].shape(1) == w.rows, "the result's shape");
+        require(!bias || (long)bias->shape(0) == w.rows, "the bias's shape");
+        terms.push_back({&w, outs[i].data(), bias ? bias->data() : nullptr});
+    }
+    nb::gil_scoped_release release;
+    product(terms, x, threads);
+}
+
+void check_records(const Array<const uint8_t, 2>& codes, int bits, size_t records) {
+    require((1 <= bits && bits <= 6) || bits == 8, "codes have 1 to 6, or 8 bits");
+    const size_t tiles = (codes.shape(0) + TILE - 1) / TILE, blocks = (codes.shape(1) + BLOCK - 1) / BLOCK;
+    require(records == tiles * blocks * 64 * bits, "the records' size");
+}
+
+}  // namespace
+
+void bind_products(nb::module_& m) {
+    nb::class_<Held>(m, "Weight")
+        .def("__init__", [](Held* self, long rows, long columns, int bits, int zero, int sub, int group,
+                            float factor, const std::string& scaling, const std::string& scale, const std::vector<float>& values,
+                            const std::vector<int>& levels, Bytes codes, Bytes scales, std::optional<Bytes> mins,
+                            std::optional<Bytes> subscales, std::optional<Bytes> submins) {
+            new (self) Held(hold(rows, columns, bits, zero, sub, group, factor, scaling, scale, values, levels, codes,
+                                 scales, mins, subscales, submins));
+        }, nb::kw_only(), nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("zero"), nb::arg("sub"),
+           nb::arg("group"), nb::arg("factor"), nb::arg("scaling"), nb::arg("scale"), nb::arg("values"), nb::arg("levels"),
+           nb::arg("codes"), nb::arg("scales"), nb::arg("mins").none(), nb::arg("subscales").none(),
+           nb::arg("submins").none())
+        .def("rows", [](const Held& w, Array<const int64_t, 1> ids, Out out, int threads) {
+            check_threads(threads);
+            check_ids(ids, w.weight.rows);
+            require(out.shape(0) == ids.shape(0) && (long)out.shape(1) == w.weight.columns, "the result's shape");
+            nb::gil_scoped_release release;
+            rows(w.weight, ids.data(), (long)ids.shape(0), out.data(), threads);
+        })
+        .def("columns", [](const Held& w, Array<const int64_t, 1> ids, Out out, int threads) {
+            check_threads(threads);
+            check_ids(ids, w.weight.columns);
+            require(out.shape(0) == ids.shape(0) && (long)out.shape(1) == w.weight.rows, "the result's shape");
+            nb::gil_scoped_release release;
+            columns(w.weight, ids.data(), (long)ids.shape(0), out.data(), threads);
+        });
+    nb::class_<Rounded>(m, "Rounded")
+        .def("__init__", [](Rounded* self, Array<const float, 2> x, int threads) {
+            check_threads(threads);
+            nb::gil_scoped_release release;
+            new (self) Rounded(x.data(), (long)x.shape(0), (long)x.shape(1), threads);
+        });
+    m.def("multiply", multiply, nb::arg("weights"), nb::arg("x"), nb::arg("outs"), nb::arg("biases"),
+          nb::arg("threads"));
+    m.def("interleave", [](Array<const uint8_t, 2> codes, int bits, Array<uint8_t, 1> records) {
+        check_records(codes, bits, records.shape(0));
+        nb::gil_scoped_release release;
+        interleave(codes.data(), (long)codes.shape(0), (long)codes.shape(1), bits, records.data());
+    });
+    m.def("deinterleave", [](Array<const uint8_t, 1> records, int bits, Array<uint8_t, 2> codes) {
+        check_records(Array<const uint8_t, 2>(codes), bits, records.shape(0));
+        nb::gil_scoped_release release;
+        deinterleave(records.data(), (long)codes.shape(0), (long)codes.shape(1), bits, codes.data());
+    });
+    m.def("advise", [](Array<uint8_t, 1> buffer) { advise(buffer.data(), (long)buffer.shape(0)); });
+}
+
+}  // namespace fewbits

@@ -1,0 +1,39 @@
+// Whole products on many threads.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu.h"
+#include "weight.h"
+
+namespace fewbits {
+
+// Activations that were rounded to bytes, for the set of kernels that was in use then.
+class Rounded {
+public:
+    Rounded(const float* x, long rows, long columns, int threads);
+    const Activations& get() const { return acts_; }
+    Set set() const { return set_; }
+
+private:
+    Set set_;
+    Activations acts_;
+    std::unique_ptr<char, void (*)(void*)> memory_;
+};
+
+struct Term {
+    const Weight* weight;
+    float* out;          // [rows of the activations, rows of the weight]
+    const float* bias;   // [rows of the weight], or null
+};
+
+// out = activations times weight transposed, plus bias, for several weights that read the same activations.
+void product(const std::vector<Term>& terms, const Rounded& x, int threads);
+
+// Values of the rows `ids`: out [count, columns].
+void rows(const Weight& weight, const int64_t* ids, long count, float* out, int threads);
+// Values of the columns `ids`: out [count, rows].
+void columns(const Weight& weight, const int64_t* ids, long count, float* out, int threads);
+
+}  // namespace fewbits

@@ -1,0 +1,209 @@
+// 64-byte vectors in every set of instructions: plain operators where the compiler knows how, functions for the rest.
+// Included by kernels only: everything here is local to the namespace of one set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace fewbits::FEWBITS_ISA {
+
+typedef uint8_t U8 __attribute__((vector_size(64)));
+typedef uint16_t U16 __attribute__((vector_size(64)));
+typedef int32_t I32 __attribute__((vector_size(64)));
+typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef float F32 __attribute__((vector_size(64)));
+
+constexpr int LANES = 16;  // of 4 bytes
+
+#define INLINE static inline __attribute__((always_inline))
+
+template <class V>
+INLINE V load(const void* from) {
+    V v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V>
+INLINE void store(void* to, V v) {
+    __builtin_memcpy(to, &v, sizeof v);
+}
+
+#if defined(__AVX512F__)  // ------------------------------------------------------------------------------------------
+
+INLINE I32 spread(int32_t x) { return (I32)_mm512_set1_epi32(x); }
+INLINE F32 spread(float x) { return (F32)_mm512_set1_ps(x); }
+INLINE U8 bytes(uint8_t x) { return (U8)_mm512_set1_epi8((char)x); }
+INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+// acc[i] + sum of four products of unsigned w and signed x
+template <bool>
+INLINE I32 dot(I32 acc, U8 w, I32 x) {
+    return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+}
+
+INLINE U8 lookup(U8 table, U8 index) { return (U8)_mm512_shuffle_epi8((__m512i)table, (__m512i)index); }
+
+// a | (b & mask)
+INLINE U8 merge(U8 a, U8 b, U8 mask) {
+    return (U8)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)mask, 0xF8);
+}
+
+INLINE F32 from_f16(const void* p) { return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE I32 widen16(const void* p) { return (I32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE I32 widen_u8(const void* p) { return (I32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE I32 widen_i8(const void* p) { return (I32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE F32 floats(I32 x) { return (F32)_mm512_cvtepi32_ps((__m512i)x); }
+
+#elif defined(__AVX2__)  // -------------------------------------------------------------------------------------------
+
+struct Halves {
+    __m256i low, high;
+};
+
+template <class V>
+INLINE Halves halves(V v) {
+    Halves h;
+    __builtin_memcpy(&h, &v, sizeof h);
+    return h;
+}
+
+template <class V>
+INLINE V whole(__m256i low, __m256i high) {
+    const Halves h{low, high};
+    V v;
+    __builtin_memcpy(&v, &h, sizeof v);
+    return v;
+}
+
+INLINE I32 spread(int32_t x) { return whole<I32>(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
+INLINE U8 bytes(uint8_t x) { return whole<U8>(_mm256_set1_epi8((char)x), _mm256_set1_epi8((char)x)); }
+INLINE F32 spread(float x) {
+    const __m256i v = _mm256_castps_si256(_mm256_set1_ps(x));
+    return whole<F32>(v, v);
+}
+
+INLINE F32 fma(F32 a, F32 b, F32 c) {
+    const Halves x = halves(a), y = halves(b), z = halves(c);
+    auto one = [](__m256i p, __m256i q, __m256i r) {
+        return _mm256_castps_si256(
+            _mm256_fmadd_ps(_mm256_castsi256_ps(p), _mm256_castsi256_ps(q), _mm256_castsi256_ps(r)));
+    };
+    return whole<F32>(one(x.low, y.low, z.low), one(x.high, y.high, z.high));
+}
+
+INLINE __m256i dot_half(__m256i acc, __m256i w, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w, x);  // does not saturate for w < 128, nor for w = 128
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// acc[i] + sum of four products of unsigned w and signed x; WIDE: w may be 128 or more
+template <bool WIDE>
+INLINE I32 dot(I32 acc, U8 w, I32 x) {
+    const Halves a = halves(acc), b = halves(w), c = halves(x);
+    if (!WIDE) return whole<I32>(dot_half(a.low, b.low, c.low), dot_half(a.high, b.high, c.high));
+    const __m256i top = _mm256_set1_epi8((char)128);
+    auto one = [top](__m256i p, __m256i q, __m256i r) {
+        return dot_half(dot_half(p, _mm256_andnot_si256(top, q), r), _mm256_and_si256(top, q), r);
+    };
+    return whole<I32>(one(a.low, b.low, c.low), one(a.high, b.high, c.high));
+}
+
+INLINE U8 lookup(U8 table, U8 index) {
+    const Halves t = halves(table), i = halves(index);
+    return whole<U8>(_mm256_shuffle_epi8(t.low, i.low), _mm256_shuffle_epi8(t.high, i.high));
+}
+
+INLINE U8 merge(U8 a, U8 b, U8 mask) { return a | (b & mask); }
+
+#define TWICE(convert, Part, step, p) \
+    whole<I32>(convert(_mm_loadu_si128((const Part*)(p))), convert(_mm_loadu_si128((const Part*)((p) + (step)))))
+INLINE I32 widen16(const void* p) { return TWICE(_mm256_cvtepu16_epi32, __m128i, 16, (const char*)p); }
+#undef TWICE
+#define TWICE(convert, p) \
+    whole<I32>(convert(_mm_loadl_epi64((const __m128i*)(p))), convert(_mm_loadl_epi64((const __m128i*)((p) + 8))))
+INLINE I32 widen_u8(const void* p) { return TWICE(_mm256_cvtepu8_epi32, (const char*)p); }
+INLINE I32 widen_i8(const void* p) { return TWICE(_mm256_cvtepi8_epi32, (const char*)p); }
+#undef TWICE
+INLINE F32 from_f16(const void* p) {
+    const __m128i* q = (const __m128i*)p;
+    return whole<F32>(_mm256_castps_si256(_mm256_cvtph_ps(_mm_loadu_si128(q))),
+                      _mm256_castps_si256(_mm256_cvtph_ps(_mm_loadu_si128(q + 1))));
+}
+INLINE F32 floats(I32 x) {
+    const Halves h = halves(x);
+    return whole<F32>(_mm256_castps_si256(_mm256_cvtepi32_ps(h.low)),
+                      _mm256_castps_si256(_mm256_cvtepi32_ps(h.high)));
+}
+
+#else  // plain C++ ---------------------------------------------------------------------------------------------------
+
+INLINE I32 spread(int32_t x) { return I32{} + x; }
+INLINE U8 bytes(uint8_t x) { return U8{} + x; }
+INLINE F32 spread(float x) { return F32{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
+
+template <bool>
+INLINE I32 dot(I32 acc, U8 w, I32 x) {
+    uint8_t a[64];
+    int8_t b[64];
+    int32_t c[LANES];
+    store(a, w), store(b, x), store(c, acc);
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < 4; ++j) c[i] += a[4 * i + j] * b[4 * i + j];
+    return load<I32>(c);
+}
+
+INLINE U8 lookup(U8 table, U8 index) {
+    uint8_t t[64], i[64];
+    store(t, table), store(i, index);
+    for (auto& one : i) one = t[one & 15];
+    return load<U8>(i);
+}
+
+INLINE U8 merge(U8 a, U8 b, U8 mask) { return a | (b & mask); }
+
+template <class T>
+INLINE I32 widen(const void* p) {
+    T from[LANES];
+    int32_t to[LANES];
+    memcpy(from, p, sizeof from);
+    for (int i = 0; i < LANES; ++i) to[i] = from[i];
+    return load<I32>(to);
+}
+INLINE I32 widen16(const void* p) { return widen<uint16_t>(p); }
+INLINE I32 widen_u8(const void* p) { return widen<uint8_t>(p); }
+INLINE I32 widen_i8(const void* p) { return widen<int8_t>(p); }
+INLINE F32 floats(I32 x) { return __builtin_convertvector(x, F32); }
+
+INLINE F32 from_f16(const void* p) {
+    const U32 h = (U32)widen16(p), sign = (h & 0x8000) << 16, rest = h & 0x7fff;
+    // exponent and mantissa in place; the product with 2^112 mends the bias, for denormals too
+    const F32 x = (F32)(rest << 13) * 0x1p112f;
+    const U32 special = (U32)(rest >= 0x7c00) & 0x7f800000;  // infinity, or not a number
+    return (F32)((U32)x | special | sign);
+}
+
+#endif  // ------------------------------------------------------------------------------------------------------------
+
+INLINE F32 from_bf16(const void* p) { return (F32)((U32)widen16(p) << 16); }
+
+// The integers that `dot` gathers start at MAGIC: read as floats they are then 1.5 * 2^23 + sum, without a conversion.
+constexpr int32_t MAGIC = 0x4B400000;
+constexpr float MAGIC_VALUE = 12582912.0f;
+
+// scale times the sum in `acc`; `shift` is scale * -MAGIC_VALUE, exact as scales have 12 bits
+INLINE F32 scaled(I32 acc, F32 scale, F32 shift) {
+#if defined(__AVX2__)
+    return fma((F32)acc, scale, shift);
+#else
+    (void)shift;
+    return floats(acc - MAGIC) * scale;
+#endif
+}
+
+}  // namespace fewbits::FEWBITS_ISA

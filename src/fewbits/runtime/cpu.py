@@ -1,0 +1,222 @@
+"""The native kernel of CPUs: products of bytes on an interleaved layout that takes the place of the file's bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from fewbits import _native
+from fewbits.codecs.base import Params, units
+from fewbits.errors import FewbitsError
+from fewbits.qtensor import QTensor
+from fewbits.runtime import instructions
+from fewbits.runtime.interleaved import BLOCK, SCALES, TILE, Form, form, unfit
+from fewbits.runtime.reference import Prepared
+
+CHUNK = 1 << 22  # weights unpacked at a time while preparing
+OUTLIER = 6.0  # LLM.int8(): columns of activations that reach it are multiplied in floating point
+DECODED = 1 << 24  # weights decoded at a time for gradients
+assert instructions  # its import obeys FEWBITS_CPU
+
+
+def threads() -> int:
+    """The threads of a product: as many as torch uses, within what is allowed."""
+    return max(1, min(torch.get_num_threads(), _native.MOST_THREADS))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix `[rows, columns]` in the native layout: planes, uint8 and flat, and what the kernels know of it."""
+
+    form: Form
+    rows: int
+    columns: int
+    unit: int  # columns that share a scale
+    dtype: torch.dtype  # of the scales
+    planes: dict[str, torch.Tensor]
+
+    @cached_property
+    def weight(self) -> _native.Weight:
+        blocks, f = units(self.columns, BLOCK), self.form
+        return _native.Weight(
+            rows=self.rows, columns=self.columns, bits=f.bits, zero=f.zero, sub=f.sub, factor=f.factor,
+            group=blocks if self.unit >= self.columns else self.unit // BLOCK, scaling=f.scaling,
+            scale=SCALES[self.dtype], values=f.values, levels=f.levels,
+            **{name: self.planes.get(name) for name in ("codes", "scales", "mins", "subscales", "submins")})
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` `[n]`, float32 `[n, columns]`."""
+        out = torch.empty(len(ids), self.columns)
+        self.weight.rows(ids.long().contiguous(), out, threads())
+        return out
+
+    def decode_columns(self, ids: torch.Tensor) -> torch.Tensor:
+        """Columns `ids` `[n]`, float32 `[n, rows]`."""
+        out = torch.empty(len(ids), self.rows)
+        self.weight.columns(ids.long().contiguous(), out, threads())
+        return out
+
+
+class _Planes:
+    """Planes of a matrix that is filled from its first row on."""
+
+    def __init__(self, f: Form, rows: int, columns: int):
+        self.form, self.rows, self.columns, self.at = f, rows, columns, 0
+        self.tiles = units(rows, TILE)
+        self.codes = _empty(self.tiles * self._record)
+        self.planes: dict[str, torch.Tensor] = {}
+
+    @property
+    def _record(self) -> int:
+        return units(self.columns, BLOCK) * 64 * self.form.bits
+
+    def add(self, codes: torch.Tensor, params: Params) -> None:
+        """Further rows, a multiple of `TILE` of them unless they are the last."""
+        first, count = self.at // TILE, units(len(codes), TILE)
+        part = self.codes[first * self._record:(first + count) * self._record]
+        _native.interleave(codes.contiguous(), self.form.bits, part)
+        for name, values in self.form.to_planes(params).items():
+            padded = F.pad(values, (0, 0, 0, count * TILE - len(values)))
+            tiles = padded.view(count, TILE, -1).mT.contiguous()  # [tiles, entries, 16]
+            whole = self.planes.setdefault(name, tiles.new_empty(self.tiles, *tiles.shape[1:]))
+            whole[first:first + count] = tiles
+        self.at += len(codes)
+
+    def matrix(self, unit: int) -> Matrix:
+        planes = {name: plane.view(torch.uint8).view(-1) for name, plane in self.planes.items()}
+        return Matrix(self.form, self.rows, self.columns, unit, self.planes["scales"].dtype,
+                      {"codes": self.codes, **planes})
+
+
+def _empty(nbytes: int) -> torch.Tensor:
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    _native.advise(buffer)
+    return buffer
+
+
+def multiply(matrices: Sequence[Matrix], x: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Products of float32 rows `x` `[n, in]` with several matrices that read the same: `[n, out]` each."""
+    outs = [torch.empty(len(x), m.rows) for m in matrices]
+    rounded = _native.Rounded(x, threads())
+    _native.multiply([m.weight for m in matrices], rounded, outs, biases, threads())
+    return outs
+
+
+class Native:
+    """A prepared weight `[out, in]`, or a stack of them `[experts, out, in]`."""
+
+    def __init__(self, q: QTensor, dtype: torch.dtype):
+        f = form(q.codec)
+        assert f is not None
+        self.codec, self.shape, self.dtype, self.order = q.codec, q.shape, dtype, q.order
+        self.kept: Params = {}
+        self.matrices = [self._prepare(q, f, i) for i in range(math.prod(q.shape[:-2]))]
+
+    def _prepare(self, q: QTensor, f: Form, index: int) -> Matrix:
+        rows, columns = self.shape[-2:]
+        planes = _Planes(f, rows, columns)
+        stored = QTensor(q.codec, q.shape, q.planes)
+        if not q.codec.rows_apart(q.shape):  # nested absmax: one tensor, not a stack
+            codes, params = stored.unpack()
+            self.kept = {name: params[name] for name in f.kept}
+            planes.add(codes, params)
+        else:
+            step = max(TILE, CHUNK // columns // TILE * TILE)
+            for at in range(0, rows, step):
+                part = stored.part(slice(index * rows + at, index * rows + min(at + step, rows)))
+                planes.add(*part.unpack())
+        return planes.matrix(q.codec.unit(columns))
+
+    @property
+    def q(self) -> QTensor:
+        """The tensor in its canonical layout, made again from the native one."""
+        parts = [self._unpack(m) for m in self.matrices]
+        codes = torch.cat([codes for codes, _ in parts])
+        params = {name: torch.cat([p[name] for _, p in parts]) for name in parts[0][1]}
+        return QTensor(self.codec, self.shape, self.codec.pack(codes, params | self.kept, self.shape), self.order)
+
+    def _unpack(self, m: Matrix) -> tuple[torch.Tensor, Params]:
+        codes = torch.empty(m.rows, m.columns, dtype=torch.uint8)
+        _native.deinterleave(m.planes["codes"], m.form.bits, codes)
+        kinds = {"subscales": torch.int8 if m.form.scaling == "small" else torch.uint8, "submins": torch.uint8,
+                 "scales": m.dtype, "mins": torch.uint8 if m.form.scaling == "zeros" else m.dtype}
+        tiles = units(m.rows, TILE)
+        planes = {name: plane.view(kinds[name]).view(tiles, -1, TILE).mT.flatten(0, 1)[:m.rows]
+                  for name, plane in m.planes.items() if name != "codes"}
+        return codes, m.form.to_params(planes, units(m.columns, m.unit))
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if len(self.shape) != 2:
+            raise FewbitsError(f"a stack of {self.shape[0]} matrices needs the expert of every row", "use grouped()")
+        flat = self._rows(x)
+        return self._product(self.matrices[0], flat, bias, self.order).view(*x.shape[:-1], -1).to(x.dtype)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.shape[-1]:
+            raise FewbitsError(f"activations of {x.shape[-1]} columns, a weight of {self.shape[-1]}")
+        return x.detach().reshape(-1, self.shape[-1]).float()
+
+    def _product(self, m: Matrix, x: torch.Tensor, bias: torch.Tensor | None,
+                 order: torch.Tensor | None) -> torch.Tensor:
+        if order is not None:
+            x = x.index_select(1, order)
+        if bias is not None:
+            bias = bias.detach().float().contiguous()
+        if self.codec.family != "int8" or not len(x):
+            return multiply([m], x.contiguous(), [bias])[0]
+        far = (x.abs().amax(0) >= OUTLIER).nonzero()[:, 0]
+        if not len(far):
+            return multiply([m], x.contiguous(), [bias])[0]
+        near = x.index_fill(1, far, 0.0)
+        return multiply([m], near, [bias])[0].addmm_(x[:, far], m.decode_columns(far))
+
+    def grad_input(self, g: torch.Tensor) -> torch.Tensor:
+        flat, m = g.reshape(-1, g.shape[-1]).float(), self.matrices[0]
+        out = torch.zeros(len(flat), m.columns)
+        step = max(1, DECODED // m.columns)
+        for at in range(0, m.rows, step):
+            ids = torch.arange(at, min(at + step, m.rows))
+            out.addmm_(flat[:, at:at + step], m.decode(ids))
+        return self._ordered(out).view(*g.shape[:-1], -1).to(g.dtype)
+
+    def _ordered(self, values: torch.Tensor) -> torch.Tensor:
+        """Columns as they are in the weight, of values as they are stored."""
+        return values if self.order is None else values.index_select(1, torch.argsort(self.order))
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
+            raise FewbitsError(f"rows {int(ids.min())} … {int(ids.max())} of a weight of {self.shape[0]}")
+        found = self.matrices[0].decode(ids.reshape(-1))
+        return self._ordered(found).view(*ids.shape, -1).to(self.dtype)
+
+    def grouped(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Every row of `x` `[n, in]` times the matrix of its expert, `experts` `[n]`: `[n, out]`."""
+        flat, out = self._rows(x), torch.empty(len(x), self.shape[-2])
+        for i in torch.unique(experts).tolist():
+            if not 0 <= i < len(self.matrices):
+                raise FewbitsError(f"expert {i} of {len(self.matrices)}")
+            which = (experts == i).nonzero()[:, 0]
+            order = None if self.order is None else self.order[i] if self.order.ndim == 2 else self.order
+            out[which] = self._product(self.matrices[i], flat[which], None, order)
+        return out.to(x.dtype)
+
+
+class Cpu:
+    """Activations rounded to bytes, 32 columns a scale; weights as they are, but levels of tables rounded to bytes."""
+
+    name = "native"
+
+    def supports(self, q: QTensor, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"not on {device.type}"
+        if q.order is not None and q.order.ndim == 2 and len(q.shape) == 2:
+            return "an order of columns for each row"
+        return unfit(q.codec, q.shape)
+
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
+        return Native(q, dtype)

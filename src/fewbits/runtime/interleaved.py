@@ -1,0 +1,149 @@
+"""How each codec's codes and parameters become planes of the native layout, and back: a `Form` a family, as data.
+
+The layout is drawn in docs/concepts/kernels.md, its names are those of csrc/weight.h:
+`factor * scale * (code - zero) + offset`, or `factor * scale * level[code]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from fewbits.codecs import iq4, mxfp4, table, ternary
+from fewbits.codecs.affine import Int8, IntK
+from fewbits.codecs.base import Codec, Params, Shape
+from fewbits.codecs.ggml import Simple
+from fewbits.codecs.ggml_old import Old
+from fewbits.codecs.kquants import Q2_K, Symmetric, WithMinimum
+
+TILE, BLOCK = 16, 32  # rows of a tile, columns of a block
+SCALES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "e8m0"}
+MIDDLE = 128  # what is added to signed bytes
+FINEST, COARSEST, STEPS = 127, 96, 16  # levels are rounded to bytes of -127 … 127; factors tried between integers
+
+
+@dataclass(frozen=True)
+class Form:
+    """Numbers for the kernel, and which parameter `[rows, units, k]` each plane holds.
+
+    `join` makes what a plane holds of parameters, where it isn't one; `split` undoes it. `kept` are parameters that no
+    plane holds exactly: they stay beside them.
+    """
+
+    bits: int
+    zero: int = 0
+    sub: int = BLOCK  # columns of a sub-block
+    factor: float = 1.0
+    scaling: str = "plain"
+    values: tuple[float, ...] = ()  # by code, over `factor`
+    levels: tuple[int, ...] = ()  # the same as bytes, plus `zero`
+    planes: dict[str, str] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
+    join: Callable[[Params], Params] | None = None
+    split: Callable[[Params], Params] | None = None
+
+    def to_planes(self, params: Params) -> dict[str, torch.Tensor]:
+        """Plane -> `[rows, entries]`."""
+        params = params if self.join is None else params | self.join(params)
+        return {plane: params[name].flatten(1) for plane, name in self.planes.items()}
+
+    def to_params(self, planes: dict[str, torch.Tensor], units: int) -> Params:
+        """The inverse of `to_planes`, without what is `kept`; `units` of a row."""
+        params = {name: planes[plane].unflatten(1, (units, -1)) for plane, name in self.planes.items()}
+        return params if self.split is None else self.split(params)
+
+
+def rounded(values: tuple[float, ...]) -> tuple[tuple[int, ...], float]:
+    """Levels as signed bytes, and the factor that makes values of them: 1 for integers, else the one that rounds with
+    the least squared error. NF4's are off by at most 0.0036 of the largest, FP4's by 0.0026."""
+    levels = torch.tensor(values, dtype=torch.float64)
+    factors = levels.abs().max() * STEPS / torch.arange(COARSEST * STEPS, FINEST * STEPS + 1, dtype=torch.float64)
+    if torch.equal(levels, levels.round()):
+        factors = torch.ones(1, dtype=torch.float64)
+    whole = (levels / factors[:, None]).round()
+    best = (whole * factors[:, None] - levels).square().sum(1).argmin()
+    return tuple(whole[best].int().tolist()), float(factors[best])
+
+
+def form(codec: Codec) -> Form | None:
+    """The native form of a codec, or None where it has none."""
+    found = FORMS.get(type(codec))
+    return None if found is None else found(codec)
+
+
+def unfit(codec: Codec, shape: Shape) -> str | None:
+    """Why a weight of this codec and shape has no native form, or None."""
+    if form(codec) is None:
+        return f"no native form of {codec.name}"
+    if len(shape) not in (2, 3) or 0 in shape[1:]:
+        return f"{list(shape)} is no matrix, nor a stack of matrices"
+    columns, unit = shape[-1], codec.unit(shape[-1])
+    if codec.matrix(shape) != (math.prod(shape[:-1]), columns) or codec.check(shape):
+        return f"blocks of {codec.name} cross rows of {columns} columns"
+    if unit < columns and unit % BLOCK:
+        return f"groups of {unit} columns are not multiples of {BLOCK}"
+    return None
+
+
+def _simple(codec: Simple | Old) -> Form:
+    if codec.minimum:
+        return Form(codec.bits, scaling="minimum", planes={"scales": "d", "mins": "m"})
+    return Form(codec.bits, zero=1 << (codec.bits - 1), planes={"scales": "d"})
+
+
+def _lines(codec: WithMinimum) -> Form:
+    return Form(codec.bits, scaling="lines",
+                planes={"scales": "d", "mins": "dmin", "subscales": "scales", "submins": "mins"})
+
+
+def _nibbles(codec: Q2_K) -> Form:
+    def join(params: Params) -> Params:
+        return {"both": params["scales"] | (params["mins"] << 4)}
+
+    def split(params: Params) -> Params:
+        both = params.pop("both")
+        return params | {"scales": both & 15, "mins": both >> 4}
+
+    return Form(2, sub=16, scaling="nibbles", planes={"scales": "d", "mins": "dmin", "subscales": "both"},
+                join=join, split=split)
+
+
+def _small(codec: Symmetric) -> Form:
+    return Form(codec.bits, zero=codec.middle, sub=16, scaling="small", planes={"scales": "d", "subscales": "scales"})
+
+
+def _levels(values: tuple[float, ...], planes: dict[str, str], scaling: str = "plain", bits: int = 4,
+            kept: tuple[str, ...] = (), join: Callable[[Params], Params] | None = None) -> Form:
+    whole, factor = rounded(values)
+    return Form(bits, MIDDLE, factor=factor, scaling=scaling, values=tuple(v / factor for v in values),
+                levels=tuple(v + MIDDLE for v in whole), planes=planes, kept=kept, join=join)
+
+
+def _table(codec: table.Table) -> Form:
+    def join(params: Params) -> Params:
+        return {"absmax": codec._absmax(params)}
+
+    kept = ("absmax_code", "nested_absmax", "offset") if codec.nested else ()
+    return _levels(table.TABLES[codec.kind], {"scales": "absmax"}, kept=kept, join=join)
+
+
+def _int(codec: IntK) -> Form:
+    if codec.symmetric:
+        return Form(codec.bits, zero=codec.middle, planes={"scales": "scale"})
+    return Form(codec.bits, scaling="zeros", planes={"scales": "scale", "mins": "zero"})
+
+
+IQ4 = tuple(map(float, iq4.LEVELS))
+FORMS: dict[type, Callable[..., Form]] = {
+    Simple: _simple, Old: _simple, WithMinimum: _lines, Q2_K: _nibbles, IntK: _int, table.Table: _table,
+    **{kind: _small for kind in Symmetric.__subclasses__()},
+    iq4.IQ4_NL: lambda codec: _levels(IQ4, {"scales": "d"}),
+    iq4.IQ4_XS: lambda codec: _levels(IQ4, {"scales": "d", "subscales": "scales"}, "small"),
+    mxfp4.MXFP4: lambda codec: _levels(tuple(map(float, mxfp4.E2M1)), {"scales": "exponent"}),
+    ternary.Q1_0: lambda codec: _levels((-1.0, 1.0), {"scales": "d"}, bits=1),
+    **{kind: lambda codec: Form(2, zero=1, planes={"scales": "d"}) for kind in (ternary.TQ1_0, ternary.TQ2_0)},
+    Int8: lambda codec: Form(8, MIDDLE, factor=codec.STEP, planes={"scales": "absmax"}),
+}
