@@ -30,5 +30,6 @@ inline void check_threads(int threads) {
 
 void bind_columns(nb::module_& m);
 void bind_products(nb::module_& m);
+void bind_encoders(nb::module_& m);
 
 }  // namespace fewbits

@@ -23,4 +23,5 @@ NB_MODULE(_native, m) {
     m.def("use", [](const std::string& name) { require(use(name), "no usable set of kernels is called " + name); });
     bind_columns(m);
     bind_products(m);
+    bind_encoders(m);
 }

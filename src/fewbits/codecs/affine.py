@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fewbits.codecs import base, search
+from fewbits.codecs import base, native, search
 from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.codecs.grids import UniformGrid
 from fewbits.codecs.packing import pack_bits, packed_bytes, unpack_bits
@@ -55,15 +55,20 @@ class IntK(Codec):
         return max(1, columns if self.group == -1 else min(self.group, columns))
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return fit_pieces(self._fit, w, importance, self.dtype)
+        found = native.Zero(self.top, search.SHRINKS[self.bits])
+        params = fit_pieces(self._fit, w, importance, self.dtype,
+                            search=native.even("scale", self.bits) if self.symmetric else found)
+        return params if "zero" in params else params | {"zero": self._middles(params["scale"])}
+
+    def _middles(self, scale: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scale, self.middle, dtype=torch.uint8)
 
     def _fit(self, p: Piece) -> Params:
         if self.symmetric:
             s = search.search_scale(p, -self.middle, self.middle - 1, search.symmetric_starts(p, self.bits),
                                     -self.middle)
-            zero = torch.full_like(s, self.middle)
-        else:
-            s, zero = search.search_zero(p, self.top, search.SHRINKS[self.bits])
+            return {"scale": p.stored(s)}
+        s, zero = search.search_zero(p, self.top, search.SHRINKS[self.bits])
         return {"scale": p.stored(s), "zero": zero.to(torch.uint8)}
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
@@ -82,7 +87,7 @@ class IntK(Codec):
     def unpack(self, planes: Planes, shape: Shape) -> tuple[torch.Tensor, Params]:
         scale = planes["scales"].unsqueeze(-1)
         if self.symmetric:
-            zero = torch.full_like(scale, self.middle, dtype=torch.uint8)
+            zero = self._middles(scale)
         else:
             zero = unpack_bits(planes["zeros"], self.bits, scale.shape[1]).unsqueeze(-1)
         return unpack_bits(planes["codes"], self.bits, shape[-1]), {"scale": scale, "zero": zero}
@@ -114,11 +119,13 @@ class Int8(Codec):
         return max(1, columns)
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return fit_pieces(self._fit, w, importance, torch.float32)
+        starts = (127, *search.ROWWISE_STARTS)
+        found = fit_pieces(self._fit, w, importance, torch.float32,
+                           search=native.Scale("scale", -127, 127, starts, starts, positive=True))
+        return {"absmax": found["scale"].abs() * 127}
 
     def _fit(self, p: Piece) -> Params:
-        s = search.search_scale(p, -127, 127, search.ROWWISE_STARTS, 127)
-        return {"absmax": p.stored(s.abs() * 127)}
+        return {"scale": p.stored(search.search_scale(p, -127, 127, search.ROWWISE_STARTS, 127))}
 
     def grid(self, params: Params, columns: int) -> Grid:
         return UniformGrid(params["absmax"], 255, columns, zero=128.0, low=1, factor=self.STEP)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fewbits.codecs import search
+from fewbits.codecs import native, search
 from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.codecs.grids import UniformGrid
 from fewbits.codecs.lines import fit_line
@@ -59,6 +59,9 @@ class Blocks(Codec):
 
 def join_halves(codes: torch.Tensor, run: int) -> torch.Tensor:
     """4-bit codes to bytes: of every 2 * run columns the first run in the low nibbles, the rest in the high ones."""
+    found = native.planes(codes, 4, 2, run)
+    if found is not None:
+        return found
     pairs = codes.unflatten(-1, (-1, 2, run))
     return (pairs[..., 0, :] | (pairs[..., 1, :] << 4)).flatten(-2)
 
@@ -98,14 +101,19 @@ class Simple(Blocks):
     def zero(self) -> int:
         return 1 << (self.bits - 1)
 
+    @property
+    def plain(self) -> int:
+        """The level that quantizers without search put the largest magnitude on."""
+        return 127 if self.bits == 8 else -self.zero
+
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return fit_pieces(self._fit, w, importance, torch.float16)
+        found = native.Line(1 << self.bits) if self.minimum else native.even("d", self.bits, self.plain)
+        return fit_pieces(self._fit, w, importance, torch.float16, search=found)
 
     def _fit(self, p: Piece) -> Params:
         if self.minimum:
             return fit_line(p, (1 << self.bits) - 1)
-        plain = 127 if self.bits == 8 else -self.zero
-        s = search.search_scale(p, -self.zero, self.zero - 1, search.symmetric_starts(p, self.bits), plain)
+        s = search.search_scale(p, -self.zero, self.zero - 1, search.symmetric_starts(p, self.bits), self.plain)
         return {"d": p.stored(s)}
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:

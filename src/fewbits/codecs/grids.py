@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fewbits.codecs import native
 from fewbits.codecs.base import Grid, Rounder, Rounding
 from fewbits.lazy import torch
 
@@ -83,6 +84,9 @@ class UniformGrid(_Folded):
 
     def encode(self, w: torch.Tensor) -> torch.Tensor:
         scale = self.scale * self.factor
+        found = native.codes(w, scale, self.offset, self.zero, self.low, self.high)
+        if found is not None:
+            return found
         step = torch.where(scale == 0, torch.inf, scale)  # a zero scale decodes every code alike
         u = self._fold(w.float())
         if self.offset is not None:
@@ -150,6 +154,9 @@ class TableGrid(_Folded):
         self.table = table
 
     def encode(self, w: torch.Tensor) -> torch.Tensor:
+        found = native.codes(w, self.scale, None, 0.0, 0, len(self.table.table) - 1, self.table)
+        if found is not None:
+            return found
         step = torch.where(self.scale == 0, torch.inf, self.scale)
         u = self._fold(w.float()) / self._spread(step)
         rank = torch.bucketize(u.contiguous(), self.table.bounds.to(w.device), out_int32=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
+from fewbits.codecs import native
 from fewbits.codecs.base import Grid, Params
 from fewbits.codecs.ggml import Blocks, join_halves, split_halves
 from fewbits.codecs.grids import Levels, TableGrid, levels
@@ -31,6 +32,12 @@ def starts(p: Piece) -> tuple[float, ...]:
     return IQ4_STARTS if p.weight is None else WEIGHTED_IQ4_STARTS
 
 
+@cache
+def natively() -> native.Scale:
+    first, last = LEVELS[0], LEVELS[-1]
+    return native.Scale("d", first, last, (first, *IQ4_STARTS), (first, *WEIGHTED_IQ4_STARTS), table())
+
+
 @dataclass(frozen=True)
 class IQ4_NL(Blocks):
     columns: ClassVar[int] = 32
@@ -43,7 +50,8 @@ class IQ4_NL(Blocks):
         return "IQ4_NL"
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return fit_pieces(lambda p: {"d": p.stored(search_levels(p, table(), starts(p)))}, w, importance, torch.float16)
+        return fit_pieces(lambda p: {"d": p.stored(search_levels(p, table(), starts(p)))}, w, importance, torch.float16,
+                          search=natively())
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         q = table().table.to(codes.device)[codes.int()]
@@ -76,7 +84,8 @@ class IQ4_XS(Blocks):
         return "IQ4_XS"
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return fit_pieces(lambda p: fit_level_scales(p, table(), starts(p)), w, importance, torch.float16, self.subs)
+        return fit_pieces(lambda p: fit_level_scales(p, table(), starts(p)), w, importance, torch.float16, self.subs,
+                          search=native.SubScales(natively(), self.subs, 6))
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         q = table().table.to(codes.device)[codes.int()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fewbits.codecs import native
 from fewbits.codecs.base import Codec, Grid, Params
 from fewbits.codecs.ggml import Blocks, join_halves, split_halves
 from fewbits.codecs.grids import UniformGrid
@@ -48,7 +49,8 @@ class WithMinimum(_K):
         return 16 + 32 * self.bits
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return fit_pieces(lambda p: fit_lines(p, self.bits, self.scale_bits), w, importance, torch.float16, self.subs)
+        return fit_pieces(lambda p: fit_lines(p, self.bits, self.scale_bits), w, importance, torch.float16, self.subs,
+                          search=native.SubLines(1 << self.bits, self.subs, self.scale_bits))
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         more = [codes, params["d"], params["dmin"], params["scales"], params["mins"]]
@@ -110,7 +112,8 @@ class Symmetric(_K):
         return 1 << (self.bits - 1)
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        return fit_pieces(lambda p: fit_scales(p, self.bits, self.scale_bits), w, importance, torch.float16, self.subs)
+        return fit_pieces(lambda p: fit_scales(p, self.bits, self.scale_bits), w, importance, torch.float16, self.subs,
+                          search=native.SubScales(native.even("d", self.bits), self.subs, self.scale_bits))
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         more = [codes.to(torch.int8) - self.middle, params["d"], params["scales"]]
@@ -165,6 +168,9 @@ class Q6_K(Symmetric):
 def join_planes(codes: torch.Tensor, bits: int, span: int, run: int = 32) -> torch.Tensor:
     """A few bits of each code: in every `span` columns, byte j holds those of columns j, j + run, j + 2 run …, lowest
     first."""
+    found = native.planes(codes, bits, span // run, run)
+    if found is not None:
+        return found
     parts = codes.unflatten(-1, (-1, span // run, run))
     packed = parts[..., 0, :].clone()
     for i in range(1, span // run):

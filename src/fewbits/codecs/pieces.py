@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fewbits.codecs import native
 from fewbits.codecs.base import Params
 from fewbits.lazy import torch
 
@@ -63,11 +64,15 @@ class Piece:
 
 
 def fit_pieces(fit: Callable[[Piece], Params], w: torch.Tensor, importance: torch.Tensor | None, dtype: torch.dtype,
-               subs: int = 1, more: Sequence[torch.Tensor] = ()) -> Params:
+               subs: int = 1, more: Sequence[torch.Tensor] = (), search: native.Search | None = None) -> Params:
     """Call `fit` on pieces of `w` `[..., unit]` and lay its parameters `[units, k]` out as `[..., k]`.
 
+    `search` describes the same fit to the native extension, which does it instead where it can.
     `more` are further tensors `[..., any]` that are cut alike. Units without a single positive importance count evenly.
     """
+    found = search and search.fit(w, importance, dtype)
+    if found is not None:
+        return found
     lead, width = w.shape[:-1], w.shape[-1]
     if importance is not None:
         importance = importance.expand(w.shape)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
-from fewbits.codecs import base, search
+from fewbits.codecs import base, native, search
 from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
 from fewbits.codecs.grids import Levels, TableGrid, levels
 from fewbits.codecs.pieces import Piece, fit_pieces
@@ -29,6 +29,13 @@ NESTED_BLOCK = 256  # absmax values that share a nested absmax
 @cache
 def table(kind: str) -> Levels:
     return levels(torch.tensor(TABLES[kind], dtype=torch.float32))
+
+
+@cache
+def natively(kind: str, signed: bool) -> native.Scale:
+    starts = [(1.0, *(sign / part for part in parts for sign in ((1, -1) if signed else (1,))))
+              for parts in (search.TABLE_FACTORS, search.WEIGHTED_TABLE_FACTORS)]
+    return native.Scale("absmax", min(TABLES[kind]), max(TABLES[kind]), *starts, table(kind), positive=True)
 
 
 @cache
@@ -90,21 +97,20 @@ class Table(Codec):
         return {"nested_absmax": nested, "offset": offset.expand(nested.shape)}
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Params | None = None) -> Params:
-        if not self.nested:
-            return fit_pieces(self._fit, w, importance, torch.float32)
-        if state is None:
+        if self.nested and state is None:
             raise ValueError(f"{self.name}: nested absmax needs the state that begin() returns")
+        signed = self.kind == "nf4" and not self.nested
+        wanted = fit_pieces(lambda p: {"absmax": p.stored(search.search_table(p, table(self.kind), signed))}, w,
+                            importance, torch.float32, search=natively(self.kind, signed))
+        if state is None:
+            return wanted
         return fit_pieces(self._fit_nested, w, importance, torch.float32,
-                                 more=(state["nested_absmax"], state["offset"]))
-
-    def _fit(self, p: Piece) -> Params:
-        return {"absmax": p.stored(search.search_table(p, table(self.kind), signed=self.kind == "nf4"))}
+                          more=(wanted["absmax"], state["nested_absmax"], state["offset"]))
 
     def _fit_nested(self, p: Piece) -> Params:
         levels_ = table(self.kind)
-        nested = dict(zip(("nested_absmax", "offset"), p.more, strict=True))
-        wanted = search.search_table(p, levels_, signed=False) * p.peak
-        codes = self._absmax_codes(wanted, nested)
+        nested = dict(zip(("nested_absmax", "offset"), p.more[1:], strict=True))
+        codes = self._absmax_codes(p.more[0], nested)
         near = [(codes.int() + i).clamp(0, 255).to(torch.uint8) for i in (-1, 0, 1)]
         errors = [search.table_error(p, self._absmax({"absmax_code": c, **nested}) / p.step, levels_) for c in near]
         best = torch.stack(errors).argmin(0, keepdim=True)

@@ -1,0 +1,12 @@
+// Nearest codes of a known grid, bit for bit as fewbits.codecs.grids computes them; and how ggml packs codes.
+#pragma once
+
+#include "encoders.h"
+
+namespace fewbits::FEWBITS_ISA {
+
+void nearest_codes(const Grid& grid, const Levels& levels, const uint8_t* order, ptrdiff_t first, ptrdiff_t last,
+                   uint8_t* codes);
+void join_planes(const uint8_t* codes, int bits, int parts, int run, ptrdiff_t first, ptrdiff_t last, uint8_t* bytes);
+
+}  // namespace fewbits::FEWBITS_ISA

@@ -1,0 +1,78 @@
+// Fits of scales to units of weights, and their nearest codes: one table a set of instructions.
+//
+// All counts, levels and starts come from Python. Nothing is checked here: encode_bind.cpp does that.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu.h"
+
+namespace fewbits {
+
+enum class Storage { float32, float16, bfloat16 };  // of scales in the file
+
+// float32 [rows, units, columns]; strides in elements, 0 where a dimension is repeated.
+struct Cube {
+    const float* data;
+    ptrdiff_t row, unit, column;
+};
+
+struct Weights {
+    Cube w, importance;  // importance.data may be null
+    ptrdiff_t total, units;
+    int width;
+    Storage storage;
+};
+
+// Integers low … high; or with `count` > 0 a table: its lowest level, then what is added beyond each bound.
+struct Levels {
+    float low, high;
+    int count;
+    const float *bounds, *rises;
+};
+
+// Scales: parts of the extreme element, the plain choice first. Zero points: parts of the range. Lines: both, the
+// scale in parts of the range and how far below its middle the offset lies. Of all starts the best `kept` (a multiple
+// of 4) go on for `rounds` rounds.
+struct Starts {
+    const float *scale, *drop;
+    int count, kept, rounds;
+    bool positive;  // scales
+};
+
+// Integer scales (and minimums) of sub-blocks.
+struct Subs {
+    int count;
+    float least, most;
+    const float* steps;  // the largest real scale is put on each of these
+    int step_count, minima;  // dmin that are tried with every d
+    const float* near;   // neighbours that are tried, [near_count, 2]: by how much the scale and the minimum change
+    int near_count, descents;
+};
+
+// Units as they are, [total, width], and what `subs` equal parts of each share, [total, subs]; the last two may be null.
+struct Grid {
+    const float *w, *scale, *offset, *zero;
+    float middle;  // the zero point where `zero` is null
+    int width, subs;
+};
+
+// Everything below treats the units first … last - 1; outputs are for all units, [total, …].
+struct Encoders {
+    void (*scale)(const Weights&, const Levels&, const Starts&, ptrdiff_t first, ptrdiff_t last, float* scale);
+    void (*zero)(const Weights&, float top, const Starts&, ptrdiff_t first, ptrdiff_t last, float* scale, uint8_t* zero);
+    void (*line)(const Weights&, float top, const Starts&, ptrdiff_t first, ptrdiff_t last, float* d, float* m);
+    void (*scales)(const Weights&, const Levels&, const Starts&, const Subs&, ptrdiff_t first, ptrdiff_t last, float* d,
+                   int8_t* scales);
+    void (*lines)(const Weights&, float top, const Starts&, const Subs&, ptrdiff_t first, ptrdiff_t last, float* d,
+                  float* dmin, uint8_t* scales, uint8_t* mins);
+    // nearest codes: (w - offset) / scale + zero rounded to an integer; or the level's code, by `order` of levels
+    void (*codes)(const Grid&, const Levels&, const uint8_t* order, ptrdiff_t first, ptrdiff_t last, uint8_t* codes);
+    // `bits` of each code: of every `parts * run` codes byte j holds those of j, j + run, j + 2 run …, lowest first
+    void (*planes)(const uint8_t* codes, int bits, int parts, int run, ptrdiff_t first, ptrdiff_t last, uint8_t* bytes);
+};
+
+FEWBITS_TABLE(Encoders, encoders)
+
+}  // namespace fewbits

@@ -1,0 +1,256 @@
+"""The searches for scales in the native extension, some thirty times as fast as those in Python.
+
+The same algorithms with fewer starts, of which the best few go on; where they start is said here. Codecs hand a
+description of their search to `fit_pieces`, which falls back on the reference where the extension is missing or cannot
+take the tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fewbits.lazy import torch
+
+if TYPE_CHECKING:
+    from fewbits.codecs.grids import Levels
+
+try:
+    from fewbits import _native
+except ImportError:  # built without
+    _native = None  # type: ignore[assignment]
+
+STORAGE = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}
+
+
+def ratios(first: float, last: float, count: int) -> tuple[float, ...]:
+    return tuple(first * (last / first) ** (i / (count - 1)) for i in range(count))
+
+
+# as in `search`, chosen on weights of SmolLM2 and Gemma 3: by bits, parts of the plain scale
+SPREADS = {2: ratios(0.6, 1.6, 6), 3: ratios(0.6, 1.6, 6), 4: ratios(0.6, 1.4, 12), 5: ratios(0.7, 1.2, 16),
+           6: ratios(0.7, 1.03, 16), 8: ratios(0.94, 1.01, 24)}
+WEIGHTED_SPREADS = {2: ratios(0.6, 2.2, 8), 3: ratios(0.6, 2.2, 8), 4: ratios(0.6, 2.1, 12), 5: ratios(0.65, 1.7, 16),
+                    6: ratios(0.7, 1.1, 16), 8: ratios(0.88, 1.15, 32)}
+# as in `lines`: by the number of levels, parts of the range, and shifts of the middle in steps
+STRETCHES = {4: (0.6, 0.72, 0.84, 0.96, 1.05), 16: (0.6, 0.69, 0.78, 0.87, 0.96, 1.05),
+             32: (0.6, 0.69, 0.77, 0.84, 0.89, 0.93, 0.97, 1.0, 1.03, 1.06)}
+SUB_STRETCHES = {4: STRETCHES[4], 16: STRETCHES[4], 32: (0.69, 0.84, 0.93, 1.0, 1.06)}
+SHIFTS = (0.0, 0.33, -0.33)
+WEIGHTED_SHIFTS = (0.0, 0.25, -0.25, 0.5, -0.5)
+NEAR_SCALES = tuple((n, 0) for n in (0, -1, 1))
+NEAR_LINES = tuple(sorted(product((0, -1, 1), (0, -1, 1)), key=lambda n: n[0] ** 2 + n[1] ** 2))
+NO_LEVELS: tuple[float, ...] = ()
+
+
+class _Call(NamedTuple):
+    """The first arguments of every search: weights and importances `[rows, units, columns]`, how scales are stored."""
+
+    w: torch.Tensor
+    importance: torch.Tensor | None
+    storage: int
+    threads: int
+
+    def out(self, each: int = 1, dtype: str = "float32") -> torch.Tensor:
+        return torch.empty(self.w.shape[0] * self.w.shape[1], each, dtype=getattr(torch, dtype))
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a codec's parameters are found."""
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None, dtype: torch.dtype) -> dict[str, Any] | None:
+        """Parameters `[..., k]` of the units `w` `[..., unit]`, scales in `dtype`; None where the extension cannot."""
+        if _native is None or w.device.type != "cpu" or w.shape[-1] == 0:
+            return None
+        if importance is not None and importance.device.type != "cpu":
+            return None
+        lead, known = w.shape[:-1], None
+        if importance is not None:
+            known = _cube(importance.detach().float().expand(w.shape))
+        call = _Call(_cube(w.detach().float()), known, STORAGE[str(dtype)], _threads())
+        found = self._run(call)
+        return {k: (p.to(dtype) if p.is_floating_point() else p).reshape(*lead, -1) for k, p in found.items()}
+
+    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Scale(Search):
+    """Values `scale * level`: integers `low` … `high`, or a table. `starts` are levels on which the element of largest
+    magnitude is put; the first is the plain choice."""
+
+    name: str
+    low: float
+    high: float
+    starts: tuple[float, ...]
+    weighted_starts: tuple[float, ...]
+    table: Levels | None = None
+    positive: bool = False
+
+    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+        starts = self.starts if call.importance is None else self.weighted_starts
+        found = call.out()
+        _native.fit_scale(*call, *_levels(self.low, self.high, self.table), _inverse(starts), 4, 3, self.positive,
+                          found)
+        return {self.name: found}
+
+
+@dataclass(frozen=True)
+class Zero(Search):
+    """Values `scale * (code - zero)`, codes 0 … `top`; `shrinks` are parts of the range that is covered."""
+
+    top: int
+    shrinks: tuple[float, ...]
+
+    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+        scale, zero = call.out(), call.out(dtype="uint8")
+        _native.fit_zero(*call, self.top, _floats(self.shrinks), 4, 3, scale, zero)
+        return {"scale": scale, "zero": zero}
+
+
+@dataclass(frozen=True)
+class Line(Search):
+    """Values `d * code + m` with so many codes."""
+
+    levels: int
+
+    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+        d, m = call.out(), call.out()
+        starts = _lines(self.levels, STRETCHES[self.levels], WEIGHTED_SHIFTS)
+        _native.fit_line(*call, self.levels - 1, *starts, 8, 3, d, m)
+        return {"d": d, "m": m}
+
+
+@dataclass(frozen=True)
+class SubScales(Search):
+    """Values `(d * scale) * level`, `subs` integer scales of `scale_bits` bits; else like `Scale`."""
+
+    scale: Scale
+    subs: int
+    scale_bits: int
+
+    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+        most = 1 << (self.scale_bits - 1)
+        d, scales = call.out(), call.out(self.subs, "int8")
+        inner = self.scale
+        starts = inner.starts if call.importance is None else inner.weighted_starts
+        _native.fit_scales(*call, *_levels(inner.low, inner.high, inner.table), _inverse(starts), 4, 2, self.subs,
+                           -most, most - 1, _steps(most), _near(NEAR_SCALES), 2, d, scales)
+        return {"d": d, "scales": scales}
+
+
+@dataclass(frozen=True)
+class SubLines(Search):
+    """Values `(d * scale) * code - dmin * minimum`, `subs` scales and minimums of `scale_bits` bits."""
+
+    levels: int
+    subs: int
+    scale_bits: int
+
+    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+        most, weighted = (1 << self.scale_bits) - 1, call.importance is not None
+        starts = _lines(self.levels, SUB_STRETCHES[self.levels], WEIGHTED_SHIFTS if weighted else SHIFTS)
+        kept, rounds, minima, descents = (8, 3, 4, 3) if weighted or self.levels > 16 else (4, 3, 3, 2)
+        d, dmin, scales, mins = call.out(), call.out(), call.out(self.subs, "uint8"), call.out(self.subs, "uint8")
+        _native.fit_lines(*call, self.levels - 1, *starts, kept, rounds, self.subs, most, _steps(most), minima,
+                          _near(NEAR_LINES), descents, d, dmin, scales, mins)
+        return {"d": d, "dmin": dmin, "scales": scales, "mins": mins}
+
+
+@cache
+def even(name: str, bits: int, plain: int = 0) -> Scale:
+    """For codes -2^(bits-1) … 2^(bits-1) - 1. `plain` is the level that a quantizer without search puts the largest
+    magnitude on; the lowest where it is 0. The scale's sign matters only where that lies beyond the highest level."""
+    middle = 1 << (bits - 1)
+    starts = [(plain or -middle, *(sign * part * middle for part in spreads for sign in (-1, 1)
+                                   if sign < 0 or part * middle > middle - 0.5))
+              for spreads in (SPREADS[bits], WEIGHTED_SPREADS[bits])]
+    return Scale(name, -middle, middle - 1, *starts)
+
+
+# nearest codes --------------------------------------------------------------------------------------------------------
+def codes(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, zero: torch.Tensor | float, low: int,
+          high: int, table: Levels | None = None) -> torch.Tensor | None:
+    """Codes of `w` `[..., columns]` on a grid whose scales, offsets and zero points are `[..., s]`, each for
+    `columns / s` columns in a row; None where the extension cannot say."""
+    width = w.shape[-1]
+    if _native is None or w.device.type != "cpu" or not w.numel() or width % scale.shape[-1]:
+        return None
+    lead = w.shape[:-1]
+    found = torch.empty(w.shape, dtype=torch.uint8)
+    zeros = zero if isinstance(zero, torch.Tensor) else None
+    shared = [None if t is None else _flat(t.expand(*lead, scale.shape[-1])) for t in (scale, offset, zeros)]
+    bounds, order = _codes_of(table) if table is not None else (_floats(NO_LEVELS), torch.empty(0, dtype=torch.uint8))
+    middle = 0.0 if isinstance(zero, torch.Tensor) else zero
+    _native.codes(_flat(w), _threads(), *shared, middle, low, high, bounds, order, found.view(-1, width))
+    return found
+
+
+def planes(codes: torch.Tensor, bits: int, parts: int, run: int) -> torch.Tensor | None:
+    """`bits` of each code: in every `parts * run` columns byte j holds those of columns j, j + run, j + 2 run …, lowest
+    first; None where the extension cannot."""
+    if _native is None or codes.device.type != "cpu" or codes.dtype != torch.uint8 or not codes.numel():
+        return None
+    packed = torch.empty(*codes.shape[:-1], codes.shape[-1] // parts, dtype=torch.uint8)
+    _native.planes(codes.reshape(-1), _threads(), bits, parts, run, packed.view(-1))
+    return packed
+
+
+# arguments ------------------------------------------------------------------------------------------------------------
+def _threads() -> int:
+    return min(torch.get_num_threads(), _native.MOST_THREADS)
+
+
+def _cube(x: torch.Tensor) -> torch.Tensor:
+    """`[..., columns]` as `[rows, units, columns]`."""
+    return x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().float().reshape(-1, x.shape[-1]).contiguous()
+
+
+@cache
+def _floats(values: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@cache
+def _inverse(levels: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor([1 / level for level in levels], dtype=torch.float32)
+
+
+@cache
+def _lines(levels: int, stretches: tuple[float, ...], shifts: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales in parts of the range, and how far below its middle the offset lies."""
+    top = levels - 1
+    starts = [(part / top, part / top * (top / 2 + shift)) for part, shift in product(stretches, shifts)]
+    scales, drops = zip(*starts, strict=True)
+    return _floats(scales), _floats(drops)
+
+
+@cache
+def _steps(most: int) -> torch.Tensor:
+    """Levels near `most`, and halves between them, on which the largest scale is put."""
+    return _floats((most, most + 1, most + 0.5, *(most - i / 2 for i in range(1, 15))))
+
+
+@cache
+def _near(pairs: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    return torch.tensor(pairs, dtype=torch.float32)
+
+
+def _levels(low: float, high: float, table: Levels | None) -> tuple[Any, ...]:
+    if table is None:
+        return low, high, _floats(NO_LEVELS), _floats(NO_LEVELS)
+    ranked = table.table.sort().values
+    return float(ranked[0]), float(ranked[-1]), table.bounds, ranked.diff()
+
+
+def _codes_of(table: Levels) -> tuple[torch.Tensor, torch.Tensor]:
+    return table.bounds, table.order.to(torch.uint8)
+
