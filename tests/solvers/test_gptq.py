@@ -13,7 +13,7 @@ from fewbits.codecs import ternary
 from fewbits.codecs.base import Codec, Params, decode_units, encode_units
 from fewbits.errors import FewbitsError
 from fewbits.solvers import loss, refuses, solve
-from fewbits.solvers.curvature import CORRECTION, DAMPING, curvature, inverse_factor, unit_order
+from fewbits.solvers.curvature import CORRECTION, DAMPING, SHRINKAGE, curvature, inverse_factor, unit_order
 from fewbits.solvers.gptq import gptq
 from tests.codecs.registry import ALL
 
@@ -33,6 +33,7 @@ def correlated(rows: int, columns: int, tokens: int = 600, seed: int = 0) -> tup
 
 def damped(statistics: Statistics) -> torch.Tensor:
     moment = statistics.moment.double()
+    moment = (1 - SHRINKAGE) * moment + SHRINKAGE * torch.diag(moment.diagonal())
     return moment + DAMPING[0] * moment.diagonal().log().mean().exp() * torch.eye(len(moment))
 
 
@@ -188,7 +189,7 @@ def test_obq_gptq_and_nearest_on_one_grid() -> None:
                  "gptq": solved[row], "polished": polished[row]}
         for name, q in tries.items():
             totals[name] += float((x - q) @ moment @ (x - q))
-    assert max(totals["gptq"], totals["obq"]) < 0.8 * totals["nearest"]
+    assert max(totals["gptq"], totals["obq"]) < 0.9 * totals["nearest"]
     assert totals["polished"] < min(totals["gptq"], totals["obq"])
 
 
@@ -255,7 +256,7 @@ def test_inverse_factor_is_the_factor_of_the_inverse() -> None:
 
 def test_damping_escalates() -> None:
     """Nearly indefinite: the first share fails, a larger one holds, and that is the moment that is used."""
-    moment, upper = inverse_factor(torch.tensor([[1.0, 1.5], [1.5, 1.0]]))
+    moment, upper = inverse_factor(torch.tensor([[1.0, 2.2], [2.2, 1.0]]))
     torch.testing.assert_close(moment.diagonal(), torch.tensor([2.0, 2.0]))
     assert upper.isfinite().all()
 

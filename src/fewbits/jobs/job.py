@@ -27,6 +27,7 @@ from fewbits.qtensor import CHUNK, QTensor
 from fewbits.recipe import Choice, ModelFacts
 
 AHEAD = 4  # tensors outside of blocks that each rank solves before results are exchanged
+DRIFTS = 4  # bits below which it pays to carry the original model beside, and correct for how far its activations are
 
 
 class Job:
@@ -99,7 +100,8 @@ class Job:
         if len(calibration.batches) < self.ranks.size:
             raise FewbitsError(f"{len(calibration.batches)} calibration sequences for {self.ranks.size} processes",
                                "take more --samples, or fewer processes")
-        self.drift = any(c.solver in solvers.NEEDS_STATISTICS for c in self.choices.values())
+        self.drift = any(c.solver in solvers.NEEDS_STATISTICS and c.codec.integer_bits < DRIFTS
+                         for c in self.choices.values())
         walk = Walk(self.source, self.ranks.share(calibration.batches), self.drift, combine=self.ranks.combine)
         blocks = [[self.source.entries[n] for n in names] for names in walk.names]
         tokens = calibration.tokens // self.ranks.size

@@ -9,8 +9,9 @@ from fewbits.calibration.statistics import Statistics
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 
+SHRINKAGE = 0.3  # of what inputs have in common: text of another kind has less of it
 DAMPING = (0.2, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0)  # shares of the geometric mean of the diagonal, tried in turn
-CORRECTION = 0.75  # how much of the drift is made good: all of it fits the text it was measured on too closely
+CORRECTION = 0.5  # how much of the drift is made good: all of it fits the text it was measured on too closely
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def unit_order(importance: torch.Tensor, unit: int) -> list[torch.Tensor]:
 
 
 def inverse_factor(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The damped second moment and the upper Cholesky factor of its inverse.
+    """The second moment, shrunk towards its diagonal and damped, and the upper Cholesky factor of its inverse.
 
     Damping is a share of the geometric mean of the diagonal: a few inputs of enormous size do not raise it. All that
     is known of dead inputs is the damping.
@@ -80,6 +81,7 @@ def inverse_factor(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     live = moment.diagonal()[moment.diagonal() > 0]
     mean = live.double().log().mean().exp() if len(live) else torch.ones(())
     eye = torch.eye(len(moment), dtype=moment.dtype)
+    moment = moment.lerp(torch.diag(moment.diagonal()), SHRINKAGE)
     for share in DAMPING:
         damped = moment + (share * float(mean)) * eye
         for exact in {damped.dtype: damped, torch.float64: damped.double()}.values():
