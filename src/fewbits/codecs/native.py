@@ -7,6 +7,7 @@ take the tensors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -30,7 +31,7 @@ def ratios(first: float, last: float, count: int) -> tuple[float, ...]:
 
 
 # as in `search`, chosen on weights of SmolLM2 and Gemma 3: by bits, parts of the plain scale
-SPREADS = {2: ratios(0.6, 1.6, 6), 3: ratios(0.6, 1.6, 6), 4: ratios(0.6, 1.4, 12), 5: ratios(0.7, 1.2, 16),
+SPREADS = {2: ratios(0.6, 1.6, 6), 3: ratios(0.7, 1.4, 6), 4: ratios(0.7, 1.4, 12), 5: ratios(0.7, 1.2, 16),
            6: ratios(0.7, 1.03, 16), 8: ratios(0.94, 1.01, 24)}
 WEIGHTED_SPREADS = {2: ratios(0.6, 2.2, 8), 3: ratios(0.6, 2.2, 8), 4: ratios(0.6, 2.1, 12), 5: ratios(0.65, 1.7, 16),
                     6: ratios(0.7, 1.1, 16), 8: ratios(0.88, 1.15, 32)}
@@ -72,7 +73,7 @@ class Search:
             known = _cube(importance.detach().float().expand(w.shape))
         call = _Call(_cube(w.detach().float()), known, STORAGE[str(dtype)], _threads())
         found = self._run(call)
-        return {k: (p.to(dtype) if p.is_floating_point() else p).reshape(*lead, -1) for k, p in found.items()}
+        return {k: (p.to(dtype) if p.is_floating_point() else p).reshape(*lead, p.shape[-1]) for k, p in found.items()}
 
     def _run(self, call: _Call) -> dict[str, torch.Tensor]:
         raise NotImplementedError
@@ -207,11 +208,11 @@ def _threads() -> int:
 
 def _cube(x: torch.Tensor) -> torch.Tensor:
     """`[..., columns]` as `[rows, units, columns]`."""
-    return x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
+    return x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().float().reshape(-1, x.shape[-1]).contiguous()
+    return x.detach().float().reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 @cache
