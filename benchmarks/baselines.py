@@ -19,7 +19,8 @@ from cache import Row
 from common import ROOT
 
 import fewbits
-from fewbits import containers, sources
+from fewbits import containers
+from fewbits.calibration import sources
 from fewbits.containers.base import remove
 from fewbits.recipe import ModelFacts, llama
 

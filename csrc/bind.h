@@ -28,6 +28,7 @@ inline void check_threads(int threads) {
             std::to_string(threads) + " threads: 1 to " + std::to_string(MOST_THREADS));
 }
 
+void bind_columns(nb::module_& m);
 void bind_products(nb::module_& m);
 void bind_encoders(nb::module_& m);
 

@@ -21,6 +21,7 @@ NB_MODULE(_native, m) {
     });
     m.def("current", [] { return std::string(name_of(current())); });
     m.def("use", [](const std::string& name) { require(use(name), "no usable set of kernels is called " + name); });
+    bind_columns(m);
     bind_products(m);
     bind_encoders(m);
 }

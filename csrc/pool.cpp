@@ -38,14 +38,16 @@ public:
         }
         job_ = job;
         next_ = 0;
-        busy_ = (int)threads_.size();
+        open_ = true;
         {
             std::lock_guard<std::mutex> lock(mutex_);
             round_.fetch_add(1);
         }
         if (asleep_.load() > 0) wake_.notify_all();
         take();
-        for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins) {
+        // a thread that could not start in time (another pool may spin on its core) is not waited for
+        open_ = false;
+        for (int spins = 0; busy_.load() > 0; ++spins) {
             if (spins < SPINS) PAUSE();
             else std::this_thread::yield();
         }
@@ -69,15 +71,17 @@ private:
                 wake_.wait(lock, [&] { return round_.load() != seen; });
                 asleep_.fetch_sub(1);
             }
-            ++seen;
-            if (number < job_.threads) take();
-            busy_.fetch_sub(1, std::memory_order_release);
+            seen = round_.load();
+            busy_.fetch_add(1);
+            if (open_.load() && number < job_.threads) take();
+            busy_.fetch_sub(1);
         }
     }
 
     Job job_;
     alignas(64) std::atomic<long> next_{0};
-    alignas(64) std::atomic<int> busy_{0};
+    alignas(64) std::atomic<int> busy_{0};  // threads that look at the job
+    std::atomic<bool> open_{false};  // whether they may
     alignas(64) std::atomic<unsigned> round_{0};
     std::atomic<int> asleep_{0};
     std::mutex callers_, mutex_;

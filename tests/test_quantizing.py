@@ -13,9 +13,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import fewbits
-from fewbits import containers, solvers, sources
-from fewbits.calibrate import Walk
+from fewbits import containers, solvers
+from fewbits.calibration import sources
+from fewbits.calibration.walk import Walk
 from fewbits.errors import FewbitsError
+from fewbits.jobs.store import Store
 
 RECIPES = {"Q8_0": "a.gguf", "Q4_0": "a.gguf", "int4-g128": "a", "int3-g32-asym": "a", "int8": "a", "nf4": "a",
            "nf4-dq": "a", "fp4": "a", "f16": "a",
@@ -102,22 +104,24 @@ def test_a_killed_run_resumes_and_ends_equal(tiny: Path, tmp_path: Path, english
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"calibration": english, "samples": 4, "length": 64}
     whole = fewbits.quantize(tiny, tmp_path / "whole", "int4-g32", **options).path
-    real, calls = solvers.solve, []
+    real, solve, puts, calls = Store.put, solvers.solve, [], []
 
     def dies_at_the_ninth(*args: object) -> object:
-        calls.append(1)
-        if len(calls) == 9:
+        puts.append(1)
+        if len(puts) == 9:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(solvers, "solve", dies_at_the_ninth)
+    monkeypatch.setattr(Store, "put", dies_at_the_ninth)
     with pytest.raises(KeyboardInterrupt):
         fewbits.quantize(tiny, tmp_path / "killed", "int4-g32", **options)
     assert not (tmp_path / "killed").exists()
-    monkeypatch.setattr(solvers, "solve", lambda *args: (calls.append(1), real(*args))[1])
-    calls.clear()
+    monkeypatch.setattr(Store, "put", lambda *args: (puts.append(1), real(*args))[1])
+    monkeypatch.setattr(solvers, "solve", lambda *args: (calls.append(1), solve(*args))[1])
+    puts.clear()
     again = fewbits.quantize(tiny, tmp_path / "killed", "int4-g32", **options).path
-    assert len(calls) == 14 - 8, "eight of fourteen matrices were kept"
+    assert len(puts) == 14 - 8, "eight of fourteen matrices were kept"
+    assert len(calls) == 8 - 4, "of q, k, v the first was there: they were solved together again"
     assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 

@@ -13,20 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fewbits import __version__, containers, distributed, finishing, hub, solvers, sources, transforms
+from fewbits import __version__, containers, finishing, hub, solvers, transforms
 from fewbits import imatrix as matrices
+from fewbits.calibration import sources
+from fewbits.calibration.sources import Batch, Calibration
 from fewbits.checkpoint import Checkpoint
 from fewbits.codecs.affine import IntK
 from fewbits.containers import experts
 from fewbits.containers.base import Progress, check_output, check_space, write
 from fewbits.errors import FewbitsError
 from fewbits.imatrix import Imatrix
-from fewbits.job import Job, goal, some
+from fewbits.jobs import distributed
+from fewbits.jobs.job import Job, goal, some
+from fewbits.jobs.store import Store, identity, resumable
 from fewbits.qtensor import QTensor
 from fewbits.recipe import Choice, ModelFacts, Overrides, Recipe
 from fewbits.recipe import get as get_recipe
-from fewbits.sources import Batch, Calibration
-from fewbits.store import Store, identity, resumable
 
 REORDERS = "gptq-act-order"  # the solver that leaves columns in an order of their own: QTensor.order
 # layouts of integers in groups, made for calibrated weights: these are calibrated unless told otherwise
@@ -124,7 +126,7 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
         folder = out.with_name(f".{out.name}.work")
         stamp = {"source": identity(source), "choices": [[c.name, c.codec.name, c.solver] for c in choices],
                  "calibration": used.digest() if used else None, "imatrix": _digest(matrix) if matrix else None,
-                 "transform": transform, "finish": finish, "version": __version__}
+                 "transform": transform, "version": __version__}
         with resumable(folder):
             store = Store(folder, stamp) if ranks.leads else None
             if transform is not None and used is not None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbits import codecs
-from fewbits.calibrate import Statistics
+from fewbits.calibration.walk import Statistics
 from fewbits.codecs.base import decode_units, encode_units, fit_units
 from fewbits.codecs.codebook import CUTS, Sums, cuts
 from fewbits.qtensor import QTensor

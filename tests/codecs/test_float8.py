@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbits import codecs
-from fewbits.calibrate import Statistics
+from fewbits.calibration.walk import Statistics
 from fewbits.codecs.float8 import KINDS, Kind
 from fewbits.qtensor import QTensor
 from fewbits.solvers import solve

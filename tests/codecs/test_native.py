@@ -108,7 +108,7 @@ def test_every_unit_for_itself(name, rows, instruction_set):
 def test_weights_and_importances_that_are_zero_or_tiny_or_huge(name, instruction_set):
     codec = registry.get(name)
     w = weights(codec, 5)
-    for size in (0.0, 1e-44, 1e-38, 1e-20, 1e20, 1e37):
+    for size in (0.0, 1e-44, 1e-38, 1e-20, 1e20, 1e35):
         for importance in (None, torch.zeros(w.shape[1]), torch.full((w.shape[1],), 1e-44),
                            torch.full((w.shape[1],), 1e38)):
             x = w * size
@@ -147,7 +147,7 @@ def test_codes_and_bytes_are_the_references(name, instruction_set, reference):
     codes = encode_units(w, codec, params)
     assert torch.equal(codes, reference(encode_units, w, codec, params))
     packed, same = codec.pack(codes, params, shape), reference(codec.pack, codes, params, shape)
-    assert all(torch.equal(packed[k].view(torch.uint8), same[k].view(torch.uint8)) for k in same)
+    assert all(torch.equal(packed[k].contiguous().view(torch.uint8), same[k].contiguous().view(torch.uint8)) for k in same)
 
 
 def test_the_reference_takes_what_the_extension_cannot():

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import fewbits
-from fewbits import containers, finishing
+from fewbits import containers, finishing, solvers
 from fewbits.errors import FewbitsError
 
 OPTIONS: dict[str, Any] = {"samples": 16, "length": 64}
@@ -68,6 +68,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(whole: bool, tiny: Path, english
     with pytest.raises(Killed):
         quantize(tiny, tmp_path / "b", english, progress=kill)
     began: list[int] = []
+    monkeypatch.setattr(finishing, "BYTES", 10 ** 12 if whole else 1)  # other memory is free now
 
     def watch(what: str, done: int, total: int) -> None:
         if what.startswith("finishing"):
@@ -76,6 +77,21 @@ def test_a_killed_run_goes_on_to_the_same_bytes(whole: bool, tiny: Path, english
     resumed = quantize(tiny, tmp_path / "b", english, progress=watch).path
     assert min(began) >= (24 // 2 if whole else 0) and len(began) < 24 * (1 if whole else 8)
     assert (resumed / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+
+
+def test_another_level_takes_what_is_solved(tiny: Path, english: Path, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(what: str, done: int, total: int) -> None:
+        if what.startswith("finishing"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny, tmp_path / "a", english, progress=kill)
+    monkeypatch.setattr(solvers, "solve", None)
+    again = quantize(tiny, tmp_path / "a", english, finish="off").path
+    monkeypatch.undo()
+    assert (again / "model.safetensors").read_bytes() == (
+        quantize(tiny, tmp_path / "b", english, finish="off").path / "model.safetensors").read_bytes()
 
 
 def test_never_worse_on_held_out_text(tiny: Path, english: Path, tmp_path: Path,

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fewbits import arch, containers, imatrix
 from fewbits.arch import rows
+from fewbits.calibration.sources import Calibration
 from fewbits.checkpoint import Checkpoint
 from fewbits.codecs.floats import F32
 from fewbits.containers import experts
@@ -21,7 +22,6 @@ from fewbits.containers.gguf import Gguf
 from fewbits.errors import FewbitsError
 from fewbits.imatrix import Imatrix, Sums
 from fewbits.qtensor import QTensor
-from fewbits.sources import Calibration
 from tests.arch.models import MODELS, VOCAB, directory, tiny
 
 # Transformers' name of a layer's module -> what GGUF calls it; by hand, not from our tables

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewbits import containers, imatrix, sources
+from fewbits import containers, imatrix
+from fewbits.calibration import sources
 from fewbits.containers.gguf import Gguf
 from tests.arch.models import MODELS, VOCAB, directory, tiny
 

@@ -8,13 +8,13 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from fewbits import codecs
+from fewbits.calibration.statistics import Experts, Statistics
 from fewbits.codecs import ternary
 from fewbits.codecs.base import Codec, Params, decode_units, encode_units
 from fewbits.errors import FewbitsError
 from fewbits.solvers import loss, refuses, solve
 from fewbits.solvers.curvature import CORRECTION, DAMPING, curvature, inverse_factor, unit_order
 from fewbits.solvers.gptq import gptq
-from fewbits.statistics import Experts, Statistics
 from tests.codecs.registry import ALL
 
 MORE = ("int2-g16-asym", "int8-g64", "fp4-b32")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fewbits import codecs, solvers
+from fewbits.calibration.statistics import Diagonal, Experts, Statistics
 from fewbits.qtensor import QTensor
-from fewbits.statistics import Diagonal, Experts, Statistics
 
 
 def naive(w: torch.Tensor, q: torch.Tensor, moment: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewbits import codecs, solvers
-from fewbits.calibrate import Statistics
+from fewbits.calibration.walk import Statistics
 from fewbits.errors import FewbitsError
 from fewbits.solvers import solve
 

@@ -10,12 +10,12 @@ import transformers
 
 import fewbits
 from fewbits import containers, solvers, transforms
-from fewbits.calibrate import Statistics, Walk
+from fewbits.calibration.sources import Calibration
+from fewbits.calibration.walk import Statistics, Walk
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
+from fewbits.jobs.store import Store
 from fewbits.recipe import Choice, ModelFacts, get
-from fewbits.sources import Calibration
-from fewbits.store import Store
 from fewbits.transforms import awq
 from fewbits.transforms.scaling import scaled
 from fewbits.transforms.sites import Site, sites

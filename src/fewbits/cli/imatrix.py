@@ -42,7 +42,8 @@ def command(
 
 
 def _collect(model: str, out: Path, calibration: str, samples: int, length: int, seed: int, head: bool) -> Imatrix:
-    from fewbits import containers, hub, imatrix, sources
+    from fewbits import containers, hub, imatrix
+    from fewbits.calibration import sources
     from fewbits.containers.base import check_output
 
     quiet_libraries()

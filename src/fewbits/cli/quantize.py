@@ -33,7 +33,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     """Quantize a model into a recipe."""
-    from fewbits.distributed import speaks
+    from fewbits.jobs.distributed import speaks
     from fewbits.quantizing import quantize
 
     quiet_libraries()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from fewbits.lazy import torch
 
@@ -19,6 +19,24 @@ Params = dict[str, "torch.Tensor"]
 Planes = dict[str, "torch.Tensor"]
 Rounder = Callable[["torch.Tensor"], "torch.Tensor"]
 ITEM_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+
+
+class Rounding(NamedTuple):
+    """How the columns of a unit with params `[rows, k]` are rounded; tensors `[s, rows]`, each row of them for
+    `columns / s` columns side by side. `inverse` is that of the scale, 0 of the zero scale.
+
+    Evenly spaced levels: code = clamp(round(shift + w * inverse), low, high), value = base + code * scale. Else the
+    value is scale times that level of the ascending `table` whose bounds w * inverse lies between.
+    """
+
+    scale: torch.Tensor
+    inverse: torch.Tensor
+    shift: torch.Tensor | None = None
+    base: torch.Tensor | None = None
+    low: float = 0.0
+    high: float = 0.0
+    table: torch.Tensor | None = None  # [levels]
+    bounds: torch.Tensor | None = None  # [levels - 1]
 
 
 class Grid(Protocol):
@@ -32,6 +50,10 @@ class Grid(Protocol):
 
     def columns(self, index: torch.Tensor | slice) -> Grid:
         """The same grid restricted to some columns of its unit."""
+
+    def rounding(self) -> Rounding | None:
+        """How its columns are rounded, as numbers; None where `rounders` says it only as code."""
+        return None
 
     def rounders(self, width: int) -> list[Rounder]:
         """For each of all `width` columns, what gives the nearest values of weights `[rows]` in it, to float32

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from fewbits.codecs import native
-from fewbits.codecs.base import Grid, Rounder
+from fewbits.codecs.base import Grid, Rounder, Rounding
 from fewbits.lazy import torch
 
 
@@ -38,10 +37,31 @@ class _Folded(Grid):
         which = torch.arange(start, stop, step, device=self.scale.device) // run
         return which, len(which)
 
-    def _each(self, rounder: Callable[..., Rounder], *tensors: torch.Tensor) -> list[Rounder]:
-        """A rounder for every scale, from that scale's part of each of `tensors` `[rows, s]`; each for its columns."""
-        found = [rounder(*parts) for parts in zip(*(t.T.contiguous() for t in tensors), strict=True)]
-        return [r for r in found for _ in range(self.width // len(found))]
+    def rounders(self, width: int) -> list[Rounder]:
+        how = self.rounding()
+        found = [_rounder(how, i) for i in range(len(how.scale))]
+        return [r for r in found for _ in range(width // len(found))]
+
+    def rounding(self) -> Rounding:
+        raise NotImplementedError
+
+
+def _rounder(how: Rounding, group: int) -> Rounder:
+    scale, inverse = how.scale[group], how.inverse[group]
+
+    def nearest_code(w: torch.Tensor) -> torch.Tensor:
+        codes = torch.addcmul(shift, w.float(), inverse).round_().clamp_(how.low, how.high)
+        return torch.addcmul(base, codes, scale)
+
+    def nearest_level(w: torch.Tensor) -> torch.Tensor:
+        return table.index_select(0, torch.bucketize(w.float() * inverse, bounds, out_int32=True)).mul_(scale)
+
+    if how.table is not None and how.bounds is not None:
+        table, bounds = how.table, how.bounds
+        return nearest_level
+    assert how.shift is not None and how.base is not None
+    shift, base = how.shift[group], how.base[group]
+    return nearest_code
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:
@@ -94,18 +114,12 @@ class UniformGrid(_Folded):
         return UniformGrid(self.scale[..., which], self.high, count, zero=zero, offset=offset, low=self.low,
                            factor=self.factor)
 
-    def rounders(self, width: int) -> list[Rounder]:
+    def rounding(self) -> Rounding:
         scale = self.scale * self.factor
         inverse = _inverse(scale)
         offset = torch.zeros_like(scale) if self.offset is None else self.offset
-
-        def rounder(scale: torch.Tensor, inverse: torch.Tensor, shift: torch.Tensor, base: torch.Tensor) -> Rounder:
-            def nearest(w: torch.Tensor) -> torch.Tensor:
-                codes = torch.addcmul(shift, w.float(), inverse).round_().clamp_(self.low, self.high)
-                return torch.addcmul(base, codes, scale)
-            return nearest
-
-        return self._each(rounder, scale, inverse, self.zero - offset * inverse, offset - self.zero * scale)
+        parts = (scale, inverse, self.zero - offset * inverse, offset - self.zero * scale)
+        return Rounding(*(p.T.contiguous() for p in parts), self.low, self.high)
 
 
 class Levels(NamedTuple):
@@ -159,12 +173,6 @@ class TableGrid(_Folded):
         which, count = self._which(index)
         return TableGrid(self.scale[..., which], self.table, count)
 
-    def rounders(self, width: int) -> list[Rounder]:
-        ranked, bounds = self.table.table.sort().values, self.table.bounds
-
-        def rounder(scale: torch.Tensor, inverse: torch.Tensor) -> Rounder:
-            def nearest(w: torch.Tensor) -> torch.Tensor:
-                return ranked.index_select(0, torch.bucketize(w.float() * inverse, bounds, out_int32=True)).mul_(scale)
-            return nearest
-
-        return self._each(rounder, self.scale, _inverse(self.scale))
+    def rounding(self) -> Rounding:
+        return Rounding(self.scale.T.contiguous(), _inverse(self.scale).T.contiguous(),
+                        table=self.table.table.sort().values, bounds=self.table.bounds)

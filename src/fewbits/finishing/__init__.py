@@ -16,16 +16,16 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fewbits.calibrate import Block, Walk
+from fewbits.calibration.sources import Batch, Calibration
+from fewbits.calibration.walk import Block, Walk
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers.base import Progress
 from fewbits.errors import FewbitsError
 from fewbits.finishing import goals
 from fewbits.finishing.student import Student, seat
 from fewbits.finishing.training import Outcome, train
+from fewbits.jobs.store import Store
 from fewbits.planning import available_bytes
-from fewbits.sources import Batch, Calibration
-from fewbits.store import Store
 
 STEPS = {"quick": 100, "thorough": 400}  # of one batch each; of every block, where blocks are tuned one by one
 MOST = 200  # sequences: their last hidden states are kept in memory
@@ -33,7 +33,7 @@ HELD_OUT = 1 / 16  # of the calibration, to measure on
 # the largest learning rate of a factor, over the square root of the loss: of a divergence, of a block's relative error
 RATE, BLOCK_RATE = 0.0007, 0.003
 BYTES = 12  # of memory a weight while whole models are tuned: the original in float32, codes, a layer's gradient
-FINISHED = "finished:"  # before names of tensors in the store
+WHOLE, BLOCKS = "the whole model", "block by block"  # what is tuned at a time
 
 
 def sequences(level: str) -> int:
@@ -64,11 +64,14 @@ def tune(source: Checkpoint, solved: Checkpoint, calibration: Calibration, level
     learn, held = calibration.split(HELD_OUT)
     batches = learn.batches + held.batches
     held_out = list(range(len(learn.batches), len(batches)))
-    run = _Run(source, solved, batches, held_out, STEPS[level], seed, store, progress)
-    whole = BYTES * solved.parameters < available_bytes()
-    began = time.monotonic()
+    run = _Run(source, solved, batches, held_out, level, seed, store, progress)
+    # what a killed run began is gone on with, whatever memory is free now
+    fits = (store.read(run.key("way")) or b"").decode() or (
+        WHOLE if BYTES * solved.parameters < available_bytes() else BLOCKS)
+    store.write(run.key("way"), fits.encode())
+    began, whole = time.monotonic(), fits == WHOLE
     names, outcome = run.whole() if whole else run.blocks()
-    entries = {n: _stored(store, e) if n in names else e for n, e in solved.entries.items()}
+    entries = {n: run.stored(e) if n in names else e for n, e in solved.entries.items()}
     what = "divergence on held-out text" if whole else "blocks' relative error on held-out text"
     note = (f"finished ({level}, {outcome.steps} steps{'' if whole else ' a block'}): {what} "
             f"{outcome.before:.4g} -> {outcome.after:.4g}, {time.monotonic() - began:.0f} s")
@@ -77,11 +80,7 @@ def tune(source: Checkpoint, solved: Checkpoint, calibration: Calibration, level
 
 def _distance(block: Block, meant: list[torch.Tensor], number: int) -> torch.Tensor:
     """Squared distance of what the block puts out from what was meant, over its mean square."""
-    return F.mse_loss(block.output(number), meant[number]) / meant[number].square().mean()
-
-
-def _stored(store: Store, entry: Entry) -> Entry:
-    return entry.as_(load=lambda: store.get(FINISHED + entry.name, entry.codec, entry.shape))
+    return F.mse_loss(block.passes.output(number), meant[number]) / meant[number].square().mean()
 
 
 @dataclass
@@ -90,10 +89,21 @@ class _Run:
     solved: Checkpoint
     batches: list[Batch]  # the last of them
     held_out: list[int]  # are these
-    steps: int
+    level: str
     seed: int
     store: Store
     progress: Progress | None
+
+    @property
+    def steps(self) -> int:
+        return STEPS[self.level]
+
+    def key(self, name: str) -> str:
+        """What the store calls something of this level of finishing."""
+        return f"finished, {self.level}: {name}"
+
+    def stored(self, entry: Entry) -> Entry:
+        return entry.as_(load=lambda: self.store.get(self.key(entry.name), entry.codec, entry.shape))
 
     def whole(self) -> tuple[set[str], Outcome]:
         """Both models in memory, the original's only until its last hidden states are known."""
@@ -109,19 +119,19 @@ class _Run:
         def loss(i: int) -> torch.Tensor:
             return goal(goals.last_states(net, self.batches[i]), i)
 
-        return self._train(student, loss, "model", RATE, self._advance(self.steps))
+        return self._train(student, loss, "model", RATE, self._advance("divergence", self.steps))
 
     def blocks(self) -> tuple[set[str], Outcome]:
         """One block in memory at a time, each on what the tuned ones before it put out."""
         names: set[str] = set()
         outcomes: list[Outcome] = []
         walk = Walk(self.source, self.batches, drift=True)
-        advance = self._advance(self.steps * len(walk))
+        advance = self._advance("relative error", self.steps * len(walk))
         for block in walk:
             assert block.original is not None
             with torch.no_grad():
                 meant = [block.original.output(i) for i in range(len(self.batches))]
-            student = seat(block.module, walk.places, [self.solved.entries[n] for n in block.names])
+            student = seat(block.passes.module, walk.places, [self.solved.entries[n] for n in block.names])
             found, outcome = self._train(student, partial(_distance, block, meant), f"block {block.index}",
                                          BLOCK_RATE, advance)
             names |= found
@@ -134,19 +144,19 @@ class _Run:
                advance: Callable[[int, str], None]) -> tuple[set[str], Outcome]:
         outcome = train(student.parameters, loss, len(self.batches) - len(self.held_out), self.held_out,
                         steps=self.steps, rate=rate, seed=self.seed,
-                        store=self.store, name=FINISHED + what, advance=advance)
+                        store=self.store, name=self.key(what), advance=advance)
         results = student.results()
         for name, q in results.items():
-            self.store.put(FINISHED + name, q, {})
+            self.store.put(self.key(name), q, {})
         return set(results), outcome
 
-    def _advance(self, total: int) -> Callable[[int, str], None]:
+    def _advance(self, what: str, total: int) -> Callable[[int, str], None]:
         done = 0
 
         def advance(steps: int, loss: str) -> None:
             nonlocal done
             done += steps
             if self.progress:
-                self.progress(f"finishing: divergence {loss}", done, total)
+                self.progress(f"finishing: {what} {loss}", done, total)
 
         return advance

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fewbits import __version__, containers, hub, sources
+from fewbits import __version__, containers, hub
+from fewbits.calibration import sources
+from fewbits.calibration.sources import Batch, Calibration
 from fewbits.checkpoint import Checkpoint
 from fewbits.containers.base import Progress, check_output, check_space, write
 from fewbits.errors import FewbitsError
 from fewbits.finishing import asked, sequences, tune
-from fewbits.sources import Batch, Calibration
-from fewbits.store import Store, identity, resumable
+from fewbits.jobs.store import Store, identity, resumable
 
 
 @dataclass(frozen=True)

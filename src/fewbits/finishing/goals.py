@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from fewbits.calibration.sources import Batch
 from fewbits.errors import FewbitsError
-from fewbits.sources import Batch
 
 TINY = 1e-38
 ROWS = 128  # positions whose logits are held at a time

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewbits.store import Store
+from fewbits.jobs.store import Store
 
 CHECKS = 4  # times that the loss on held-out batches is measured on the way
 SAVE_EVERY = 60.0  # seconds

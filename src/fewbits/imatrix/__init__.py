@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+from fewbits.calibration.statistics import Diagonal
 from fewbits.imatrix.collecting import collect
 from fewbits.imatrix.data import Imatrix, Sums
 from fewbits.imatrix.files import is_imatrix, read, write
-from fewbits.statistics import Diagonal
 
 __all__ = ["Diagonal", "Imatrix", "Sums", "collect", "is_imatrix", "read", "write"]

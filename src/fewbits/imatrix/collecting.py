@@ -16,9 +16,9 @@ from fewbits.imatrix.matching import names
 from fewbits.lazy import torch
 
 if TYPE_CHECKING:
-    from fewbits.calibrate import Block, Walk
+    from fewbits.calibration.sources import Calibration
+    from fewbits.calibration.walk import Block, Walk
     from fewbits.runtime.taps import Key
-    from fewbits.sources import Calibration
 
 
 def collect(source: Checkpoint, calibration: Calibration, progress: Progress | None = None, *,
@@ -31,7 +31,7 @@ def collect(source: Checkpoint, calibration: Calibration, progress: Progress | N
     Raises:
         FewbitsError: a family without GGUF names, or activations that are not finite.
     """
-    from fewbits.calibrate import Walk
+    from fewbits.calibration.walk import Walk
 
     table = names(source)
     walk = Walk(source, calibration.batches)
@@ -86,9 +86,9 @@ def _of_block(walk: Walk, block: Block) -> dict[str, Sums]:
             found[reading.key] = _Adding(len(counts), reading.x.shape[-1])
         found[reading.key].add(reading.x, counts)
 
-    with tapped(block.module, see), torch.no_grad():
-        for number, (x, arguments) in enumerate(zip(block.inputs, block.arguments, strict=True)):  # noqa: B007
-            block.module(x, **arguments)
+    with tapped(block.passes.module, see), torch.no_grad():
+        for number in range(len(block.passes.inputs)):  # noqa: B007
+            block.passes.output(number)
     return {experts.stack_of(name): adding.sums for key, adding in found.items() for name, _ in block.entries[key]}
 
 

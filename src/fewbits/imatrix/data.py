@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from fewbits.calibration.statistics import Diagonal
     from fewbits.checkpoint import Checkpoint
-    from fewbits.statistics import Diagonal
 
 CHUNK_SIZE = 512  # tokens, unless llama-imatrix is told otherwise; the old kind of file does not say
 

@@ -6,6 +6,7 @@ import math
 
 from fewbits import arch
 from fewbits.arch import Tensor
+from fewbits.calibration.statistics import Diagonal
 from fewbits.checkpoint import Checkpoint
 from fewbits.codecs.base import Shape
 from fewbits.containers import experts
@@ -13,7 +14,6 @@ from fewbits.containers.gguf_config import own_config
 from fewbits.errors import FewbitsError
 from fewbits.imatrix.data import Imatrix
 from fewbits.lazy import torch
-from fewbits.statistics import Diagonal
 
 FOREIGN = "statistics of another model"
 

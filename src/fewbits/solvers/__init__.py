@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from fewbits.calibration.statistics import Diagonal, Known, Statistics
 from fewbits.codecs.base import Codec, Params, Planes, Shape
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
@@ -19,7 +20,6 @@ from fewbits.solvers.curvature import curvature
 from fewbits.solvers.gptq import gptq
 from fewbits.solvers.gptq import refuses as gptq_refuses
 from fewbits.solvers.nearest import nearest, search
-from fewbits.statistics import Diagonal, Known, Statistics
 
 PART = 1 << 18  # weights that a worker solves at a time
 Solver = Callable[..., "tuple[torch.Tensor, Params]"]
@@ -74,6 +74,20 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Kno
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         parts = list(pool.map(pack_rows, range(0, rows, step)))
     return QTensor(codec, shape, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
+
+
+def solve_together(weights: list[torch.Tensor], codec: Codec, solver: str, statistics: Known | None) -> list[QTensor]:
+    """Weights that read the same, each as by `solve`. GPTQ, whose loop over columns costs little more for many rows
+    than for few, takes those that are matrices as one."""
+    as_one = solver in NEEDS_STATISTICS and len(weights) > 1 and all(
+        w.ndim == 2 and codec.rows_apart(tuple(w.shape)) for w in weights)
+    if not as_one:
+        return [solve(w, codec, solver, statistics) for w in weights]
+    whole, parts, at = solve(torch.cat(weights), codec, solver, statistics), list[QTensor](), 0
+    for w in weights:
+        part, at = whole.part(slice(at, at + len(w))), at + len(w)
+        parts.append(replace(part, planes={k: p.clone() for k, p in part.planes.items()}))
+    return parts
 
 
 def _with_moments(w: torch.Tensor, codec: Codec, shape: Shape, statistics: Statistics, act_order: bool) -> QTensor:

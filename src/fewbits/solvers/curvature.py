@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+from fewbits.calibration.statistics import Statistics
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
-from fewbits.statistics import Statistics
 
 DAMPING = (0.2, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0)  # shares of the geometric mean of the diagonal, tried in turn
 CORRECTION = 0.75  # how much of the drift is made good: all of it fits the text it was measured on too closely

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from fewbits.codecs.base import Codec, Params
 from fewbits.lazy import torch
-
-BLOCK = 32  # columns between two updates of all that follow: so few that corrections inside a block stay in the cache
+from fewbits.solvers.columns import sweep
 
 
 def descend(w: torch.Tensor, codec: Codec, codes: torch.Tensor, params: Params, moment: torch.Tensor,
@@ -47,19 +46,10 @@ def improve(codec: Codec, params: Params, values: torch.Tensor, pull: torch.Tens
 
     `pull` `[unit, rows]` is H times what is missing, W - Q, at these columns; `local` is H between them.
     """
-    width, olds = len(values), values.unbind()
-    rounders, new = codec.grid(params, width).rounders(width), list[torch.Tensor]()
-    pull = pull / local.diagonal()[:, None]  # from here on it is how far each value is from its best
-    step = local / local.diagonal()[:, None]
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
-        pulls, steps, gone = pull[start:stop].unbind(), step[start:stop, start:stop].T.contiguous().unbind(), []
-        for j in range(stop - start):
-            new.append(rounders[start + j](olds[start + j] + pulls[j]))
-            gone.append(olds[start + j] - new[-1])
-            pull[start + j + 1:stop].addr_(steps[j][j + 1:], gone[-1])
-        pull[stop:].addmm_(step[stop:, start:stop], torch.stack(gone))
-    return torch.stack(new)
+    size = local.diagonal()[:, None]
+    found, _ = sweep(values + pull / size, codec.grid(params, len(values)), (local / size).T, torch.arange(len(values)),
+                     values)
+    return found
 
 
 def refit(codec: Codec, codes: torch.Tensor, params: Params, values: torch.Tensor, pull: torch.Tensor,

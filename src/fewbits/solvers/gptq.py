@@ -8,16 +8,14 @@ error will cost once the columns after it have corrected it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
-from fewbits.codecs.base import Codec, Grid, Params, Shape
+from fewbits.codecs.base import Codec, Params, Shape
 from fewbits.lazy import torch
+from fewbits.solvers.columns import sweep
 from fewbits.solvers.curvature import Curvature
-from fewbits.solvers.descent import BLOCK, descend, refit
+from fewbits.solvers.descent import descend, refit
 
-ROWS = 4096  # of the weight that a worker solves at a time: with fewer, threads wait for Python more than they compute
+ROWS = 8192  # of the weight at a time: what is copied stays small
 SWEEPS = 3  # of coordinate descent afterwards
 
 
@@ -40,22 +38,8 @@ def gptq(w: torch.Tensor, codec: Codec, bent: Curvature, state: Params | None = 
         codes, params = _rows(w[rows], codec, bent, known, again)
         return descend(w[rows], codec, codes, params, bent.moment, sweeps) if sweeps else (codes, params)
 
-    # rows don't see each other: the same parts on every machine, shared by the cores
-    cuts = [slice(at, at + ROWS) for at in range(0, len(w), ROWS)]
-    with alone() as threads, ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(some, cuts) if len(cuts) > 1 else map(some, cuts))
+    parts = [some(slice(at, at + ROWS)) for at in range(0, len(w), ROWS)]  # rows don't see each other
     return torch.cat([c for c, _ in parts]), {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]}
-
-
-@contextmanager
-def alone() -> Iterator[int]:
-    """Keep torch from starting threads of its own for small operations; how many it would have started."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _rows(w: torch.Tensor, codec: Codec, bent: Curvature, state: Params | None,
@@ -70,42 +54,25 @@ def _rows(w: torch.Tensor, codec: Codec, bent: Curvature, state: Params | None,
         cut = slice(at, at + len(unit))
         natural, place = unit.sort()  # the unit's columns as the file orders them, and where the loop keeps them
         first = int(natural[0]) // codec.unit(columns)
-        position = place.argsort().tolist()
+        x, own, position = work[cut], bent.upper[cut, cut], place.argsort()
+        size = own.diagonal()[:, None]
+        mix = own / size  # of an error that later columns take over
         known = None if state is None else {k: s[:, first] for k, s in state.items()}
-        x, own = work[cut], bent.upper[cut, cut]
         wanted = x[place]
         params = codec.fit(wanted.T, bent.importance[natural], known)
-        values, errors = _round(x, codec.grid(params, len(unit)), position, own)
+        values, errors = sweep(x, codec.grid(params, len(unit)), mix, position)
         if again:
             found = codec.grid(params, len(unit)).encode(values[place].T.contiguous())
             pull = local @ (wanted - values[place])
             better, _ = refit(codec, found, params, values[place], pull, local)
             if better is not params:
-                others, wrong = _round(x, codec.grid(better, len(unit)), position, own)
-                falls = wrong.square().sum(0) < errors.square().sum(0)
+                others, wrong = sweep(x, codec.grid(better, len(unit)), mix, position)
+                falls = (wrong / size).square().sum(0) < (errors / size).square().sum(0)
                 values, errors = torch.where(falls, others, values), torch.where(falls, wrong, errors)
                 params = {k: torch.where(falls[:, None], better[k], p) for k, p in params.items()}
         codes[natural] = codec.grid(params, len(unit)).encode(values[place].T.contiguous()).T
-        work[cut.stop:] -= bent.upper[cut, cut.stop:].T @ errors
+        work[cut.stop:].addmm_(bent.upper[cut, cut.stop:].T, errors / size, alpha=-1)
         fitted[first] = params
         at = cut.stop
     units = [fitted[k] for k in sorted(fitted)]
     return codes.T.contiguous(), {k: torch.stack([u[k] for u in units], dim=1) for k in units[0]}
-
-
-def _round(x: torch.Tensor, grid: Grid, position: list[int], upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of the columns `x` `[unit, rows]`, each rounded after those before it, and the errors they pass on, in
-    units that make the sum of their squares the loss."""
-    rounders, work, size = grid.rounders(len(x)), x.clone(), upper.diagonal()
-    share = upper / size[:, None]  # of an error that later columns take over
-    values: list[torch.Tensor] = []
-    errors: list[torch.Tensor] = []
-    for start in range(0, len(x), BLOCK):
-        stop = min(start + BLOCK, len(x))
-        columns, shares = work[start:stop].unbind(), share[start:stop, start:stop].unbind()
-        for j in range(stop - start):
-            values.append(rounders[position[start + j]](columns[j]))
-            errors.append(columns[j] - values[-1])
-            work[start + j + 1:stop].addr_(shares[j][j + 1:], errors[-1], alpha=-1)
-        work[stop:].addmm_(share[start:stop, stop:].T, torch.stack(errors[start:]), alpha=-1)
-    return torch.stack(values), torch.stack(errors) / size[:, None]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from fewbits.calibration.sources import Calibration
 from fewbits.checkpoint import Checkpoint
 from fewbits.containers import experts
 from fewbits.containers.base import Progress
-from fewbits.distributed import Ranks
 from fewbits.errors import FewbitsError
+from fewbits.jobs.distributed import Ranks
+from fewbits.jobs.store import Store
 from fewbits.recipe import Choice
-from fewbits.sources import Calibration
-from fewbits.store import Store
 from fewbits.transforms import awq
 from fewbits.transforms.scaling import scaled
 from fewbits.transforms.sites import sites

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from fewbits.calibrate import Batches, Walk
+from fewbits.calibration.statistics import Experts, Found, Statistics
+from fewbits.calibration.walk import Batches, Walk
 from fewbits.checkpoint import Checkpoint
 from fewbits.codecs.base import Codec
 from fewbits.containers.base import Progress
 from fewbits.lazy import torch
 from fewbits.recipe import Choice
 from fewbits.solvers import solve
-from fewbits.statistics import Experts, Found, Statistics
 from fewbits.transforms.sites import Site
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)

@@ -10,9 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fewbits.calibration.documents import DATASETS, TEXT, excerpts, lines, named, spread, text_of
 from fewbits.checkpoint import Checkpoint
 from fewbits.containers.base import Progress
-from fewbits.documents import DATASETS, TEXT, excerpts, lines, named, spread, text_of
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch, transformers
 
@@ -97,7 +97,7 @@ def calibration(spec: str | Path | Calibration | Sequence[Batch], source: Checkp
 
 def _sampled(source: Checkpoint, samples: int, length: int, seed: int, notes: tuple[str, ...],
              progress: Progress | None) -> Calibration:
-    from fewbits.sampling import sample
+    from fewbits.calibration.sampling import sample
 
     tokens = sample(source, samples, length, seed, progress)
     return Calibration([{"input_ids": row[None]} for row in tokens],

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
-from fewbits.blocks import Block, Done, Group, Original
+from fewbits.calibration.blocks import Block, Group
+from fewbits.calibration.statistics import Experts, Found, Statistics
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
-from fewbits.statistics import Experts, Found, Statistics
 
 __all__ = ["Batches", "Block", "Experts", "Group", "Statistics", "Walk"]
+
+
+class Done(Exception):
+    """A forward pass got as far as needed."""
+
 
 Batches = list[dict[str, "torch.Tensor"]]  # keyword arguments of the model, one batch each
 
@@ -81,6 +86,8 @@ class Walk:
                 f"{self.thin[worst][0]}): they lean on the statistics of all experts of their layer"]
 
     def __iter__(self) -> Iterator[Block]:
+        from fewbits.runtime.passes import Passes
+
         index = 0
         for at, (prefix, modules) in enumerate(self.lists):
             streams = [self._enter(at, which) for which in range(1 + self.drift)]  # this model's, the original's
@@ -89,9 +96,9 @@ class Walk:
                 self._load(names)
                 arguments = [s.arguments[i] for s in streams]
                 self.inputs = streams[0].inputs
-                block = Block(index, f"{prefix}{i}.", names, module, self.inputs, arguments[0], self)
+                block = Block(index, f"{prefix}{i}.", names, Passes(module, self.inputs, arguments[0]), self)
                 if self.drift:
-                    block.original = Original(copy.deepcopy(module), streams[1].inputs, arguments[1])
+                    block.original = Passes(copy.deepcopy(module), streams[1].inputs, arguments[1])
                 yield block
                 block.advance()
                 block.original = None

@@ -12,8 +12,8 @@ import torch
 
 import fewbits
 from fewbits import containers
-from fewbits.distributed import Ranks
-from fewbits.statistics import Experts, Statistics
+from fewbits.calibration.statistics import Experts, Statistics
+from fewbits.jobs.distributed import Ranks
 
 OPTIONS = {"samples": 6, "length": 64}
 RANK = """
@@ -21,8 +21,9 @@ import json, sys
 from pathlib import Path
 import torch.distributed as dist
 import fewbits
-from fewbits import distributed, job
-from fewbits.statistics import Experts, Statistics
+from fewbits.jobs import distributed
+from fewbits.jobs import job
+from fewbits.calibration.statistics import Experts, Statistics
 
 model, text, folder, options = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
 result = fewbits.quantize(model, folder / "two", "int4-g32", calibration=text, **options)
@@ -34,10 +35,10 @@ with distributed.joined() as ranks:
     said |= {"counts": parts.counts, "moments": [p.moment[0, 0].item() for p in parts.parts], "rank": ranks.rank}
 
 class Breaks(job.Job):
-    def _solve(self, name, statistics):
+    def _solve(self, names, statistics):
         if self.ranks.rank == 1:
             raise fewbits.FewbitsError("rank 1 cannot go on")
-        super()._solve(name, statistics)
+        super()._solve(names, statistics)
 
 fewbits.quantizing.Job = Breaks
 try:

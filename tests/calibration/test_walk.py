@@ -12,7 +12,7 @@ import transformers as t
 from transformers.pytorch_utils import Conv1D
 
 from fewbits import codecs, containers, solvers
-from fewbits.calibrate import Batches, Statistics, Walk
+from fewbits.calibration.walk import Batches, Statistics, Walk
 from fewbits.errors import FewbitsError
 from fewbits.runtime.build import is_linear
 

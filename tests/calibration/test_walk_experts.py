@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from fewbits import codecs, containers, solvers
-from fewbits.calibrate import Batches, Experts, Statistics, Walk
+from fewbits.calibration.walk import Batches, Experts, Statistics, Walk
 from fewbits.checkpoint import Checkpoint
 from fewbits.containers import experts
 from fewbits.qtensor import QTensor
 from fewbits.runtime.taps import is_experts
 
-sys.path.insert(0, str(Path(__file__).parent / "arch"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "arch"))
 from models import MODELS, directory, tiny  # type: ignore[import-not-found]  # noqa: E402
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")

@@ -4,73 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fewbits.calibration.statistics import Experts, Found, Statistics
 from fewbits.checkpoint import Entry
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.planning import available_bytes
-from fewbits.statistics import Experts, Found, Statistics
 
 if TYPE_CHECKING:
-    from fewbits.calibrate import Walk
+    from fewbits.calibration.walk import Walk
     from fewbits.qtensor import QTensor
+    from fewbits.runtime.passes import Passes
     from fewbits.runtime.taps import Key, Reading
 
 
-KEPT = 0.25  # of the free memory, for what the original model's layers read
-
-
-class Done(Exception):
-    """A forward pass got as far as needed."""
-
-
-@dataclass
-class Pass:
-    """What all layers of a block read on one batch, and what it put out."""
-
-    readings: list[Reading]
-    output: torch.Tensor
-
-
-@dataclass
-class Original:
-    """A block as it was, and the activations that the original model brings to it."""
-
-    module: torch.nn.Module
-    inputs: list[torch.Tensor]
-    arguments: list[dict[str, Any]]
-    passed: dict[int, Pass] = field(default_factory=dict)  # by batch, where there is memory to keep it
-    fits: bool = True
-
-    def readings(self, number: int, keys: set[Key], calls: int) -> list[Reading]:
-        """What the layers `keys` read on one batch; all groups are served from one pass if that can be kept."""
-        if number not in self.passed and not self._room():
-            return _readings(self, number, keys, calls)
-        if number not in self.passed:
-            from fewbits.runtime.taps import tapped
-
-            found: list[Reading] = []
-            with tapped(self.module, found.append):
-                output = _call(self.module, self.inputs[number], self.arguments[number])
-            self.passed[number] = Pass(found, output)
-        return [r for r in self.passed[number].readings if r.key in keys]
-
-    def _room(self) -> bool:
-        """Whether what all batches read fits into a part of the free memory, going by the first."""
-        if not self.passed:
-            return True
-        if len(self.passed) == 1:
-            one = {id(r.source): r.x.nbytes for p in self.passed.values() for r in p.readings}
-            self.fits = sum(one.values()) * len(self.inputs) < available_bytes() * KEPT
-        return self.fits
-
-    def output(self, number: int) -> torch.Tensor:
-        """What the block puts out for a batch, with a gradient where that is on."""
-        return _output(self.module, self.inputs[number], self.arguments[number])
+HALFWAY = 0.1  # of the free memory, for what the layers of a block read: what passes hold that stop in it is about that
 
 
 @dataclass
@@ -80,17 +31,15 @@ class Block:
     index: int
     prefix: str
     names: list[str]  # of its entries in the checkpoint
-    module: torch.nn.Module
-    inputs: list[torch.Tensor]  # a batch each
-    arguments: list[dict[str, Any]]
+    passes: Passes
     walk: Walk
-    original: Original | None = None
+    original: Passes | None = None  # of the block as it was, on the activations that the original model brings to it
     calls: Counter[Key] = field(default_factory=Counter)  # of each layer in one pass
 
     def groups(self, sequential: bool | None = None) -> Iterator[Group]:
         """The block's entries in the order in which its layers run, those together that read the same tensor.
 
-        The last group holds what no linear layer reads: norms, biases. If not `sequential`, one group holds all.
+        The first group holds what no linear layer reads: norms, biases. If not `sequential`, one group holds all.
         """
         readers = self._readers()
         members = [[name for key in keys for name, _ in self.entries[key]] for keys in readers]
@@ -98,9 +47,9 @@ class Block:
         if not (self.walk.sequential if sequential is None else sequential):
             yield Group(self, self.names, readers)
             return
+        yield Group(self, rest, [])
         for names, keys in zip(members, readers, strict=True):
             yield Group(self, names, [keys])
-        yield Group(self, rest, [])
 
     def statistics(self) -> dict[str, Found]:
         """Weight name -> statistics of its layer's inputs; layers that read the same tensor share theirs."""
@@ -108,28 +57,29 @@ class Block:
 
     def replace(self, name: str, q: QTensor) -> None:
         """Put the decoded `q` in the place of the block's own weight."""
-        self.walk.places.put(Entry(name, q.shape, q.codec, lambda: q), torch.float32)
+        place = self.walk.places.put(Entry(name, q.shape, q.codec, lambda: q), torch.float32)
+        key = (place.module, place.leaf)
+        self.passes.changed(key if key in self.calls else None)
 
     def run(self) -> list[torch.Tensor]:
         """What the block puts out for each batch."""
-        return [_call(self.module, x, a) for x, a in zip(self.inputs, self.arguments, strict=True)]
-
-    def output(self, number: int) -> torch.Tensor:
-        """What the block puts out for a batch, with a gradient where that is on."""
-        return _output(self.module, self.inputs[number], self.arguments[number])
+        return [self.passes.finish(number) for number in range(len(self.passes.inputs))]
 
     def advance(self) -> None:
         """Put the block's outputs in the place of its inputs."""
-        for part in (self, self.original) if self.original else (self,):
-            known = part.passed if isinstance(part, Original) else {}
-            for i, (x, arguments) in enumerate(zip(part.inputs, part.arguments, strict=True)):
-                part.inputs[i] = known.pop(i).output if i in known else _call(part.module, x, arguments)
+        for passes in (self.passes, self.original) if self.original else (self.passes,):
+            for number in range(len(passes.inputs)):
+                passes.inputs[number] = passes.finish(number)
 
     def _readers(self) -> list[list[Key]]:
         """Keys of the layers in the order in which they run on the first batch, by the tensor that they read."""
         found: dict[tuple[int, bool], list[Key]] = {}
         self.calls.clear()
-        readings = _readings(self, 0, set(self.entries))  # as long as they are held, ids of tensors are their own
+        # as long as they are held, ids of tensors are their own
+        readings = self.passes.readings(0, set(self.entries))
+        read = {id(r.source): r.x.nbytes for r in readings}
+        for passes in (self.passes, self.original) if self.original else (self.passes,):
+            passes.wait = sum(read.values()) * len(passes.inputs) < available_bytes() * HALFWAY
         for reading in readings:
             self.calls[reading.key] += 1
             if self.calls[reading.key] == 1:
@@ -162,7 +112,7 @@ class Group:
         """
         walk, block = self.block.walk, self.block
         seen: dict[Key, Found] = {}  # by the first of each readers
-        for number in range(len(block.inputs) if self.readers else 0):
+        for number in range(len(block.passes.inputs) if self.readers else 0):
             self._collect(number, seen)
         found: dict[str, Found] = {}
         for keys in self.readers:
@@ -180,10 +130,10 @@ class Group:
         block = self.block
         first = {keys[0] for keys in self.readers}
         calls = sum(block.calls[key] for key in first)
-        readings = _readings(block, number, first, calls)
+        readings = block.passes.readings(number, first, calls)
         originals: list[Reading | None] = [None] * len(readings)
         if block.original:
-            twins = dict(zip(block.module.modules(), block.original.module.modules(), strict=True))
+            twins = dict(zip(block.passes.module.modules(), block.original.module.modules(), strict=True))
             originals = [*block.original.readings(number, {(twins[module], leaf) for module, leaf in first}, calls)]
         keep = block.walk.mask(block.prefix, number)
         for reading, original in zip(readings, originals, strict=True):
@@ -198,30 +148,3 @@ class Group:
                 seen[reading.key] = (Experts(len(reading.counts), width, drift) if reading.counts else
                                      Statistics.zeros(width, drift))
             seen[reading.key].add(reading.x, rows, reading.counts)
-
-
-def _readings(part: Block | Original, number: int, keys: set[Key], calls: int = -1) -> list[Reading]:
-    """What the layers `keys` read on one batch; the pass ends after so many `calls` of them."""
-    from fewbits.runtime.taps import tapped
-
-    found: list[Reading] = []
-
-    def see(reading: Reading) -> None:
-        if reading.key in keys:
-            found.append(reading)
-            if len(found) == calls:
-                raise Done
-
-    with tapped(part.module, see), suppress(Done):
-        _call(part.module, part.inputs[number], part.arguments[number])
-    return found
-
-
-def _call(module: torch.nn.Module, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        return _output(module, x, arguments)
-
-
-def _output(module: torch.nn.Module, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    y = module(x, **arguments)
-    return y[0] if isinstance(y, tuple) else y

@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from fewbits.calibration.statistics import Experts, Found
 from fewbits.errors import Elsewhere, FewbitsError
-from fewbits.statistics import Experts, Found
 
 T = TypeVar("T")
 CALLS = itertools.count()  # a process may quantize several times

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fewbits import estimating
 from fewbits.checkpoint import Entry
 from fewbits.codecs.floats import F16
+from fewbits.jobs import estimating
 from fewbits.qtensor import QTensor
 
 

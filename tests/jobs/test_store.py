@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fewbits import codecs, solvers
+from fewbits.jobs.store import Store
 from fewbits.qtensor import QTensor
-from fewbits.store import Store
 
 
 @pytest.mark.parametrize("codec", ["int4-g32", "Q4_K", "nf4-dq", "fp8-e4m3", "kmeans3"])
@@ -42,7 +42,7 @@ def test_half_a_file_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewbits.store.sync", dies)
+    monkeypatch.setattr("fewbits.jobs.store.sync", dies)
     with pytest.raises(KeyboardInterrupt):
         store.put("a", q, {})
     assert list((tmp_path / "work").glob("*.partial")) and not Store(tmp_path / "work", {"job": 1}).has("a")

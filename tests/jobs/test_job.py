@@ -16,10 +16,11 @@ import torch
 import transformers
 
 import fewbits
-from fewbits import containers, job, solvers
+from fewbits import containers, solvers
 from fewbits.containers import safetensors
 from fewbits.errors import FewbitsError
-from fewbits.store import Store
+from fewbits.jobs import job
+from fewbits.jobs.store import Store
 
 OPTIONS = {"samples": 4, "length": 64}
 
@@ -44,9 +45,9 @@ def test_error_of_a_layer_is_that_of_its_outputs(whole: Any, tiny: Path) -> None
     log = [json.loads(line) for line in beside(whole.path, ".log.jsonl").read_text().splitlines()]
     assert log[0]["event"] == "begins" and log[-1]["event"] == "ends"
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny).double()
-    from fewbits import sources
+    from fewbits.calibration import sources
 
-    text = Path(__file__).resolve().parents[1] / "examples" / "sample.txt"
+    text = Path(__file__).resolve().parents[2] / "examples" / "sample.txt"
     batches = sources.calibration(text, containers.open(tiny), **OPTIONS).batches
     layer = model.model.layers[0]
     seen: list[torch.Tensor] = []
@@ -94,7 +95,7 @@ def test_progress_rises_to_its_end(tiny: Path, tmp_path: Path, english: Path) ->
 
 
 # killed and resumed ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("after", [1, 6, 13])
+@pytest.mark.parametrize("after", [3, 6, 13])
 def test_a_run_that_ends_anywhere_resumes_and_ends_equal(after: int, whole: Any, tiny: Path, tmp_path: Path,
                                                          english: Path) -> None:
     out, folder = tmp_path / "out", tmp_path / ".out.work"
@@ -120,7 +121,7 @@ from pathlib import Path
 import fewbits
 
 def kill(what, done, total):
-    if len(list((Path(sys.argv[2]).parent / ".out.work").glob("*.safetensors"))) == 9:
+    if len(list((Path(sys.argv[2]).parent / ".out.work").glob("*.safetensors"))) == 10:
         os.kill(os.getpid(), signal.SIGKILL)
 
 fewbits.quantize(sys.argv[1], sys.argv[2], "int4-g32", calibration=sys.argv[3], samples=4, length=64, progress=kill)
@@ -137,7 +138,7 @@ def test_a_killed_process_resumes_and_ends_equal(whole: Any, tiny: Path, tmp_pat
     real = solvers.solve
     monkeypatch.setattr(solvers, "solve", lambda *a: (solved.append(1), real(*a))[1])
     fewbits.quantize(tiny, out, "int4-g32", calibration=english, **OPTIONS)
-    assert weights(out) == weights(whole.path) and len(solved) == 14 - 9
+    assert weights(out) == weights(whole.path) and len(solved) == 8 - 5
 
 
 def test_another_job_does_not_take_what_is_stored(tiny: Path, tmp_path: Path, english: Path) -> None:

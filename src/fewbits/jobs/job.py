@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 
-from fewbits import estimating, solvers
-from fewbits.calibrate import Batches, Block, Walk
+from fewbits import solvers
+from fewbits.calibration.sources import Calibration
+from fewbits.calibration.statistics import Diagonal, Known
+from fewbits.calibration.walk import Batches, Block, Walk
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Codec
 from fewbits.codecs.floats import F16, Float
 from fewbits.containers.base import Progress
-from fewbits.distributed import Ranks
 from fewbits.errors import FewbitsError
+from fewbits.jobs import estimating
+from fewbits.jobs.distributed import Ranks
+from fewbits.jobs.store import Store
 from fewbits.planning import available_bytes
 from fewbits.qtensor import CHUNK, QTensor
 from fewbits.recipe import Choice, ModelFacts
-from fewbits.sources import Calibration
-from fewbits.statistics import Diagonal, Known
-from fewbits.store import Store
 
 AHEAD = 4  # tensors outside of blocks that each rank solves before results are exchanged
 
@@ -157,31 +158,47 @@ class Job:
     # tensors --------------------------------------------------------------------------------------------------------
     def _together(self, names: list[str], statistics: Mapping[str, Known]) -> None:
         """Solve what of `names` isn't solved, shared out between the ranks; then each rank has all of `names`."""
-        owners = self.ranks.owners({n: self._cost(n) for n in names if n not in self.records})
-        for name in names:
-            if owners.get(name) == self.ranks.rank:
-                self._solve(name, statistics.get(name))
-            if self.ranks.size == 1 or owners.get(name) == self.ranks.rank:
-                self._advance(self._cost(name))
+        batches = self._alike(names, statistics)
+        owners = self.ranks.owners({batch[0]: sum(map(self._cost, batch)) for batch in batches
+                                    if any(n not in self.records for n in batch)})
+        for batch in batches:
+            if owners.get(batch[0]) == self.ranks.rank:
+                self._solve(batch, statistics.get(batch[0]))
+            if self.ranks.size == 1 or owners.get(batch[0]) == self.ranks.rank:
+                self._advance(sum(map(self._cost, batch)))
         if self.ranks.size == 1:
             return
-        for name in names:
-            owner = owners.get(name, 0)
+        for first, name in ((batch[0], name) for batch in batches for name in batch):
+            owner = owners.get(first, 0)
             own = owner == self.ranks.rank
             outcome = self.ranks.broadcast((self._get(name), self.records[name]) if own else None, owner)
             if outcome and not own:
                 self._put(name, *outcome)
                 self._advance(self._cost(name))
 
-    def _solve(self, name: str, statistics: Known | None) -> None:
-        """Solve one tensor and note how: its solver, the relative squared error of the layer's outputs (of the weights,
-        where nothing is known of the inputs), and the seconds that it took."""
+    def _alike(self, names: list[str], statistics: Mapping[str, Known]) -> list[list[str]]:
+        """Those together that one call can solve: matrices of the same statistics, codec and solver. Ranks share
+        them out one by one."""
+        found: dict[Any, list[str]] = {}
+        for name in names:
+            choice, known = self.choices[name], statistics.get(name)
+            apart = known is None or len(choice.shape) > 2 or self.ranks.size > 1
+            found.setdefault(name if apart else (id(known), choice.codec, choice.solver), []).append(name)
+        return list(found.values())
+
+    def _solve(self, names: list[str], statistics: Known | None) -> None:
+        """Solve tensors that are alike and note how: their solver, the relative squared error of the layer's outputs
+        (of the weights, where nothing is known of the inputs), and their shares of the seconds that it took."""
         began = time.monotonic()
-        weight, codec, solver = self._weight(name), self.choices[name].codec, self._solver(name, statistics)
-        q = solvers.solve(weight, codec, solver, statistics)
-        self._put(name, q, {"solver": solver, "error": solvers.loss(weight, q, statistics),
-                            "error_of": "weights" if statistics is None else "outputs",
-                            "seconds": time.monotonic() - began})
+        weights, codec = [self._weight(name) for name in names], self.choices[names[0]].codec
+        solver = self._solver(names[0], statistics)
+        solved = solvers.solve_together(weights, codec, solver, statistics)
+        seconds = (time.monotonic() - began) / sum(w.numel() for w in weights)
+        for name, weight, q in zip(names, weights, solved, strict=True):
+            if name not in self.records:
+                self._put(name, q, {"solver": solver, "error": solvers.loss(weight, q, statistics),
+                                    "error_of": "weights" if statistics is None else "outputs",
+                                    "seconds": seconds * weight.numel()})
 
     def _solver(self, name: str, statistics: Known | None) -> str:
         """The tensor's solver; a search where that needs second moments and there are none."""

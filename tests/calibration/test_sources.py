@@ -16,12 +16,13 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from fewbits import containers, documents, sources
+from fewbits import containers
+from fewbits.calibration import documents, sources
+from fewbits.calibration.documents import spread
+from fewbits.calibration.sources import Calibration, calibration, frame
 from fewbits.checkpoint import Checkpoint
-from fewbits.documents import spread
 from fewbits.errors import FewbitsError
 from fewbits.runtime.build import tokenizer_of
-from fewbits.sources import Calibration, calibration, frame
 
 BOS, EOS = 1, 2  # of the tiny model's tokenizer
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 
-from fewbits import containers, loading, sampling
+from fewbits import containers, loading
+from fewbits.calibration import sampling
+from fewbits.calibration.sampling import sample
+from fewbits.calibration.sources import calibration
 from fewbits.errors import FewbitsError
 from fewbits.runtime import build
-from fewbits.sampling import sample
-from fewbits.sources import calibration
 from tests.arch.models import MODELS, directories
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "mixtral", "gpt_oss"]
