@@ -4,7 +4,10 @@
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
+#include <atomic>
+#include <new>
 #include <optional>
+#include <type_traits>
 
 #include "encoders.h"
 
@@ -67,9 +70,16 @@ T* out(const Out<T>& to, const Weights& w, int each = 1) {
 template <class Work>
 void share(ptrdiff_t total, int width, int threads, Work&& work) {
     const ptrdiff_t step = std::max<ptrdiff_t>(1, PART / width / 16) * 16;
+    std::atomic<bool> full{false};
     nb::gil_scoped_release free;
-    parallel(threads, long((total + step - 1) / step),
-             [&](long part) { work(part * step, std::min(total, (part + 1) * step)); });
+    parallel(threads, long((total + step - 1) / step), [&](long part) {
+        try {
+            work(part * step, std::min(total, (part + 1) * step));
+        } catch (const std::bad_alloc&) {
+            full = true;
+        }
+    });
+    if (full) throw std::bad_alloc();
 }
 
 using Maybe = std::optional<Any3>;
@@ -170,14 +180,30 @@ void planes(Array<const uint8_t, 1> from, int threads, int bits, int parts, int 
 
 }  // namespace
 
+// Arrays are not converted: an output would be a copy.
+template <class A>
+constexpr bool optional = std::is_same_v<A, Maybe> || std::is_same_v<A, std::optional<Matrix>>;
+
+template <class A>
+auto how() {
+    if constexpr (std::is_arithmetic_v<A>) return nb::arg();
+    else if constexpr (optional<A>) return nb::arg().noconvert().none();
+    else return nb::arg().noconvert();
+}
+
+template <class... A>
+void define(nb::module_& m, const char* name, void (*function)(A...)) {
+    m.def(name, function, how<A>()...);
+}
+
 void bind_encoders(nb::module_& m) {
-    m.def("fit_scale", &fit_scale);
-    m.def("fit_zero", &fit_zero);
-    m.def("fit_line", &fit_line);
-    m.def("fit_scales", &fit_scales);
-    m.def("fit_lines", &fit_lines);
-    m.def("codes", &codes);
-    m.def("planes", &planes);
+    define(m, "fit_scale", fit_scale);
+    define(m, "fit_zero", fit_zero);
+    define(m, "fit_line", fit_line);
+    define(m, "fit_scales", fit_scales);
+    define(m, "fit_lines", fit_lines);
+    define(m, "codes", codes);
+    define(m, "planes", planes);
 }
 
 }  // namespace fewbits

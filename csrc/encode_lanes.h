@@ -4,8 +4,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "encoders.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define FEWBITS_LANES 16
@@ -28,8 +33,17 @@ constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: float32 has no fractions
 constexpr float TINY = 1e-30f;
 
 inline V all(float a) { return a - V{}; }
+// where a or b is not a number: b. Compilers make two instructions of `a > b ? a : b` where b is 0
+#if defined(__AVX512F__)
+inline V min(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
+inline V max(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline V min(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
+inline V max(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 inline V min(V a, V b) { return a < b ? a : b; }
 inline V max(V a, V b) { return a > b ? a : b; }
+#endif
 inline V abs(V a) { return a < V{} ? -a : a; }
 inline V square(V a) { return a * a; }
 inline V choose(I mask, V a, V b) { return mask ? a : b; }
@@ -54,6 +68,16 @@ inline V drop_bits(V a, int count) {
     return from_bits((b + (((1 << (count - 1)) - 1) + ((b >> count) & 1))) & ~((1 << count) - 1));
 }
 
+// Elements of a and b in turn, from `first` on.
+template <int first, int... i>
+V interleave(V a, V b, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * LANES)...);
+#else
+    return __builtin_shuffle(a, b, I{(first + i / 2 + i % 2 * LANES)...});
+#endif
+}
+
 // As the file holds it; beyond float16, its largest finite value.
 inline V stored(V s, Storage type) {
     if (type == Storage::float32) return s;
@@ -63,6 +87,18 @@ inline V stored(V s, Storage type) {
     V small = (size + 0.75f) - 0.75f;  // denormals of float16 are multiples of 2^-24, the last place of 0.75
     V rounded = choose(size < all(0x1p-14f), small, drop_bits(size, 13));
     return s < V{} ? -rounded : rounded;
+}
+
+// Rows to columns of LANES vectors, halves by halves.
+inline void transpose(V* rows) {
+    V old[LANES];
+    for (int step = 1; step < LANES; step *= 2) {
+        for (int i = 0; i < LANES; ++i) old[i] = rows[i];
+        for (int i = 0; i < LANES / 2; ++i) {
+            rows[2 * i] = interleave<0>(old[i], old[i + LANES / 2], std::make_integer_sequence<int, LANES>());
+            rows[2 * i + 1] = interleave<LANES / 2>(old[i], old[i + LANES / 2], std::make_integer_sequence<int, LANES>());
+        }
+    }
 }
 
 }  // namespace

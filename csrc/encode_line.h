@@ -86,10 +86,11 @@ Range range_of(const Columns<WEIGHTED>& p, bool below_zero) {
 
 // The best few after one step of least squares from every start.
 template <bool WEIGHTED>
-Ranking first_lines(const Columns<WEIGHTED>& p, const Moments& fixed, V top, bool below_zero, const Starts& starts) {
+Heats first_lines(const Columns<WEIGHTED>& p, const Moments& fixed, V top, bool below_zero, const Starts& starts,
+                  int heats) {
     const Range r = range_of(p, below_zero);
     const V size = r.high - r.low, middle = (r.high + r.low) * 0.5f;
-    Ranking best(starts.kept);
+    Heats best(heats);
     for (int at = 0; at < starts.count; at += BATCH) {
         Line lines[BATCH];
         Moments found[BATCH];
@@ -99,7 +100,7 @@ Ranking first_lines(const Columns<WEIGHTED>& p, const Moments& fixed, V top, boo
             if (below_zero) lines[k].offset = min(lines[k].offset, V{});
         }
         code_moments<BATCH>(p, lines, top, fixed, found);
-        for (const Moments& f : found) best.add(least_squares(f, below_zero));
+        for (int k = 0; k < BATCH; ++k) best.add(at + k, least_squares(found[k], below_zero));
     }
     return best;
 }
@@ -107,8 +108,9 @@ Ranking first_lines(const Columns<WEIGHTED>& p, const Moments& fixed, V top, boo
 // The best real line.
 template <bool WEIGHTED>
 Line search_line(const Columns<WEIGHTED>& p, const Moments& fixed, V top, bool below_zero, const Starts& starts) {
-    Ranking best = first_lines(p, fixed, top, below_zero, starts);
+    Heats best = first_lines(p, fixed, top, below_zero, starts, starts.kept);
     Line chosen = best.line[0];
+    for (int k = 1; k < best.count; ++k) chosen = better(chosen, best.line[k]);
     for (int at = 0; at < starts.kept; at += BATCH)
         for (int round = 1; round < starts.rounds; ++round) {
             Line* lines = best.line + at;
@@ -126,7 +128,7 @@ Line search_line(const Columns<WEIGHTED>& p, const Moments& fixed, V top, bool b
 template <bool WEIGHTED>
 Line fit_line(const Columns<WEIGHTED>& p, V top, const Starts& starts, const Units& u) {
     const Moments fixed = fixed_moments(p);
-    Ranking best = first_lines(p, fixed, top, false, starts);
+    Heats best = first_lines(p, fixed, top, false, starts, starts.kept - 1);
     const Range r = range_of(p, false);
     best.line[starts.kept - 1] = {(r.high - r.low) / top, r.low, V{}};
     Line chosen{u.kept(best.line[starts.kept - 1].s), u.kept(r.low), all(INF)};

@@ -41,24 +41,15 @@ inline Line better(const Line& a, const Line& b) {
 constexpr int BATCH = 4;      // starts at once, so that sums don't wait for each other
 constexpr int MOST_KEPT = 8;  // of them all
 
-// The few best so far, each once: whatever has the same error has the same codes.
-struct Ranking {
+// Starts compete in `count` heats, start n in heat n modulo `count`; the best of each goes on.
+struct Heats {
     int count;
     Line line[MOST_KEPT];
 
-    explicit Ranking(int kept) : count(kept) {
+    explicit Heats(int count) : count(count) {
         for (Line& l : line) l = {V{}, V{}, all(INF)};
     }
-    void add(Line found) {
-        for (int i = 0; i < count; ++i) found.error = choose(found.error == line[i].error, all(INF), found.error);
-        for (int i = 0; i < count; ++i) {
-            const Line old = line[i];
-            line[i] = better(old, found);
-            const I good = found.error < old.error;
-            found = {choose(good, old.s, found.s), choose(good, old.offset, found.offset),
-                     choose(good, old.error, found.error)};
-        }
-    }
+    void add(int n, const Line& found) { line[n % count] = better(line[n % count], found); }
 };
 
 template <bool WEIGHTED>
@@ -81,7 +72,7 @@ V extreme(const Columns<WEIGHTED>& p) {
 }
 
 struct Probe {
-    V error, better, least;  // with the nearest levels; the best scale for those, and its error
+    V error, better, least, squares;  // with the nearest levels q; the best scale for those, and its error; sum(q^2)
 };
 
 template <int K, bool WEIGHTED, class Level>
@@ -105,7 +96,7 @@ void probe(const Columns<WEIGHTED>& p, const V* s, const Level* level, V total, 
         const V squared = square(s[k]);
         const I zero = s[k] == V{};
         out[k] = {choose(zero, total, e[k] * squared), s[k] * (1.0f + step),
-                  choose(zero, total, (e[k] - c[k] * step) * squared)};
+                  choose(zero, total, (e[k] - c[k] * step) * squared), b};
     }
 }
 
@@ -124,17 +115,39 @@ void scale_errors(const Columns<WEIGHTED>& p, const V* s, const Level& level, V 
     for (int k = 0; k < K; ++k) out[k] = choose(s[k] == V{}, total, e[k] * square(s[k]));
 }
 
-// The best scale, as `keep` rounds it; never worse than the first start.
-template <bool WEIGHTED, class Level, class Keep>
-V search_scale(const Columns<WEIGHTED>& p, const Level& level, const Starts& starts, V most, V total, Keep keep) {
-    Ranking best(starts.kept);
+struct Real {
+    V s, squares, least;
+};
+
+// The best scale after one step of least squares from every start.
+template <bool WEIGHTED, class Level>
+Real first_scale(const Columns<WEIGHTED>& p, const Level& level, const Starts& starts, V most, V total) {
+    Real best{V{}, V{}, all(INF)};
     const Level levels[BATCH] = {level, level, level, level};
     V s[BATCH];
     Probe found[BATCH];
     for (int at = 0; at < starts.count; at += BATCH) {
         for (int k = 0; k < BATCH; ++k) s[k] = most * starts.scale[std::min(at + k, starts.count - 1)];
         probe<BATCH>(p, s, levels, total, found);
-        for (const Probe& f : found) best.add({f.better, V{}, f.least});
+        for (const Probe& f : found) {
+            const I good = f.least < best.least;
+            best = {choose(good, f.better, best.s), choose(good, f.squares, best.squares), min(f.least, best.least)};
+        }
+    }
+    return best;
+}
+
+// The best scale, as `keep` rounds it; never worse than the first start.
+template <bool WEIGHTED, class Level, class Keep>
+V search_scale(const Columns<WEIGHTED>& p, const Level& level, const Starts& starts, V most, V total, Keep keep) {
+    Heats best(starts.kept - 1);  // and the plain choice
+    const Level levels[BATCH] = {level, level, level, level};
+    V s[BATCH];
+    Probe found[BATCH];
+    for (int at = 0; at < starts.count; at += BATCH) {
+        for (int k = 0; k < BATCH; ++k) s[k] = most * starts.scale[std::min(at + k, starts.count - 1)];
+        probe<BATCH>(p, s, levels, total, found);
+        for (int k = 0; k < BATCH; ++k) best.add(at + k, {found[k].better, V{}, found[k].least});
     }
     best.line[starts.kept - 1].s = most * starts.scale[0];
     Line chosen{keep(best.line[starts.kept - 1].s), V{}, all(INF)};  // where no error is a number: scales that saturate
@@ -160,7 +173,7 @@ Line search_zero(const Columns<WEIGHTED>& p, V top, const Starts& starts, const 
     for (int i = 0; i < p.count; ++i) low = min(low, p.x[i]), high = max(high, p.x[i]);
     V plain = (high - low) / top;
     plain = choose(plain > V{}, plain, all(1.0f));
-    Ranking best(starts.kept);
+    Heats best(starts.kept - 1);  // and the plain choice
     V s[BATCH];
     Probe found[BATCH];
     constexpr float SHIFTS[BATCH] = {0.0f, -1.0f, 1.0f, 0.0f};  // three zero points to a scale
@@ -175,7 +188,7 @@ Line search_zero(const Columns<WEIGHTED>& p, V top, const Starts& starts, const 
         const Even levels[BATCH] = {{-zero[0], top - zero[0]}, {-zero[1], top - zero[1]}, {-zero[2], top - zero[2]},
                                     {-zero[3], top - zero[3]}};
         probe<BATCH>(p, s, levels, total, found);
-        for (int k = 0; k < BATCH; ++k) best.add({found[k].better, zero[k], found[k].least});
+        for (int k = 0; k < BATCH; ++k) best.add(at + k, {found[k].better, zero[k], found[k].least});
     }
     best.line[starts.kept - 1] = {plain, to_integer(min(max(-low / plain, V{}), top)), V{}};
     Line chosen{u.kept(plain), best.line[starts.kept - 1].offset, all(INF)};

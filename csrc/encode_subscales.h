@@ -30,8 +30,9 @@ public:
             const V peak = extreme(p);
             total[j] = energy(p);
             plain[j] = peak * starts.scale[0];
-            real[j] = search_scale(p, level_, starts, peak, total[j], [](V s) { return s; });
-            bend[j] = squares(p, real[j]);
+            const Real best = first_scale(p, level_, starts, peak, total[j]);
+            real[j] = best.s;
+            bend[j] = best.squares;
         }
         SubScales best = round_plain(plain, total);
         descend(best, round_real(real, bend), total);
@@ -41,17 +42,6 @@ public:
 private:
     Columns<WEIGHTED> sub(int j) const { return u_.template columns<WEIGHTED>(j * run_, run_); }
     V integer(V s, V by_d) const { return to_integer(min(max(s * by_d, least_), most_)); }
-
-    // sum(q^2)
-    V squares(const Columns<WEIGHTED>& p, V s) const {
-        const V inverse = invert(s);
-        V sum{};
-        for (int i = 0; i < run_; ++i) {
-            const V q = level_(p.x[i] * inverse);
-            sum += q * p.weighted(q, i);
-        }
-        return sum;
-    }
 
     // The scale of largest magnitude on the lowest level.
     SubScales round_plain(const V* scales, const V* total) const {

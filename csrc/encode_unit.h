@@ -67,8 +67,13 @@ private:
             const ptrdiff_t u = std::min(first + l, from_.total - 1);
             at[l] = cube.data + (u / from_.units) * cube.row + (u % from_.units) * cube.unit;
         }
+        int c = 0;
+        for (; cube.column == 1 && c + LANES <= from_.width; c += LANES) {
+            for (int l = 0; l < LANES; ++l) std::memcpy(to + c + l, at[l] + c, sizeof(V));
+            transpose(to + c);
+        }
         float* out = reinterpret_cast<float*>(to);
-        for (int c = 0; c < from_.width; ++c)
+        for (; c < from_.width; ++c)
             for (int l = 0; l < LANES; ++l) out[c * LANES + l] = at[l][c * cube.column];
     }
 

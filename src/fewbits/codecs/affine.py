@@ -121,7 +121,7 @@ class Int8(Codec):
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
         starts = (127, *search.ROWWISE_STARTS)
         found = fit_pieces(self._fit, w, importance, torch.float32,
-                           search=native.Scale("scale", -127, 127, starts, starts, positive=True))
+                           search=native.Scale("scale", -127, 127, (starts, starts), positive=True))
         return {"absmax": found["scale"].abs() * 127}
 
     def _fit(self, p: Piece) -> Params:

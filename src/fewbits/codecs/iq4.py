@@ -35,7 +35,7 @@ def starts(p: Piece) -> tuple[float, ...]:
 @cache
 def natively() -> native.Scale:
     first, last = LEVELS[0], LEVELS[-1]
-    return native.Scale("d", first, last, (first, *IQ4_STARTS), (first, *WEIGHTED_IQ4_STARTS), table())
+    return native.Scale("d", first, last, ((first, *IQ4_STARTS), (first, *WEIGHTED_IQ4_STARTS)), table())
 
 
 @dataclass(frozen=True)

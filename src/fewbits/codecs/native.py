@@ -7,6 +7,7 @@ take the tensors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -30,7 +31,7 @@ def ratios(first: float, last: float, count: int) -> tuple[float, ...]:
 
 
 # as in `search`, chosen on weights of SmolLM2 and Gemma 3: by bits, parts of the plain scale
-SPREADS = {2: ratios(0.6, 1.6, 6), 3: ratios(0.6, 1.6, 6), 4: ratios(0.6, 1.4, 12), 5: ratios(0.7, 1.2, 16),
+SPREADS = {2: ratios(0.6, 1.6, 6), 3: ratios(0.7, 1.4, 6), 4: ratios(0.7, 1.4, 12), 5: ratios(0.7, 1.2, 16),
            6: ratios(0.7, 1.03, 16), 8: ratios(0.94, 1.01, 24)}
 WEIGHTED_SPREADS = {2: ratios(0.6, 2.2, 8), 3: ratios(0.6, 2.2, 8), 4: ratios(0.6, 2.1, 12), 5: ratios(0.65, 1.7, 16),
                     6: ratios(0.7, 1.1, 16), 8: ratios(0.88, 1.15, 32)}
@@ -72,7 +73,7 @@ class Search:
             known = _cube(importance.detach().float().expand(w.shape))
         call = _Call(_cube(w.detach().float()), known, STORAGE[str(dtype)], _threads())
         found = self._run(call)
-        return {k: (p.to(dtype) if p.is_floating_point() else p).reshape(*lead, -1) for k, p in found.items()}
+        return {k: (p.to(dtype) if p.is_floating_point() else p).reshape(*lead, p.shape[-1]) for k, p in found.items()}
 
     def _run(self, call: _Call) -> dict[str, torch.Tensor]:
         raise NotImplementedError
@@ -81,22 +82,24 @@ class Search:
 @dataclass(frozen=True)
 class Scale(Search):
     """Values `scale * level`: integers `low` … `high`, or a table. `starts` are levels on which the element of largest
-    magnitude is put; the first is the plain choice."""
+    magnitude is put, without importances and with them; the first is the plain choice."""
 
     name: str
     low: float
     high: float
-    starts: tuple[float, ...]
-    weighted_starts: tuple[float, ...]
+    starts: tuple[tuple[float, ...], tuple[float, ...]]
     table: Levels | None = None
     positive: bool = False
 
     def _run(self, call: _Call) -> dict[str, torch.Tensor]:
-        starts = self.starts if call.importance is None else self.weighted_starts
         found = call.out()
-        _native.fit_scale(*call, *_levels(self.low, self.high, self.table), _inverse(starts), 4, 3, self.positive,
+        _native.fit_scale(*call, *_levels(self.low, self.high, self.table), self.parts(call), 4, 3, self.positive,
                           found)
         return {self.name: found}
+
+    def parts(self, call: _Call) -> torch.Tensor:
+        """The scales of the starts, in parts of the largest element."""
+        return _inverse(self.starts[call.importance is not None])
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,9 @@ class SubScales(Search):
     def _run(self, call: _Call) -> dict[str, torch.Tensor]:
         most = 1 << (self.scale_bits - 1)
         d, scales = call.out(), call.out(self.subs, "int8")
-        inner = self.scale
-        starts = inner.starts if call.importance is None else inner.weighted_starts
-        _native.fit_scales(*call, *_levels(inner.low, inner.high, inner.table), _inverse(starts), 4, 2, self.subs,
-                           -most, most - 1, _steps(most), _near(NEAR_SCALES), 2, d, scales)
+        one = self.scale
+        _native.fit_scales(*call, *_levels(one.low, one.high, one.table), one.parts(call), 4, 2, self.subs, -most,
+                           most - 1, _steps(most), _near(NEAR_SCALES), 2, d, scales)
         return {"d": d, "scales": scales}
 
 
@@ -166,10 +168,12 @@ def even(name: str, bits: int, plain: int = 0) -> Scale:
     """For codes -2^(bits-1) … 2^(bits-1) - 1. `plain` is the level that a quantizer without search puts the largest
     magnitude on; the lowest where it is 0. The scale's sign matters only where that lies beyond the highest level."""
     middle = 1 << (bits - 1)
-    starts = [(plain or -middle, *(sign * part * middle for part in spreads for sign in (-1, 1)
-                                   if sign < 0 or part * middle > middle - 0.5))
-              for spreads in (SPREADS[bits], WEIGHTED_SPREADS[bits])]
-    return Scale(name, -middle, middle - 1, *starts)
+
+    def starts(spreads: tuple[float, ...]) -> tuple[float, ...]:
+        return (plain or -middle, *(sign * part * middle for part in spreads for sign in (-1, 1)
+                                    if sign < 0 or part * middle > middle - 0.5))
+
+    return Scale(name, -middle, middle - 1, (starts(SPREADS[bits]), starts(WEIGHTED_SPREADS[bits])))
 
 
 # nearest codes --------------------------------------------------------------------------------------------------------
@@ -180,13 +184,12 @@ def codes(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, zer
     width = w.shape[-1]
     if _native is None or w.device.type != "cpu" or not w.numel() or width % scale.shape[-1]:
         return None
-    lead = w.shape[:-1]
-    found = torch.empty(w.shape, dtype=torch.uint8)
-    zeros = zero if isinstance(zero, torch.Tensor) else None
-    shared = [None if t is None else _flat(t.expand(*lead, scale.shape[-1])) for t in (scale, offset, zeros)]
+    shape, found = (*w.shape[:-1], scale.shape[-1]), torch.empty(w.shape, dtype=torch.uint8)
+    middle, zeros = (0.0, _flat(zero.expand(shape))) if isinstance(zero, torch.Tensor) else (zero, None)
+    offsets = None if offset is None else _flat(offset.expand(shape))
     bounds, order = _codes_of(table) if table is not None else (_floats(NO_LEVELS), torch.empty(0, dtype=torch.uint8))
-    middle = 0.0 if isinstance(zero, torch.Tensor) else zero
-    _native.codes(_flat(w), _threads(), *shared, middle, low, high, bounds, order, found.view(-1, width))
+    _native.codes(_flat(w), _threads(), _flat(scale.expand(shape)), offsets, zeros, middle, low, high, bounds, order,
+                  found.view(-1, width))
     return found
 
 
@@ -207,11 +210,11 @@ def _threads() -> int:
 
 def _cube(x: torch.Tensor) -> torch.Tensor:
     """`[..., columns]` as `[rows, units, columns]`."""
-    return x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
+    return x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().float().reshape(-1, x.shape[-1]).contiguous()
+    return x.detach().float().reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 @cache
@@ -244,7 +247,8 @@ def _near(pairs: tuple[tuple[int, int], ...]) -> torch.Tensor:
     return torch.tensor(pairs, dtype=torch.float32)
 
 
-def _levels(low: float, high: float, table: Levels | None) -> tuple[Any, ...]:
+def _levels(low: float, high: float,
+            table: Levels | None) -> tuple[float, float, torch.Tensor, torch.Tensor]:
     if table is None:
         return low, high, _floats(NO_LEVELS), _floats(NO_LEVELS)
     ranked = table.table.sort().values

@@ -70,7 +70,7 @@ def fit_pieces(fit: Callable[[Piece], Params], w: torch.Tensor, importance: torc
     `search` describes the same fit to the native extension, which does it instead where it can.
     `more` are further tensors `[..., any]` that are cut alike. Units without a single positive importance count evenly.
     """
-    found = search and search.fit(w, importance, dtype)
+    found = None if search is None else search.fit(w, importance, dtype)
     if found is not None:
         return found
     lead, width = w.shape[:-1], w.shape[-1]

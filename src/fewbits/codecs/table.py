@@ -33,9 +33,11 @@ def table(kind: str) -> Levels:
 
 @cache
 def natively(kind: str, signed: bool) -> native.Scale:
-    starts = [(1.0, *(sign / part for part in parts for sign in ((1, -1) if signed else (1,))))
-              for parts in (search.TABLE_FACTORS, search.WEIGHTED_TABLE_FACTORS)]
-    return native.Scale("absmax", min(TABLES[kind]), max(TABLES[kind]), *starts, table(kind), positive=True)
+    def starts(parts: tuple[float, ...]) -> tuple[float, ...]:
+        return (1.0, *(sign / part for part in parts for sign in ((1, -1) if signed else (1,))))
+
+    both = starts(search.TABLE_FACTORS), starts(search.WEIGHTED_TABLE_FACTORS)
+    return native.Scale("absmax", min(TABLES[kind]), max(TABLES[kind]), both, table(kind), positive=True)
 
 
 @cache
