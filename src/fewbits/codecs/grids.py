@@ -118,8 +118,9 @@ class UniformGrid(_Folded):
         scale = self.scale * self.factor
         inverse = _inverse(scale)
         offset = torch.zeros_like(scale) if self.offset is None else self.offset
-        parts = (scale, inverse, self.zero - offset * inverse, offset - self.zero * scale)
-        return Rounding(*(p.T.contiguous() for p in parts), self.low, self.high)
+        scales = (scale, inverse, self.zero - offset * inverse, offset - self.zero * scale)
+        scale, inverse, shift, base = (x.T.contiguous() for x in scales)
+        return Rounding(scale, inverse, shift, base, self.low, self.high)
 
 
 class Levels(NamedTuple):
