@@ -19,6 +19,9 @@ template <class T, int DIMENSIONS>
 using Array = nb::ndarray<T, nb::ndim<DIMENSIONS>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
 
+// An argument that holds arrays: never a converted copy of them, into which results would vanish.
+inline auto array(const char* name) { return nb::arg(name).noconvert(); }
+
 inline void require(bool right, const std::string& message) {
     if (!right) throw nb::value_error(message.c_str());
 }

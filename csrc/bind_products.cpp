@@ -116,41 +116,41 @@ void bind_products(nb::module_& m) {
                                  scales, mins, subscales, submins));
         }, nb::kw_only(), nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("zero"), nb::arg("sub"),
            nb::arg("group"), nb::arg("factor"), nb::arg("scaling"), nb::arg("scale"), nb::arg("values"), nb::arg("levels"),
-           nb::arg("codes"), nb::arg("scales"), nb::arg("mins").none(), nb::arg("subscales").none(),
-           nb::arg("submins").none())
+           array("codes"), array("scales"), array("mins").none(), array("subscales").none(),
+           array("submins").none())
         .def("rows", [](const Held& w, Array<const int64_t, 1> ids, Out out, int threads) {
             check_threads(threads);
             check_ids(ids, w.weight.rows);
             require(out.shape(0) == ids.shape(0) && (long)out.shape(1) == w.weight.columns, "the result's shape");
             nb::gil_scoped_release release;
             rows(w.weight, ids.data(), (long)ids.shape(0), out.data(), threads);
-        })
+        }, array("ids"), array("out"), nb::arg("threads"))
         .def("columns", [](const Held& w, Array<const int64_t, 1> ids, Out out, int threads) {
             check_threads(threads);
             check_ids(ids, w.weight.columns);
             require(out.shape(0) == ids.shape(0) && (long)out.shape(1) == w.weight.rows, "the result's shape");
             nb::gil_scoped_release release;
             columns(w.weight, ids.data(), (long)ids.shape(0), out.data(), threads);
-        });
+        }, array("ids"), array("out"), nb::arg("threads"));
     nb::class_<Rounded>(m, "Rounded")
         .def("__init__", [](Rounded* self, Array<const float, 2> x, int threads) {
             check_threads(threads);
             nb::gil_scoped_release release;
             new (self) Rounded(x.data(), (long)x.shape(0), (long)x.shape(1), threads);
-        });
-    m.def("multiply", multiply, nb::arg("weights"), nb::arg("x"), nb::arg("outs"), nb::arg("biases"),
+        }, array("x"), nb::arg("threads"));
+    m.def("multiply", multiply, nb::arg("weights"), nb::arg("x"), array("outs"), array("biases"),
           nb::arg("threads"));
     m.def("interleave", [](Array<const uint8_t, 2> codes, int bits, Array<uint8_t, 1> records) {
         check_records(codes, bits, records.shape(0));
         nb::gil_scoped_release release;
         interleave(codes.data(), (long)codes.shape(0), (long)codes.shape(1), bits, records.data());
-    });
+    }, array("codes"), nb::arg("bits"), array("records"));
     m.def("deinterleave", [](Array<const uint8_t, 1> records, int bits, Array<uint8_t, 2> codes) {
         check_records(Array<const uint8_t, 2>(codes), bits, records.shape(0));
         nb::gil_scoped_release release;
         deinterleave(records.data(), (long)codes.shape(0), (long)codes.shape(1), bits, codes.data());
-    });
-    m.def("advise", [](Array<uint8_t, 1> buffer) { advise(buffer.data(), (long)buffer.shape(0)); });
+    }, array("records"), nb::arg("bits"), array("codes"));
+    m.def("advise", [](Array<uint8_t, 1> buffer) { advise(buffer.data(), (long)buffer.shape(0)); }, array("buffer"));
 }
 
 }  // namespace fewbits

@@ -11,16 +11,16 @@
 namespace fewbits::FEWBITS_ISA {
 
 #if defined(__AVX512F__)
-constexpr int TILES = 2;  // 24 of 32 registers hold sums of 2 tiles and 12 rows
-constexpr int WIDTHS[] = {1, 2, 3, 4, 6, 8, 10, 12};
+constexpr int TILES = 2;  // 24 of 32 registers hold sums of 2 tiles and 6 rows, as integers and as floats
+constexpr int WIDTHS[] = {1, 2, 3, 4, 5, 6};
 #else
 constexpr int TILES = 1;
 constexpr int WIDTHS[] = {1, 2, 3, 4};
 #endif
 constexpr int FUSED = 4;           // rows that meet codes straight from the records
 constexpr int WIDEST = WIDTHS[sizeof WIDTHS / sizeof *WIDTHS - 1];
-constexpr long PANELS = 48;        // that share one unpacking
-constexpr long STRETCH = 128;      // blocks unpacked at a time: 4096 columns, 128 KiB
+constexpr long PANELS = 96;        // that share one unpacking
+constexpr long STRETCH = 32;       // blocks unpacked at a time, so that they stay in the nearest cache
 
 static int width(long rows) {
     const long panels = (rows + WIDEST - 1) / WIDEST;
@@ -31,33 +31,41 @@ static int width(long rows) {
 
 // Activations ---------------------------------------------------------------------------------------------------------
 
-// 32 floats to bytes; scales have 12 bits, so that their product with MAGIC_VALUE is exact
-static float quantize_block(const float* x, int8_t* codes, int32_t* sums) {
-    float most = 0, strange = 0;
+INLINE int32_t bits_of(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+INLINE float float_of(int32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// 32 floats to bytes; returns the scale. Scales have 12 bits, so that their product with MAGIC_VALUE is exact.
+INLINE float quantize_block(const float* x, int8_t* codes, int32_t* sums) {
+    int32_t most = 0;
     for (int i = 0; i < BLOCK; ++i) {
-        const float size = __builtin_fabsf(x[i]);
+        const int32_t size = bits_of(x[i]) & 0x7fffffff;  // in the order of magnitudes
         most = size > most ? size : most;
-        strange += x[i] - x[i];  // not a number where x is infinite or none
     }
-    if (strange != 0 || most < 1e-30f) {
+    const bool strange = most >= 0x7f800000;  // infinite, or not a number
+    if (strange || float_of(most) < 1e-30f) {
         memset(codes, 0, BLOCK);
         sums[0] = sums[1] = 0;
-        return strange;
+        return strange ? float_of(0x7fc00000) : 0;
     }
-    float scale = most * (1.0f / 127);
-    uint32_t bits;
-    memcpy(&bits, &scale, 4);
-    bits = (bits + 0xFFF) & ~0xFFFu;
-    memcpy(&scale, &bits, 4);
+    const float scale = float_of((bits_of(float_of(most) * (1.0f / 127)) + 0xFFF) & ~0xFFF);
     const float inverse = 1 / scale;
     for (int half = 0; half < 2; ++half) {
-        int32_t sum = 0;
-        for (int i = 16 * half; i < 16 * half + 16; ++i) {
-            const float rounded = (x[i] * inverse + MAGIC_VALUE) - MAGIC_VALUE;  // to nearest, ties to even
-            const int32_t code = (int32_t)rounded;
-            codes[i] = (int8_t)code;
-            sum += code;
-        }
+        // to the nearest integer, ties to even
+        const I32 rounded = (I32)(load<F32>(x + 16 * half) * inverse + MAGIC_VALUE) - MAGIC;
+        const I8x16 narrow = __builtin_convertvector(rounded, I8x16);
+        memcpy(codes + 16 * half, &narrow, sizeof narrow);
+        int32_t each[LANES], sum = 0;
+        store(each, rounded);
+        for (int one : each) sum += one;
         sums[half] = sum;
     }
     return scale;
@@ -69,11 +77,15 @@ static void quantize(const float* x, const Activations& to, long panel) {
         const long at = (panel * to.blocks + b) * width;
         for (int p = 0; p < width; ++p) {
             const long row = panel * width + p, left = to.columns - b * BLOCK;
+            const float* from = x + row * to.columns + b * BLOCK;
             float block[BLOCK] = {};
-            if (row < to.rows) memcpy(block, x + row * to.columns + b * BLOCK, 4 * (left < BLOCK ? left : BLOCK));
+            if (row >= to.rows || left < BLOCK) {
+                if (row < to.rows) memcpy(block, from, 4 * left);
+                from = block;
+            }
             int8_t codes[BLOCK];
             int32_t sums[2];
-            const float scale = quantize_block(block, codes, sums);
+            const float scale = quantize_block(from, codes, sums);
             for (int q = 0; q < 8; ++q) memcpy(to.codes + (at * 8 + q * width + p) * 4, codes + 4 * q, 4);
             to.scales[at + p] = scale;
             to.shifts[at + p] = scale * -MAGIC_VALUE;
@@ -184,22 +196,28 @@ static void unpack(const Weight& w, const long* tiles, long first, long last, co
         }
 }
 
-// y[p][t] += product of P rows with TILES unpacked tiles
+// sums[p][t] += product of P rows with TILES unpacked tiles
 template <int SUB, bool OFFSETS, int P>
-static void many(const Unpacked& w, Cursor x, long blocks, F32* y) {
+static void many(const Unpacked& w, Cursor x, long blocks, F32* sums) {
     constexpr int PARTS = BLOCK / SUB, QUADS = SUB / 4;
     const uint8_t* codes = w.codes;
+    F32 y[P][TILES];
+#pragma GCC unroll 6
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+        for (int t = 0; t < TILES; ++t) y[p][t] = sums[p * TILES + t];
     for (long sub = 0; sub < blocks * PARTS; ++sub) {
         I32 sum[P][TILES];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
             for (int t = 0; t < TILES; ++t) sum[p][t] = spread(x.starts[p]);
+#pragma GCC unroll 8
         for (int q = 0; q < QUADS; ++q) {
             U8 code[TILES];
 #pragma GCC unroll 2
             for (int t = 0; t < TILES; ++t) code[t] = load<U8>(codes + 64 * t);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
             for (int p = 0; p < P; ++p) {
                 const I32 four = spread(x.codes[p]);
 #pragma GCC unroll 2
@@ -207,26 +225,22 @@ static void many(const Unpacked& w, Cursor x, long blocks, F32* y) {
             }
             codes += 64 * TILES, x.codes += P;
         }
-        F32 scale[TILES], offset[TILES];
-#pragma GCC unroll 2
-        for (int t = 0; t < TILES; ++t) scale[t] = w.scales[sub * TILES + t];
-        if (OFFSETS)
-#pragma GCC unroll 2
-            for (int t = 0; t < TILES; ++t) offset[t] = w.offsets[sub * TILES + t];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int p = 0; p < P; ++p) {
             const F32 factor = spread(x.scales[p]), shift = spread(x.shifts[p]);
 #pragma GCC unroll 2
             for (int t = 0; t < TILES; ++t) {
-                F32& to = y[p * TILES + t];
-                F32 now = fma(scaled(sum[p][t], factor, shift), scale[t], to);
-                if (OFFSETS) now = fma(spread(x.sums[p]), offset[t], now);
-                to = now;
+                y[p][t] = fma(scaled(sum[p][t], factor, shift), w.scales[sub * TILES + t], y[p][t]);
+                if (OFFSETS) y[p][t] = fma(spread(x.sums[p]), w.offsets[sub * TILES + t], y[p][t]);
             }
         }
         x.starts += P, x.sums += P;
         if (PARTS == 1 || sub % 2) x.scales += P, x.shifts += P;
     }
+#pragma GCC unroll 6
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+        for (int t = 0; t < TILES; ++t) sums[p * TILES + t] = y[p][t];
 }
 
 // Choosing among instances ----------------------------------------------------------------------------------------------
@@ -275,20 +289,17 @@ static bool knows(const Weight& w) { return find(w) != nullptr; }
 
 template <int SUB, bool OFFSETS>
 static Many many_of(int width) {
-#if defined(__AVX512F__)
-    switch (width) {
-        case 6: return many<SUB, OFFSETS, 6>;
-        case 8: return many<SUB, OFFSETS, 8>;
-        case 10: return many<SUB, OFFSETS, 10>;
-        case 12: return many<SUB, OFFSETS, 12>;
-    }
-#endif
     switch (width) {
         case 1: return many<SUB, OFFSETS, 1>;
         case 2: return many<SUB, OFFSETS, 2>;
         case 3: return many<SUB, OFFSETS, 3>;
+        case 4: return many<SUB, OFFSETS, 4>;
+#if defined(__AVX512F__)
+        case 5: return many<SUB, OFFSETS, 5>;
+        case 6: return many<SUB, OFFSETS, 6>;
+#endif
     }
-    return many<SUB, OFFSETS, 4>;
+    return nullptr;
 }
 
 static Many many_of(const Weight& w, int width) {
@@ -300,6 +311,10 @@ static Many many_of(const Weight& w, int width) {
 
 INLINE void put(const Weight& w, const F32& sums, long tile, const float* bias, float* row) {
     const long first = tile * TILE, count = w.rows - first < TILE ? w.rows - first : TILE;
+    if (count == TILE) {
+        store(row + first, bias ? sums + load<F32>(bias + first) : sums);
+        return;
+    }
     float values[TILE];
     store(values, sums);
     for (long i = 0; i < count; ++i) row[first + i] = values[i] + (bias ? bias[first + i] : 0);

@@ -17,6 +17,8 @@ typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
 typedef float F32 __attribute__((vector_size(64)));
 
+typedef int8_t I8x16 __attribute__((vector_size(16)));
+
 constexpr int LANES = 16;  // of 4 bytes
 
 #define INLINE static inline __attribute__((always_inline))

@@ -154,7 +154,7 @@ class Native:
         if len(self.shape) != 2:
             raise FewbitsError(f"a stack of {self.shape[0]} matrices needs the expert of every row", "use grouped()")
         flat = self._rows(x)
-        return self._product(self.matrices[0], flat, bias, self.order).view(*x.shape[:-1], -1).to(x.dtype)
+        return self._product(self.matrices[0], flat, bias, self.order).view(*x.shape[:-1], self.shape[-2]).to(x.dtype)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.shape[-1]:
@@ -182,7 +182,7 @@ class Native:
         for at in range(0, m.rows, step):
             ids = torch.arange(at, min(at + step, m.rows))
             out.addmm_(flat[:, at:at + step], m.decode(ids))
-        return self._ordered(out).view(*g.shape[:-1], -1).to(g.dtype)
+        return self._ordered(out).view(*g.shape[:-1], self.shape[-1]).to(g.dtype)
 
     def _ordered(self, values: torch.Tensor) -> torch.Tensor:
         """Columns as they are in the weight, of values as they are stored."""
@@ -192,7 +192,7 @@ class Native:
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
             raise FewbitsError(f"rows {int(ids.min())} … {int(ids.max())} of a weight of {self.shape[0]}")
         found = self.matrices[0].decode(ids.reshape(-1))
-        return self._ordered(found).view(*ids.shape, -1).to(self.dtype)
+        return self._ordered(found).view(*ids.shape, self.shape[-1]).to(self.dtype)
 
     def grouped(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Every row of `x` `[n, in]` times the matrix of its expert, `experts` `[n]`: `[n, out]`."""
