@@ -196,9 +196,15 @@ static void unpack(const Weight& w, const long* tiles, long first, long last, co
         }
 }
 
+// Records that are unpacked next: they are fetched while the unpacked ones are multiplied.
+struct Ahead {
+    const uint8_t *from, *end;
+    long step;  // bytes a sub-block
+};
+
 // sums[p][t] += product of P rows with TILES unpacked tiles
 template <int SUB, bool OFFSETS, int P>
-static void many(const Unpacked& w, Cursor x, long blocks, F32* sums) {
+static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, F32* sums) {
     constexpr int PARTS = BLOCK / SUB, QUADS = SUB / 4;
     const uint8_t* codes = w.codes;
     F32 y[P][TILES];
@@ -207,6 +213,9 @@ static void many(const Unpacked& w, Cursor x, long blocks, F32* sums) {
 #pragma GCC unroll 2
         for (int t = 0; t < TILES; ++t) y[p][t] = sums[p * TILES + t];
     for (long sub = 0; sub < blocks * PARTS; ++sub) {
+        for (const uint8_t* stop = ahead.from + ahead.step; ahead.from < stop && ahead.from < ahead.end;
+             ahead.from += 64)
+            __builtin_prefetch(ahead.from, 0, 2);
         I32 sum[P][TILES];
 #pragma GCC unroll 6
         for (int p = 0; p < P; ++p)
@@ -247,7 +256,7 @@ static void many(const Unpacked& w, Cursor x, long blocks, F32* sums) {
 
 using Few = void (*)(const Weight&, const Activations&, const Corrections&, long, F32*);
 using Unpack = void (*)(const Weight&, const long*, long, long, const Unpacked&);
-using Many = void (*)(const Unpacked&, Cursor, long, F32*);
+using Many = void (*)(const Unpacked&, Cursor, long, Ahead&, F32*);
 
 struct Instances {
     Few few[FUSED];
@@ -328,6 +337,16 @@ struct Scratch {
                           SUMS = PANELS * WIDEST * TILES * (long)sizeof(F32), SIZE = CODES + 2 * SCALES + SUMS;
 };
 
+// The records from `block` on of a tile, or the first ones of the tiles after it, for `subs` sub-blocks of work.
+static Ahead next(const Weight& w, long tile, long block, long subs) {
+    const long bytes = 64 * w.bits, last = block == w.blocks;
+    const long first = last ? (tile + TILES) * w.blocks : tile * w.blocks + block;
+    const long end = last ? w.tiles * w.blocks : (tile + TILES) * w.blocks;
+    const long wanted = STRETCH * bytes;
+    const uint8_t *from = w.codes + first * bytes, *stop = w.codes + (end < w.tiles * w.blocks ? end : w.tiles * w.blocks) * bytes;
+    return {from, stop - from > wanted ? from + wanted : stop, (wanted / subs + 64) & ~63L};
+}
+
 static void multiply(const Weight& w, const Activations& a, const Corrections& c, long tile, long first_panel,
                      long last_panel, float* out, long stride, const float* bias) {
     const Instances* instances = find(w);
@@ -351,8 +370,9 @@ static void multiply(const Weight& w, const Activations& a, const Corrections& c
     for (long block = 0; block < w.blocks; block += STRETCH) {
         const long end = block + STRETCH < w.blocks ? block + STRETCH : w.blocks;
         instances->unpack(w, tiles, block, end, unpacked);
+        Ahead ahead = next(w, tile, end, panels * (end - block) * (BLOCK / w.sub));
         for (long p = 0; p < panels; ++p)
-            many(unpacked, cursor(a, c, BLOCK / w.sub, first_panel + p, block), end - block,
+            many(unpacked, cursor(a, c, BLOCK / w.sub, first_panel + p, block), end - block, ahead,
                  sums + p * a.width * TILES);
     }
     for (long p = 0; p < panels * a.width; ++p) {

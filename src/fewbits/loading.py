@@ -28,7 +28,8 @@ def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
 
     Quantized matrices become `QLinear` and `QEmbedding` modules; everything else is decoded to `dtype`, experts among
     it: Transformers computes with the experts of a layer in one fused parameter. `kernel` names
-    the kernel; by default weights are decoded once where that fits into half of the free memory, else at every product.
+    the kernel. By default that is the native one, which rounds activations to bytes; weights that it does not support
+    are decoded once where that fits into half of the free memory, else at every product.
     `checkpoint_of(model)` and `tokenizer(model)` give what came with it.
 
     Raises:
@@ -36,9 +37,8 @@ def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
     """
     checkpoint = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
     net = empty_model(checkpoint.config, checkpoint.path)
-    if kernel is None:
-        needed = sum(e.parameters for e in checkpoint.entries.values()) * dtype.itemsize
-        kernel = "decoded" if needed < available_bytes() / 2 else "decode"
+    needed = sum(e.parameters for e in checkpoint.entries.values()) * dtype.itemsize
+    without = () if kernel or needed < available_bytes() / 2 else ("decoded",)
     places, rest = Places(net, checkpoint), []
     for entry in checkpoint.entries.values():
         place = places.of(entry)
@@ -46,12 +46,12 @@ def load(model: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32,
             rest.append(entry)
             continue
         q, owner = entry.load(), place.module
-        prepared = choose(q, torch.device("cpu"), kernel).prepare(q, dtype)
+        prepared = choose(q, torch.device("cpu"), kernel, without).prepare(q, dtype)
         name = next(n for n, m in net.named_modules() if m is owner)
         if isinstance(owner, nn.Embedding):
-            net.set_submodule(name, QEmbedding(q, owner, prepared))
+            net.set_submodule(name, QEmbedding(prepared, owner))
         else:
-            net.set_submodule(name, QLinear(q, owner.bias, prepared))
+            net.set_submodule(name, QLinear(prepared, owner.bias))
     places.fill(rest, dtype)
     _tie(net)
     missing = [n for n, p in net.named_parameters() if p.is_meta]
@@ -84,8 +84,8 @@ def _tie(net: transformers.PreTrainedModel) -> None:
     if isinstance(embedding, QEmbedding):
         for name, module in list(net.named_modules()):
             waits = isinstance(module, nn.Linear) and module.weight.is_meta
-            if waits and tuple(module.weight.shape) == tuple(embedding.q.shape):
-                net.set_submodule(name, QLinear(embedding.q, module.bias, embedding.prepared))
+            if waits and tuple(module.weight.shape) == tuple(embedding.prepared.shape):
+                net.set_submodule(name, QLinear(embedding.prepared, module.bias))
     else:
         net.tie_weights()
 

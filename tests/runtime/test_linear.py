@@ -22,7 +22,7 @@ def test_linear_equals_linear_on_decoded_weight(name: str, kernel: str) -> None:
     torch.manual_seed(0)
     q = solve(torch.randn(24, 96), codecs.get(name))
     bias = nn.Parameter(torch.randn(24), requires_grad=True)
-    layer = QLinear(q, bias, choose(q, CPU, kernel).prepare(q, torch.float32))
+    layer = QLinear(choose(q, CPU, kernel).prepare(q, torch.float32), bias)
     x = torch.randn(2, 5, 96, requires_grad=True)
     y = torch.nn.functional.linear(x, q.dequantize(), bias)
     want = torch.autograd.grad(y.square().sum(), [x, bias])
@@ -39,13 +39,14 @@ def test_linear_equals_linear_on_decoded_weight(name: str, kernel: str) -> None:
 def test_embedding_decodes_the_rows_asked_for(name: str, kernel: str) -> None:
     torch.manual_seed(0)
     q = solve(torch.randn(40, 64), codecs.get(name))
-    layer = QEmbedding(q, nn.Embedding(40, 64), choose(q, CPU, kernel).prepare(q, torch.float32))
+    layer = QEmbedding(choose(q, CPU, kernel).prepare(q, torch.float32), nn.Embedding(40, 64))
     ids = torch.tensor([[3, 39, 0], [7, 7, 1]])
     torch.testing.assert_close(layer(ids), q.dequantize()[ids], rtol=0, atol=0)
 
 
 def test_an_unknown_kernel_lists_all_with_their_reasons() -> None:
     q = solve(torch.randn(4, 32), codecs.get("Q8_0"))
-    with pytest.raises(FewbitsError, match="decoded: not asked for .*; decode: not asked for") as error:
+    reasons = "; ".join(f"{name}: not asked for .*" for name in ("native", "decoded", "decode"))
+    with pytest.raises(FewbitsError, match=reasons) as error:
         choose(q, CPU, "warp")
-    assert "decoded, decode" in (error.value.hint or "")
+    assert "native, decoded, decode" in (error.value.hint or "")

@@ -16,7 +16,7 @@ def command(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    kernel: Annotated[str | None, typer.Option(help="decoded (fast) or decode (small).")] = None,
+    kernel: Annotated[str | None, typer.Option(help="native, decoded (exact) or decode (exact, small).")] = None,
 ) -> None:
     """Talk to a model; an empty line or end of file ends it."""
     from fewbits.generate import Session

@@ -16,7 +16,7 @@ def command(
     against: Annotated[str | None, typer.Option(help="Reference model, usually the original.")] = None,
     chunks: Annotated[int, typer.Option(min=1, help="Windows of the text to use.")] = 8,
     context: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
-    kernel: Annotated[str | None, typer.Option(help="decoded (fast) or decode (small).")] = None,
+    kernel: Annotated[str | None, typer.Option(help="native, decoded (exact) or decode (exact, small).")] = None,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     """Measure a model's perplexity, and its divergence from a reference."""

@@ -16,7 +16,7 @@ def command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False,
-    kernel: Annotated[str | None, typer.Option(help="decoded (fast) or decode (small).")] = None,
+    kernel: Annotated[str | None, typer.Option(help="native, decoded (exact) or decode (exact, small).")] = None,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     """Generate text: an answer where the model has a chat template, else a continuation."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fewbits import _native
-from fewbits.codecs.base import Params, units
+from fewbits.codecs.base import Params, Planes, units
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime import instructions
@@ -131,6 +131,13 @@ class Native:
                 part = stored.part(slice(index * rows + at, index * rows + min(at + step, rows)))
                 planes.add(*part.unpack())
         return planes.matrix(q.codec.unit(columns))
+
+    @property
+    def planes(self) -> Planes:
+        """The planes of the matrix; of a stack, numbered ones."""
+        if len(self.shape) == 2:
+            return self.matrices[0].planes
+        return {f"{name}_{i}": plane for i, m in enumerate(self.matrices) for name, plane in m.planes.items()}
 
     @property
     def q(self) -> QTensor:

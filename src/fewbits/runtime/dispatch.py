@@ -12,15 +12,16 @@ from fewbits.runtime.reference import Decode, Decoded, Kernel
 KERNELS: tuple[Kernel, ...] = (Cpu(), Decoded(), Decode())
 
 
-def choose(q: QTensor, device: torch.device, only: str | None = None) -> Kernel:
-    """The first kernel that supports `q` on `device`; `only` names the one to take.
+def choose(q: QTensor, device: torch.device, only: str | None = None, without: tuple[str, ...] = ()) -> Kernel:
+    """The first kernel that supports `q` on `device`; `only` names the one to take, `without` those not to take.
 
     Raises:
         FewbitsError: none does; the message lists every kernel and its reason.
     """
     reasons = []
     for kernel in KERNELS:
-        reason = f"not asked for (only {only})" if only not in (None, kernel.name) else kernel.supports(q, device)
+        asked = kernel.name not in without and only in (None, kernel.name)
+        reason = kernel.supports(q, device) if asked else f"not asked for (only {only})" if only else "ruled out"
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")

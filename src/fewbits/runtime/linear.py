@@ -27,23 +27,33 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-def _packed(q: QTensor) -> tuple[str, nn.Parameter, dict[str, torch.Tensor]]:
-    """The plane of codes as a frozen parameter, and the other planes."""
-    first, *others = q.planes
-    return first, nn.Parameter(q.planes[first], requires_grad=False), {k: q.planes[k] for k in others}
+class _Packed(nn.Module):
+    """A layer whose `weight` is the plane of codes that the kernel computes from; the other planes are buffers."""
+
+    weight: torch.Tensor
+    prepared: Prepared
+
+    def _hold(self, prepared: Prepared) -> None:
+        first, *others = prepared.planes
+        self.weight = nn.Parameter(prepared.planes[first], requires_grad=False)
+        for name in others:
+            self.register_buffer(f"plane_{name}", prepared.planes[name])
+        self.prepared = prepared
+
+    @property
+    def q(self) -> QTensor:
+        """The weight in its codec's layout."""
+        return self.prepared.q
 
 
-class QLinear(nn.Linear):
+class QLinear(_Packed, nn.Linear):
     """`nn.Linear` on a quantized tensor `[out, in]`; `weight` is its plane of codes, never a decoded view."""
 
-    def __init__(self, q: QTensor, bias: nn.Parameter | None, prepared: Prepared):
+    def __init__(self, prepared: Prepared, bias: nn.Parameter | None):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = q.shape[-2:]
-        first, self.weight, others = _packed(q)
-        for name, plane in others.items():
-            self.register_buffer(f"plane_{name}", plane)
+        self.out_features, self.in_features = prepared.shape[-2:]
+        self._hold(prepared)
         self.register_parameter("bias", bias)
-        self.q, self.prepared = q, prepared
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
@@ -51,26 +61,23 @@ class QLinear(nn.Linear):
         return _Product.apply(input, self.bias, self.prepared)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, codec={self.q.codec.name}"
+        return f"{super().extra_repr()}, codec={self.prepared.codec.name}"
 
 
-class QEmbedding(nn.Embedding):
+class QEmbedding(_Packed, nn.Embedding):
     """`nn.Embedding` on a quantized tensor `[vocabulary, width]`; decodes the rows it is asked for."""
 
-    def __init__(self, q: QTensor, like: nn.Embedding, prepared: Prepared):
+    def __init__(self, prepared: Prepared, like: nn.Embedding):
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = q.shape
+        self.num_embeddings, self.embedding_dim = prepared.shape
         self.padding_idx, self.max_norm, self.norm_type = like.padding_idx, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
         self.scale = getattr(like, "embed_scale", None)  # Gemma multiplies its embeddings
-        _, self.weight, others = _packed(q)
-        for name, plane in others.items():
-            self.register_buffer(f"plane_{name}", plane)
-        self.q, self.prepared = q, prepared
+        self._hold(prepared)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = self.prepared.rows(input)
         return rows if self.scale is None else rows * self.scale.to(rows.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, codec={self.q.codec.name}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, codec={self.prepared.codec.name}"

@@ -7,11 +7,26 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from fewbits.codecs.base import Codec, Planes, Shape
 from fewbits.qtensor import QTensor
 
 
 class Prepared(Protocol):
     """One weight, ready to multiply."""
+
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def planes(self) -> Planes:
+        """What it computes from, codes first: a kernel may keep another layout than the codec's, in place of it."""
+
+    @property
+    def q(self) -> QTensor:
+        """The weight in its codec's layout, made again where the kernel keeps another."""
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x` `[..., in]` times the weight transposed, plus bias: `[..., out]`."""
@@ -37,6 +52,7 @@ class _Weight:
 
     def __init__(self, q: QTensor, dtype: torch.dtype):
         self.q, self.dtype = q, dtype
+        self.codec, self.shape, self.planes = q.codec, q.shape, q.planes
 
     def weight(self) -> torch.Tensor:
         raise NotImplementedError
