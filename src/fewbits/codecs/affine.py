@@ -27,6 +27,7 @@ class IntK(Codec):
     symmetric: bool = True  # the zero point is the middle code, and not stored
     scale_kind: str = "F16"
     family: ClassVar[str] = "int"
+    settled: ClassVar[bool] = True
     linear: ClassVar[tuple[str, ...]] = ("scale",)
 
     @property

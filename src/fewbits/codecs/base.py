@@ -70,6 +70,7 @@ class Codec:
     integer_bits: ClassVar[int] = 8  # bits of one code
     linear: ClassVar[tuple[str, ...]] = ()  # float parameters, one a unit, in which values are linear
     integers: ClassVar[dict[str, tuple[int, int]]] = {}  # the same for integers of sub-blocks: lowest, highest
+    settled: ClassVar[bool] = False  # `fit` ends with least squares, so that `refit` gains less than a thousandth
     family: ClassVar[str] = ""  # which containers take it: "float", "ggml", "int", "table", "int8"
 
     @property

@@ -80,6 +80,7 @@ class Simple(Blocks):
     bits: int
     minimum: bool
     columns: ClassVar[int] = 32
+    settled: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

@@ -41,6 +41,7 @@ def natively() -> native.Scale:
 @dataclass(frozen=True)
 class IQ4_NL(Blocks):
     columns: ClassVar[int] = 32
+    settled: ClassVar[bool] = True
     linear: ClassVar[tuple[str, ...]] = ("d",)
     integer_bits: ClassVar[int] = 4
     block_bytes: ClassVar[int] = 18
@@ -73,6 +74,7 @@ class IQ4_XS(Blocks):
     """A block: d, the high two bits of the scales, their low four bits, nibbles. Params hold scales less 32."""
 
     columns: ClassVar[int] = 256
+    settled: ClassVar[bool] = True
     linear: ClassVar[tuple[str, ...]] = ("d",)
     integer_bits: ClassVar[int] = 4
     block_bytes: ClassVar[int] = 136

@@ -24,6 +24,7 @@ from fewbits.lazy import torch
 class _K(Blocks):
     bits: int
     columns: ClassVar[int] = 256
+    settled: ClassVar[bool] = True
     subs: ClassVar[int]
 
     @property

@@ -36,9 +36,10 @@ SPREADS = {2: ratios(0.6, 1.6, 6), 3: ratios(0.7, 1.4, 6), 4: ratios(0.7, 1.4, 1
 WEIGHTED_SPREADS = {2: ratios(0.6, 2.2, 8), 3: ratios(0.6, 2.2, 8), 4: ratios(0.6, 2.1, 12), 5: ratios(0.65, 1.7, 16),
                     6: ratios(0.7, 1.1, 16), 8: ratios(0.88, 1.15, 32)}
 # as in `lines`: by the number of levels, parts of the range, and shifts of the middle in steps
-STRETCHES = {4: (0.6, 0.72, 0.84, 0.96, 1.05), 16: (0.6, 0.69, 0.78, 0.87, 0.96, 1.05),
-             32: (0.6, 0.69, 0.77, 0.84, 0.89, 0.93, 0.97, 1.0, 1.03, 1.06)}
-SUB_STRETCHES = {4: STRETCHES[4], 16: STRETCHES[4], 32: (0.69, 0.84, 0.93, 1.0, 1.06)}
+STRETCHES = {16: ratios(0.65, 1.15, 6), 32: ratios(0.65, 1.15, 10)}
+SUB_STRETCHES = {4: (0.66, 0.79, 0.92, 1.06, 1.16), 16: (0.64, 0.76, 0.89, 1.02, 1.11),
+                 32: (0.71, 0.87, 0.96, 1.03, 1.1)}
+WEIGHTED_SUB_STRETCHES = {4: ratios(0.5, 1.1, 5), 16: ratios(0.6, 1.15, 7), 32: ratios(0.7, 1.15, 7)}
 SHIFTS = (0.0, 0.33, -0.33)
 WEIGHTED_SHIFTS = (0.0, 0.25, -0.25, 0.5, -0.5)
 NEAR_SCALES = tuple((n, 0) for n in (0, -1, 1))
@@ -155,7 +156,8 @@ class SubLines(Search):
 
     def _run(self, call: _Call) -> dict[str, torch.Tensor]:
         most, weighted = (1 << self.scale_bits) - 1, call.importance is not None
-        starts = _lines(self.levels, SUB_STRETCHES[self.levels], WEIGHTED_SHIFTS if weighted else SHIFTS)
+        starts = (_lines(self.levels, WEIGHTED_SUB_STRETCHES[self.levels], WEIGHTED_SHIFTS) if weighted else
+                  _lines(self.levels, SUB_STRETCHES[self.levels], SHIFTS))
         kept, rounds, minima, descents = (8, 3, 4, 3) if weighted or self.levels > 16 else (4, 3, 3, 2)
         d, dmin, scales, mins = call.out(), call.out(), call.out(self.subs, "uint8"), call.out(self.subs, "uint8")
         _native.fit_lines(*call, self.levels - 1, *starts, kept, rounds, self.subs, most, _steps(most), minima,

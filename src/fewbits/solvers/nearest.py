@@ -15,10 +15,12 @@ def nearest(w: torch.Tensor, codec: Codec, importance: torch.Tensor | None = Non
 
 def search(w: torch.Tensor, codec: Codec, importance: torch.Tensor | None = None, state: Params | None = None,
            rounds: int = 2) -> tuple[torch.Tensor, Params]:
-    """Parameters of least squared error weighted by `importance` `[columns]`; then parameters re-fitted to the codes
-    and codes to the parameters, as long as a unit's error falls."""
+    """Parameters of least squared error weighted by `importance` `[columns]`; then, where that gains, parameters
+    re-fitted to the codes and codes to the parameters, as long as a unit's error falls."""
     params = fit_units(w, codec, importance, state)
     codes = encode_units(w, codec, params)
+    if codec.settled:
+        return codes, params
     error = _unit_errors(w, codec, codes, params, importance)
     for _ in range(rounds):
         new_params = refit_units(w, codes, codec, params, importance)
