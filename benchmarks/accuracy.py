@@ -194,7 +194,7 @@ def part_tasks(r: Report) -> None:
         def answers(path: Path, key: list[Any], asked: Any = asked, task: str = task) -> list[list[float]]:
             def ask() -> dict[str, Any]:
                 print(f"  {path.name}: {task}", flush=True)
-                return {"scores": scores(fewbits.load(path), asked)}
+                return {"scores": scores(fewbits.load(path, kernel="decoded"), asked)}
             return list(r.bench.cache.get({"tasks": key, "task": task, "questions": count}, ask)["scores"])
 
         original = answers(r.bench.models / WIDE, [WIDE, "", ""])

@@ -118,7 +118,7 @@ class Bench:
         def measure() -> Row:
             print(f"  {model} {to} {method}: measuring on {text}", flush=True)
             found = fewbits.evaluate(out, self.reference(model, text), text=self.text(text), chunks=self.chunks,
-                                     context=CONTEXT)
+                                     context=CONTEXT, kernel="decoded")  # of the weights alone
             return found.to_json()
 
         key = {"measure": [model, to, method, self.samples], "text": text, "chunks": self.chunks}

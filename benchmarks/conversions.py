@@ -138,7 +138,7 @@ def compare(source: Path, out: Path) -> None:
 def divergence(out: Path, source: Any, text: Path, chunks: int) -> float:
     from fewbits import evaluate
 
-    found = evaluate(out, source, text=text, chunks=chunks)
+    found = evaluate(out, source, text=text, chunks=chunks, kernel="decoded")
     assert found.kl_mean is not None
     return found.kl_mean
 
