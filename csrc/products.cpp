@@ -58,15 +58,19 @@ INLINE float quantize_block(const float* x, int8_t* codes, int32_t* sums) {
     }
     const float scale = float_of((bits_of(float_of(most) * (1.0f / 127)) + 0xFFF) & ~0xFFF);
     const float inverse = 1 / scale;
+    int8_t all[64] = {};
     for (int half = 0; half < 2; ++half) {
         // to the nearest integer, ties to even
         const I32 rounded = (I32)(load<F32>(x + 16 * half) * inverse + MAGIC_VALUE) - MAGIC;
         const I8x16 narrow = __builtin_convertvector(rounded, I8x16);
-        memcpy(codes + 16 * half, &narrow, sizeof narrow);
-        int32_t each[LANES], sum = 0;
-        store(each, rounded);
-        for (int one : each) sum += one;
-        sums[half] = sum;
+        memcpy(all + 16 * half, &narrow, sizeof narrow);
+    }
+    memcpy(codes, all, BLOCK);
+    int32_t fours[LANES];
+    store(fours, dot<false>(I32{}, bytes(1), load<I32>(all)));
+    for (int half = 0; half < 2; ++half) {
+        const int32_t* four = fours + 4 * half;
+        sums[half] = four[0] + four[1] + four[2] + four[3];
     }
     return scale;
 }
