@@ -146,36 +146,71 @@ void fit_lines(Any3 w, Maybe importance, int storage, int threads, float top, Fl
     });
 }
 
-void codes(Matrix w, int threads, Matrix scale, std::optional<Matrix> offset, std::optional<Matrix> zero, float middle,
-           float low, float high, Floats bounds, Array<const uint8_t, 1> order, Out<uint8_t> to) {
+// Grids of `count` units, and how many columns these have.
+Grid grid(size_t count, size_t width, int threads, const Matrix& scale, const std::optional<Matrix>& offset,
+          const std::optional<Matrix>& zero, float middle, float factor) {
     check_threads(threads);
+    require(scale.shape(1) > 0 && width > 0 && width < (1u << 30) && width % scale.shape(1) == 0, "equal sub-blocks");
+    require(scale.shape(0) == count, "a row of scales for each unit");
+    for (const auto* a : {&offset, &zero})
+        require(!*a || ((*a)->shape(0) == count && (*a)->shape(1) == scale.shape(1)), "as many as scales");
+    return {scale.data(), offset ? offset->data() : nullptr, zero ? zero->data() : nullptr, middle, factor, int(width),
+            int(scale.shape(1))};
+}
+
+void codes(Matrix w, int threads, Matrix scale, std::optional<Matrix> offset, std::optional<Matrix> zero, float middle,
+           float factor, float low, float high, Floats bounds, Array<const uint8_t, 1> order, Out<uint8_t> to) {
     require(low >= 0 && high <= 255 && low < high && bounds.shape(0) < 256, "codes of a byte");
     require(bounds.shape(0) == 0 || order.shape(0) == bounds.shape(0) + 1, "a code for each level");
-    require(scale.shape(1) > 0 && w.shape(1) > 0 && w.shape(1) < (1u << 30) && w.shape(1) % scale.shape(1) == 0,
-          "equal sub-blocks");
-    require(scale.shape(0) == w.shape(0) && to.shape(0) == w.shape(0) && to.shape(1) == w.shape(1), "shapes differ");
-    for (const auto* a : {&offset, &zero})
-        require(!*a || ((*a)->shape(0) == scale.shape(0) && (*a)->shape(1) == scale.shape(1)), "shapes differ");
-    const Grid grid{w.data(), scale.data(), offset ? offset->data() : nullptr, zero ? zero->data() : nullptr,
-                    middle, int(w.shape(1)), int(scale.shape(1))};
+    require(to.shape(0) == w.shape(0) && to.shape(1) == w.shape(1), "as many codes as weights");
+    const Grid known = grid(w.shape(0), w.shape(1), threads, scale, offset, zero, middle, factor);
     const Levels table{low, high, int(bounds.shape(0)), bounds.data(), nullptr};
+    const float* from = w.data();
     uint8_t* out = to.data();
     const uint8_t* ranks = order.data();
     const Encoders& use = encoders_of(current());
-    share(ptrdiff_t(w.shape(0)), int(w.shape(1)), threads,
-          [&](ptrdiff_t a, ptrdiff_t b) { use.codes(grid, table, ranks, a, b, out); });
+    share(ptrdiff_t(w.shape(0)), known.width, threads,
+          [&](ptrdiff_t a, ptrdiff_t b) { use.codes(known, table, ranks, from, a, b, out); });
 }
 
-void planes(Array<const uint8_t, 1> from, int threads, int bits, int parts, int run, Array<uint8_t, 1> to) {
+void values(Array<const uint8_t, 2> codes, int threads, Matrix scale, std::optional<Matrix> offset,
+            std::optional<Matrix> zero, float middle, float factor, Floats table, Out<float> to) {
+    require(table.shape(0) == 0 || table.shape(0) == 256, "a table of 256 values, or none");
+    require(to.shape(0) == codes.shape(0) && to.shape(1) == codes.shape(1), "as many values as codes");
+    const Grid known = grid(codes.shape(0), codes.shape(1), threads, scale, offset, zero, middle, factor);
+    const float* levels = table.shape(0) ? table.data() : nullptr;
+    const uint8_t* from = codes.data();
+    float* out = to.data();
+    const Encoders& use = encoders_of(current());
+    share(ptrdiff_t(codes.shape(0)), known.width, threads,
+          [&](ptrdiff_t a, ptrdiff_t b) { use.values(known, levels, from, a, b, out); });
+}
+
+using Packed = Array<const uint8_t, 1>;
+
+// How many runs of bytes there are.
+ptrdiff_t runs(int threads, int bits, int parts, int run, size_t packed, size_t codes) {
     check_threads(threads);
     require(bits >= 1 && parts >= 1 && bits * parts <= 8 && run >= 1 && run <= 4096, "parts of a byte");
-    const ptrdiff_t blocks = ptrdiff_t(to.shape(0)) / run;
-    require(blocks * run == ptrdiff_t(to.shape(0)) && blocks * run * parts == ptrdiff_t(from.shape(0)), "shapes differ");
-    const uint8_t* codes = from.data();
-    uint8_t* bytes = to.data();
+    require(packed % run == 0 && packed * parts == codes, "as many codes as bytes hold");
+    return ptrdiff_t(packed / run);
+}
+
+void planes(Packed codes, int threads, int bits, int parts, int run, Array<uint8_t, 1> packed) {
+    const ptrdiff_t count = runs(threads, bits, parts, run, packed.shape(0), codes.shape(0));
+    const uint8_t* from = codes.data();
+    uint8_t* to = packed.data();
     const Encoders& use = encoders_of(current());
-    share(blocks, parts * run, threads,
-          [&](ptrdiff_t a, ptrdiff_t b) { use.planes(codes, bits, parts, run, a, b, bytes); });
+    share(count, parts * run, threads, [&](ptrdiff_t a, ptrdiff_t b) { use.planes(from, bits, parts, run, a, b, to); });
+}
+
+void unplanes(Packed packed, int threads, int bits, int parts, int run, Array<uint8_t, 1> codes) {
+    const ptrdiff_t count = runs(threads, bits, parts, run, packed.shape(0), codes.shape(0));
+    const uint8_t* from = packed.data();
+    uint8_t* to = codes.data();
+    const Encoders& use = encoders_of(current());
+    share(count, parts * run, threads,
+          [&](ptrdiff_t a, ptrdiff_t b) { use.unplanes(from, bits, parts, run, a, b, to); });
 }
 
 }  // namespace
@@ -203,7 +238,9 @@ void bind_encoders(nb::module_& m) {
     define(m, "fit_scales", fit_scales);
     define(m, "fit_lines", fit_lines);
     define(m, "codes", codes);
+    define(m, "values", values);
     define(m, "planes", planes);
+    define(m, "unplanes", unplanes);
 }
 
 }  // namespace fewbits

@@ -89,6 +89,6 @@ void lines(const Weights& w, float top, const Starts& starts, const Subs& subs, 
 
 }  // namespace
 
-extern const Encoders encoders = {scale, zero, line, scales, lines, nearest_codes, join_planes};
+extern const Encoders encoders = {scale, zero, line, scales, lines, nearest_codes, values_of, join_planes, split_planes};
 
 }  // namespace fewbits::FEWBITS_ISA

@@ -51,10 +51,11 @@ struct Subs {
     int near_count, descents;
 };
 
-// Units as they are, [total, width], and what `subs` equal parts of each share, [total, subs]; the last two may be null.
+// What `subs` equal parts of each unit share, [total, subs]; offset and zero may be null. Values are
+// (code - zero) * scale * factor + offset.
 struct Grid {
-    const float *w, *scale, *offset, *zero;
-    float middle;  // the zero point where `zero` is null
+    const float *scale, *offset, *zero;
+    float middle, factor;  // middle: the zero point where `zero` is null
     int width, subs;
 };
 
@@ -67,10 +68,16 @@ struct Encoders {
                    int8_t* scales);
     void (*lines)(const Weights&, float top, const Starts&, const Subs&, ptrdiff_t first, ptrdiff_t last, float* d,
                   float* dmin, uint8_t* scales, uint8_t* mins);
-    // nearest codes: (w - offset) / scale + zero rounded to an integer; or the level's code, by `order` of levels
-    void (*codes)(const Grid&, const Levels&, const uint8_t* order, ptrdiff_t first, ptrdiff_t last, uint8_t* codes);
+    // nearest codes of units w [total, width]: (w - offset) / scale + zero rounded to an integer; or the level's code,
+    // by `order` of levels
+    void (*codes)(const Grid&, const Levels&, const uint8_t* order, const float* w, ptrdiff_t first, ptrdiff_t last,
+                  uint8_t* codes);
+    // and values of codes; with a table [256] its entries times the scale
+    void (*values)(const Grid&, const float* table, const uint8_t* codes, ptrdiff_t first, ptrdiff_t last, float* w);
     // `bits` of each code: of every `parts * run` codes byte j holds those of j, j + run, j + 2 run …, lowest first
     void (*planes)(const uint8_t* codes, int bits, int parts, int run, ptrdiff_t first, ptrdiff_t last, uint8_t* bytes);
+    void (*unplanes)(const uint8_t* bytes, int bits, int parts, int run, ptrdiff_t first, ptrdiff_t last,
+                     uint8_t* codes);  // the inverse
 };
 
 FEWBITS_TABLE(Encoders, encoders)

@@ -146,8 +146,12 @@ def test_codes_and_bytes_are_the_references(name, instruction_set, reference):
     shape = tuple(w.shape)
     codes = encode_units(w, codec, params)
     assert torch.equal(codes, reference(encode_units, w, codec, params))
+    got, want = decode_units(codes, codec, params), reference(decode_units, codes, codec, params)
+    assert torch.equal(got.nan_to_num(123.0), want.nan_to_num(123.0))
     packed, same = codec.pack(codes, params, shape), reference(codec.pack, codes, params, shape)
     assert all(torch.equal(packed[k], same[k]) for k in same)
+    back, again = codec.unpack(packed, shape), reference(codec.unpack, packed, shape)
+    assert torch.equal(back[0], again[0]) and torch.equal(back[0], codes)
 
 
 def test_the_reference_takes_what_the_extension_cannot():
@@ -173,13 +177,29 @@ def _lines(**changes):
 
 
 def _codes(**changes):
-    given = dict(w=torch.zeros(2, 8), threads=1, scale=torch.ones(2, 2), offset=None, zero=None, middle=0.0, low=0.0,
-                 high=15.0, bounds=torch.zeros(0), order=torch.zeros(0, dtype=torch.uint8),
+    given = dict(w=torch.zeros(2, 8), threads=1, scale=torch.ones(2, 2), offset=None, zero=None, middle=0.0, factor=1.0,
+                 low=0.0, high=15.0, bounds=torch.zeros(0), order=torch.zeros(0, dtype=torch.uint8),
                  codes=torch.zeros(2, 8, dtype=torch.uint8)) | changes
     _native.codes(*given.values())
 
 
+def _values(**changes):
+    given = dict(codes=torch.zeros(2, 8, dtype=torch.uint8), threads=1, scale=torch.ones(2, 2), offset=None, zero=None,
+                 middle=0.0, factor=1.0, table=torch.zeros(0), values=torch.zeros(2, 8)) | changes
+    _native.values(*given.values())
+
+
+def _unplanes(**changes):
+    given = dict(packed=torch.zeros(8, dtype=torch.uint8), threads=1, bits=4, parts=2, run=4,
+                 codes=torch.zeros(16, dtype=torch.uint8)) | changes
+    _native.unplanes(*given.values())
+
+
 @pytest.mark.parametrize("call, changes", [
+    (_values, {"table": torch.zeros(16)}), (_values, {"scale": torch.ones(2, 3)}),
+    (_values, {"scale": torch.ones(3, 2)}), (_values, {"values": torch.zeros(2, 7)}),
+    (_values, {"offset": torch.zeros(2, 1)}), (_unplanes, {"parts": 3}),
+    (_unplanes, {"run": 3}), (_unplanes, {"codes": torch.zeros(15, dtype=torch.uint8)}), (_unplanes, {"bits": 0}),
     (_scale, {"threads": 0}), (_scale, {"threads": 257}), (_scale, {"storage": 3}), (_scale, {"kept": 5}),
     (_scale, {"rounds": 0}), (_scale, {"scale": torch.zeros(5, 1)}), (_scale, {"importance": torch.zeros(2, 3, 7)}),
     (_scale, {"bounds": torch.zeros(3)}), (_scale, {"parts": torch.zeros(0)}), (_scale, {"w": torch.zeros(2, 3, 0)}),

@@ -84,7 +84,7 @@ class UniformGrid(_Folded):
 
     def encode(self, w: torch.Tensor) -> torch.Tensor:
         scale = self.scale * self.factor
-        found = native.codes(w, scale, self.offset, self.zero, self.low, self.high)
+        found = native.codes(w, self._shared, self.low, self.high)
         if found is not None:
             return found
         step = torch.where(scale == 0, torch.inf, scale)  # a zero scale decodes every code alike
@@ -95,7 +95,14 @@ class UniformGrid(_Folded):
         u += self._spread(self.zero) if isinstance(self.zero, torch.Tensor) else self.zero
         return u.round_().clamp_(self.low, self.high).to(torch.uint8).reshape(w.shape)
 
+    @property
+    def _shared(self) -> native.Shared:
+        return native.Shared(self.scale, self.offset, self.zero, self.factor)
+
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        found = native.values(codes, self._shared)
+        if found is not None:
+            return found
         u = self._fold(codes.float())
         u = u - (self._spread(self.zero) if isinstance(self.zero, torch.Tensor) else self.zero)
         u *= self._spread(self.scale)
@@ -155,7 +162,7 @@ class TableGrid(_Folded):
         self.table = table
 
     def encode(self, w: torch.Tensor) -> torch.Tensor:
-        found = native.codes(w, self.scale, None, 0.0, 0, len(self.table.table) - 1, self.table)
+        found = native.codes(w, native.Shared(self.scale, table=self.table), 0, len(self.table.table) - 1)
         if found is not None:
             return found
         step = torch.where(self.scale == 0, torch.inf, self.scale)
@@ -165,6 +172,9 @@ class TableGrid(_Folded):
         return order.index_select(0, rank.reshape(-1)).reshape(w.shape)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        found = native.values(codes, native.Shared(self.scale, table=self.table))
+        if found is not None:
+            return found
         values = self.table.table.to(codes.device).index_select(0, codes.reshape(-1).int()).reshape(codes.shape)
         return self._fold(values).mul_(self._spread(self.scale)).reshape(codes.shape)
 

@@ -181,6 +181,9 @@ def join_planes(codes: torch.Tensor, bits: int, span: int, run: int = 32) -> tor
 
 def split_planes(data: torch.Tensor, bits: int, span: int, run: int = 32) -> torch.Tensor:
     """The inverse of `join_planes`."""
+    found = native.unplanes(data, bits, span // run, run)
+    if found is not None:
+        return found
     runs = data.unflatten(-1, (-1, run))
     return torch.stack([(runs >> (i * bits)) & ((1 << bits) - 1) for i in range(span // run)], -2).flatten(-3)
 

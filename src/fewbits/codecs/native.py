@@ -178,20 +178,54 @@ def even(name: str, bits: int, plain: int = 0) -> Scale:
     return Scale(name, -middle, middle - 1, (starts(SPREADS[bits]), starts(WEIGHTED_SPREADS[bits])))
 
 
-# nearest codes --------------------------------------------------------------------------------------------------------
-def codes(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, zero: torch.Tensor | float, low: int,
-          high: int, table: Levels | None = None) -> torch.Tensor | None:
-    """Codes of `w` `[..., columns]` on a grid whose scales, offsets and zero points are `[..., s]`, each for
-    `columns / s` columns in a row; None where the extension cannot say."""
-    width = w.shape[-1]
-    if _native is None or w.device.type != "cpu" or not w.numel() or width % scale.shape[-1]:
+# codes and values of a known grid, and bytes --------------------------------------------------------------------------
+class Shared(NamedTuple):
+    """What columns share: `[..., s]`, each for `columns / s` in a row. Values are (code - zero) * scale * factor +
+    offset, or with a table table[code] * scale."""
+
+    scale: torch.Tensor
+    offset: torch.Tensor | None = None
+    zero: torch.Tensor | float = 0.0
+    factor: float = 1.0
+    table: Levels | None = None
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether the extension can."""
+        lead = x.shape[:-1]
+        return (_native is not None and x.device.type == self.scale.device.type == "cpu" and x.numel() > 0 and
+                x.shape[-1] % self.scale.shape[-1] == 0 and
+                torch.broadcast_shapes(lead, self.scale.shape[:-1]) == lead)
+
+    def spread(self, lead: torch.Size) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, float, float]:
+        shape = (*lead, self.scale.shape[-1])
+        scale = _flat(self.scale.expand(shape))
+        offset = None if self.offset is None else _flat(self.offset.expand(shape))
+        if isinstance(self.zero, torch.Tensor):
+            return scale, offset, _flat(self.zero.expand(shape)), 0.0, self.factor
+        return scale, offset, None, self.zero, self.factor
+
+
+def codes(w: torch.Tensor, shared: Shared, low: int, high: int) -> torch.Tensor | None:
+    """Nearest codes of `w` `[..., columns]`; None where the extension cannot say."""
+    if not shared.takes(w):
         return None
-    shape, found = (*w.shape[:-1], scale.shape[-1]), torch.empty(w.shape, dtype=torch.uint8)
-    middle, zeros = (0.0, _flat(zero.expand(shape))) if isinstance(zero, torch.Tensor) else (zero, None)
-    offsets = None if offset is None else _flat(offset.expand(shape))
-    bounds, order = _codes_of(table) if table is not None else (_floats(NO_LEVELS), torch.empty(0, dtype=torch.uint8))
-    _native.codes(_flat(w), _threads(), _flat(scale.expand(shape)), offsets, zeros, middle, low, high, bounds, order,
-                  found.view(-1, width))
+    found = torch.empty(w.shape, dtype=torch.uint8)
+    bounds, order = _codes_of(shared.table)
+    _native.codes(_flat(w), _threads(), *shared.spread(w.shape[:-1]), low, high, bounds, order,
+                  found.view(-1, w.shape[-1]))
+    return found
+
+
+def values(codes: torch.Tensor, shared: Shared) -> torch.Tensor | None:
+    """Values (float32) of `codes` `[..., columns]`; None where the extension cannot say."""
+    if codes.dtype != torch.uint8 or not shared.takes(codes):
+        return None
+    found = torch.empty(codes.shape)
+    table = _floats(NO_LEVELS)
+    if shared.table is not None:
+        table = torch.nn.functional.pad(shared.table.table, (0, 256 - len(shared.table.table)))
+    _native.values(codes.reshape(-1, codes.shape[-1]).contiguous(), _threads(), *shared.spread(codes.shape[:-1]), table,
+                   found.view(-1, codes.shape[-1]))
     return found
 
 
@@ -203,6 +237,15 @@ def planes(codes: torch.Tensor, bits: int, parts: int, run: int) -> torch.Tensor
     packed = torch.empty(*codes.shape[:-1], codes.shape[-1] // parts, dtype=torch.uint8)
     _native.planes(codes.reshape(-1), _threads(), bits, parts, run, packed.view(-1))
     return packed
+
+
+def unplanes(packed: torch.Tensor, bits: int, parts: int, run: int) -> torch.Tensor | None:
+    """The inverse of `planes`."""
+    if _native is None or packed.device.type != "cpu" or packed.dtype != torch.uint8 or not packed.numel():
+        return None
+    codes = torch.empty(*packed.shape[:-1], packed.shape[-1] * parts, dtype=torch.uint8)
+    _native.unplanes(packed.reshape(-1), _threads(), bits, parts, run, codes.view(-1))
+    return codes
 
 
 # arguments ------------------------------------------------------------------------------------------------------------
@@ -257,6 +300,8 @@ def _levels(low: float, high: float,
     return float(ranked[0]), float(ranked[-1]), table.bounds, ranked.diff()
 
 
-def _codes_of(table: Levels) -> tuple[torch.Tensor, torch.Tensor]:
+def _codes_of(table: Levels | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if table is None:
+        return _floats(NO_LEVELS), torch.empty(0, dtype=torch.uint8)
     return table.bounds, table.order.to(torch.uint8)
 
