@@ -60,7 +60,8 @@ def main() -> None:
             differ = sum(a[k] != b[k] for k in a | b)
             inside = [math.exp(sum(map(sum, losses)) / sum(map(len, losses)))
                       for losses in (llama(args.peer_python, path, windows) for path in (ours, theirs))]
-            found = [fewbits.evaluate(path, reference, text=text, chunks=args.chunks, kernel="decoded") for path in (ours, theirs)]
+            found = [fewbits.evaluate(path, reference, text=text, chunks=args.chunks, kernel="decoded")
+                     for path in (ours, theirs)]
             sizes = [path.stat().st_size for path in (ours, theirs)]
             rows.append([name, mix, differ, len(a), sizes[0] / sizes[1], found[0].kl_mean, found[1].kl_mean,
                          found[0].perplexity, inside[0], inside[1]])

@@ -156,19 +156,21 @@ def main() -> None:
     folder = options.llama or (found[0] if found else None)
     llama = Llama(folder, options.threads) if folder else None
     clock, results = Clock(options.cpu_time), []
+    most = limits(clock, options.threads)
     for shape in [tuple(map(int, s.split("x"))) for s in options.shapes]:
         for name in options.types:
-            results += compare(name, shape, options.rows, clock, options.threads, llama)
+            results += compare(name, shape, options.rows, clock, options.threads, llama, most)
     show(f"Products on the CPU, {options.threads} thread(s), {_native.current()}",
          ("type", "shape", "rows", "ms", "GB/s", "of the read", "Gop/s", "of the dots", "llama.cpp ms",
           "times as fast"), results, options.json)
 
 
 def compare(name: str, shape: tuple[int, ...], counts: list[int], clock: Clock, threads: int,
-            llama: Llama | None) -> list[tuple[object, ...]]:
+            llama: Llama | None, most: tuple[float, float]) -> list[tuple[object, ...]]:
     q = random_weight(name, (shape[0], shape[1]))
     native = cpu.Native(q, torch.float32)
     nbytes = sum(plane.numel() for plane in native.planes.values())
+    read, dots = most
     copies, rows = copies_of(native.matrices[0], -(-ROTATED_BYTES // nbytes)), []
     for count in counts:
         x, out = torch.randn(count, shape[1]), torch.empty(count, shape[0])
@@ -177,7 +179,6 @@ def compare(name: str, shape: tuple[int, ...], counts: list[int], clock: Clock, 
             _native.multiply([m.weight], _native.Rounded(x, threads), [out], [None], threads)
 
         few = copies if count <= 16 else copies[:2]
-        read, dots = limits(clock, threads)
         seconds = clock.least([lambda m=m: work(m) for m in few])  # type: ignore[misc]
         theirs = math.nan
         if llama and name in GGML:

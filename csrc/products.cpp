@@ -58,15 +58,19 @@ INLINE float quantize_block(const float* x, int8_t* codes, int32_t* sums) {
     }
     const float scale = float_of((bits_of(float_of(most) * (1.0f / 127)) + 0xFFF) & ~0xFFF);
     const float inverse = 1 / scale;
+    int8_t all[64] = {};
     for (int half = 0; half < 2; ++half) {
         // to the nearest integer, ties to even
         const I32 rounded = (I32)(load<F32>(x + 16 * half) * inverse + MAGIC_VALUE) - MAGIC;
         const I8x16 narrow = __builtin_convertvector(rounded, I8x16);
-        memcpy(codes + 16 * half, &narrow, sizeof narrow);
-        int32_t each[LANES], sum = 0;
-        store(each, rounded);
-        for (int one : each) sum += one;
-        sums[half] = sum;
+        memcpy(all + 16 * half, &narrow, sizeof narrow);
+    }
+    memcpy(codes, all, BLOCK);
+    int32_t fours[LANES];
+    store(fours, dot<false>(I32{}, bytes(1), load<I32>(all)));
+    for (int half = 0; half < 2; ++half) {
+        const int32_t* four = fours + 4 * half;
+        sums[half] = four[0] + four[1] + four[2] + four[3];
     }
     return scale;
 }
@@ -198,8 +202,14 @@ static void unpack(const Weight& w, const long* tiles, long first, long last, co
 
 // Records that are unpacked next: they are fetched while the unpacked ones are multiplied.
 struct Ahead {
-    const uint8_t *from, *end;
-    long step;  // bytes a sub-block
+    const uint8_t* from;
+    long left, step;  // bytes of each tile; of them at a sub-block
+    long apart;       // bytes from a tile's records to the next tile's
+
+    void fetch() {
+        for (long at = 0; at < step && left > 0; at += 64, from += 64, left -= 64)
+            for (int t = 0; t < TILES; ++t) __builtin_prefetch(from + t * apart, 0, 2);
+    }
 };
 
 // sums[p][t] += product of P rows with TILES unpacked tiles
@@ -213,9 +223,7 @@ static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, F32* su
 #pragma GCC unroll 2
         for (int t = 0; t < TILES; ++t) y[p][t] = sums[p * TILES + t];
     for (long sub = 0; sub < blocks * PARTS; ++sub) {
-        for (const uint8_t* stop = ahead.from + ahead.step; ahead.from < stop && ahead.from < ahead.end;
-             ahead.from += 64)
-            __builtin_prefetch(ahead.from, 0, 2);
+        ahead.fetch();
         I32 sum[P][TILES];
 #pragma GCC unroll 6
         for (int p = 0; p < P; ++p)
@@ -337,14 +345,13 @@ struct Scratch {
                           SUMS = PANELS * WIDEST * TILES * (long)sizeof(F32), SIZE = CODES + 2 * SCALES + SUMS;
 };
 
-// The records from `block` on of a tile, or the first ones of the tiles after it, for `subs` sub-blocks of work.
+// The records from `block` on, or where it is the last the first ones of the next tiles, during `subs` sub-blocks.
 static Ahead next(const Weight& w, long tile, long block, long subs) {
-    const long bytes = 64 * w.bits, last = block == w.blocks;
-    const long first = last ? (tile + TILES) * w.blocks : tile * w.blocks + block;
-    const long end = last ? w.tiles * w.blocks : (tile + TILES) * w.blocks;
-    const long wanted = STRETCH * bytes;
-    const uint8_t *from = w.codes + first * bytes, *stop = w.codes + (end < w.tiles * w.blocks ? end : w.tiles * w.blocks) * bytes;
-    return {from, stop - from > wanted ? from + wanted : stop, (wanted / subs + 64) & ~63L};
+    const long bytes = 64 * w.bits, row = w.blocks * bytes;
+    if (block == w.blocks) tile += TILES, block = 0;
+    if (tile + TILES > w.tiles) return {nullptr, 0, 0, 0};
+    const long blocks = w.blocks - block < STRETCH ? w.blocks - block : STRETCH;
+    return {w.codes + tile * row + block * bytes, blocks * bytes, (blocks * bytes / subs + 64) & ~63L, row};
 }
 
 static void multiply(const Weight& w, const Activations& a, const Corrections& c, long tile, long first_panel,
