@@ -29,8 +29,8 @@ GGML = {"Q4_0": 2, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_
         "IQ4_NL": 20, "IQ4_XS": 23, "MXFP4": 39}
 ROWS = (1, 4, 16, 512)
 ROTATED_BYTES = 256 << 20
-SECONDS = 0.4  # at least, of each measurement
-PIECES = 512 << 20  # of the graph's memory in ggml
+SECONDS = 0.25  # at least, of each measurement
+EXTRA = 320  # where a tensor of ggml names who repacks it, or nobody
 
 
 class Clock:
@@ -58,9 +58,11 @@ class Llama:
     def __init__(self, folder: Path, threads: int):
         self.base, self.cpu = (ctypes.CDLL(str(folder / f"lib{n}.so"), mode=ctypes.RTLD_GLOBAL)
                                for n in ("ggml-base", "ggml-cpu"))
-        for name in ("ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph", "ggml_backend_alloc_buffer",
+        for name in ("ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph",
                      "ggml_backend_alloc_ctx_tensors_from_buft", "ggml_backend_get_default_buffer_type"):
             getattr(self.base, name).restype = ctypes.c_void_p
+        self.buffers: list[ctypes.c_void_p] = []
+        self.contexts: list[ctypes.c_void_p] = []
         for name in ("ggml_backend_cpu_init", "_Z35ggml_backend_cpu_repack_buffer_typev"):
             getattr(self.cpu, name).restype = ctypes.c_void_p
         self.backend = ctypes.c_void_p(self.cpu.ggml_backend_cpu_init())
@@ -68,10 +70,22 @@ class Llama:
 
     def _context(self) -> ctypes.c_void_p:
         self.base.ggml_init.argtypes = [Llama.Init]
-        return ctypes.c_void_p(self.base.ggml_init(Llama.Init(16 << 20, None, True)))
+        self.contexts.append(ctypes.c_void_p(self.base.ggml_init(Llama.Init(1 << 20, None, True))))
+        return self.contexts[-1]
 
-    def works(self, q: QTensor, x: torch.Tensor, copies: int, repack: bool) -> tuple[list[Callable[[], object]], int]:
-        """Products of `x` with as many copies of a weight, and a function's pointer to free what they hold."""
+    def _allocate(self, context: ctypes.c_void_p, kind: ctypes.c_void_p) -> None:
+        self.buffers.append(ctypes.c_void_p(self.base.ggml_backend_alloc_ctx_tensors_from_buft(context, kind)))
+
+    def free(self) -> None:
+        """Everything that the last `works` needed."""
+        for buffer in self.buffers:
+            self.base.ggml_backend_buffer_free(buffer)
+        for context in self.contexts:
+            self.base.ggml_free(context)
+        self.buffers, self.contexts = [], []
+
+    def works(self, q: QTensor, x: torch.Tensor, copies: int, repack: bool) -> list[Callable[[], object]]:
+        """Products of `x` with as many copies of a weight; none where it cannot be repacked."""
         base, kind = self.base, GGML[q.codec.name]
         plain = ctypes.c_void_p(base.ggml_backend_get_default_buffer_type(self.backend))
         buffer_type = ctypes.c_void_p(self.cpu._Z35ggml_backend_cpu_repack_buffer_typev()) if repack else plain
@@ -81,14 +95,16 @@ class Llama:
         size = ctypes.c_int64
         weights = [ctypes.c_void_p(base.ggml_new_tensor_2d(held, kind, size(columns), size(rows)))
                    for _ in range(copies)]
-        base.ggml_backend_alloc_ctx_tensors_from_buft(held, buffer_type)
+        self._allocate(held, buffer_type)
+        if repack and not ctypes.c_void_p.from_address(weights[0].value + EXTRA).value:  # type: ignore[operator]
+            return []
         data = q.planes["blocks"].contiguous()
         for w in weights:
             base.ggml_backend_tensor_set(w, ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(0),
                                          ctypes.c_size_t(data.numel()))
         given = ctypes.c_void_p(base.ggml_new_tensor_2d(acts, 0, size(columns), size(len(x))))
         products = [ctypes.c_void_p(base.ggml_mul_mat(acts, w, given)) for w in weights]
-        base.ggml_backend_alloc_ctx_tensors_from_buft(acts, plain)
+        self._allocate(acts, plain)
         base.ggml_backend_tensor_set(given, ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(0),
                                      ctypes.c_size_t(x.numel() * 4))
         for product in products:
@@ -97,7 +113,7 @@ class Llama:
             base.ggml_build_forward_expand(graph, product)
             works.append(lambda graph=graph: base.ggml_backend_graph_compute(self.backend, graph))  # type: ignore[misc]
         self.last = products[-1]
-        return works, kind
+        return works
 
     def result(self, rows: int, columns: int) -> torch.Tensor:
         out = torch.empty(rows, columns)
@@ -183,15 +199,17 @@ def compare(name: str, shape: tuple[int, ...], counts: list[int], clock: Clock, 
         theirs = math.nan
         if llama and name in GGML:
             for repack in (False, True):
-                works, _ = llama.works(q, x, len(few), repack)
-                spent = clock.least(works)
-                error = (llama.result(count, shape[0]) - out).square().sum() / out.square().sum()
-                assert error < 1e-3, f"{name}: the two results differ by {error:.1e}"
-                theirs = spent if math.isnan(theirs) else min(theirs, spent)
+                works = llama.works(q, x, len(few), repack)
+                if works:
+                    spent = clock.least(works)
+                    error = (llama.result(count, shape[0]) - out).square().sum() / out.square().sum()
+                    assert error < 1e-3, f"{name}: the two results differ by {error:.1e}"
+                    theirs = spent if math.isnan(theirs) else min(theirs, spent)
+                llama.free()
         operations = 2 * count * shape[0] * shape[1]
         rows.append((name, f"{shape[0]}x{shape[1]}", count, seconds * 1e3, nbytes / seconds / 1e9,
                      nbytes / seconds / 1e9 / read, operations / seconds / 1e9, operations / seconds / 1e9 / dots,
-                     theirs * 1e3, theirs / seconds))
+                     *((theirs * 1e3, theirs / seconds) if theirs == theirs else ("-", "-"))))
         print(*(f"{v:.3g}" if isinstance(v, float) else v for v in rows[-1]), flush=True)
     return rows
 
