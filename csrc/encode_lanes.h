@@ -26,6 +26,7 @@ namespace {
 constexpr int LANES = FEWBITS_LANES;
 typedef float V __attribute__((vector_size(4 * FEWBITS_LANES)));
 typedef int32_t I __attribute__((vector_size(4 * FEWBITS_LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * FEWBITS_LANES)));
 
 constexpr float INF = __builtin_inff();
 constexpr float FLOAT16_MAX = 65504.0f;
@@ -49,13 +50,13 @@ inline V square(V a) { return a * a; }
 inline V choose(I mask, V a, V b) { return mask ? a : b; }
 inline V to_integer(V u) { return (u + ROUNDING) - ROUNDING; }
 
-inline I bits_of(V a) { I b; std::memcpy(&b, &a, sizeof b); return b; }
-inline V from_bits(I a) { V b; std::memcpy(&b, &a, sizeof b); return b; }
+inline U bits_of(V a) { U b; std::memcpy(&b, &a, sizeof b); return b; }
+inline V from_bits(U a) { V b; std::memcpy(&b, &a, sizeof b); return b; }
 
 // 1/s to float32 rounding, and 0 for the zero scale, which decodes everything alike. A division would wait for several
 // times as long; the first guess is within an eighth, and each step cubes its error.
 inline V invert(V s) {
-    V r = from_bits(0x7EF311C7 - bits_of(s));
+    V r = from_bits(0x7EF311C7u - bits_of(s));
     V e = 1.0f - s * r;
     r += r * (e + e * e);
     e = 1.0f - s * r;
@@ -64,8 +65,8 @@ inline V invert(V s) {
 }
 
 inline V drop_bits(V a, int count) {
-    I b = bits_of(a);
-    return from_bits((b + (((1 << (count - 1)) - 1) + ((b >> count) & 1))) & ~((1 << count) - 1));
+    const U b = bits_of(a);
+    return from_bits((b + (((1u << (count - 1)) - 1) + ((b >> count) & 1u))) & ~((1u << count) - 1));
 }
 
 // Elements of a and b in turn, from `first` on.
