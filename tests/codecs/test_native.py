@@ -39,7 +39,7 @@ def reference(monkeypatch):
 
     def call(function, *arguments):
         with monkeypatch.context() as m:
-            m.setattr(native, "_native", None)
+            m.setattr(native, "here", lambda x: False)
             return function(*arguments)
 
     return call

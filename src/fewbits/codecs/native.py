@@ -1,8 +1,7 @@
 """The searches for scales in the native extension, some thirty times as fast as those in Python.
 
 The same algorithms with fewer starts, of which the best few go on; where they start is said here. Codecs hand a
-description of their search to `fit_pieces`, which falls back on the reference where the extension is missing or cannot
-take the tensors.
+description of their search to `fit_pieces`, which takes the reference where tensors are on another device.
 """
 
 from __future__ import annotations
@@ -13,15 +12,11 @@ from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fewbits import _native
 from fewbits.lazy import torch
 
 if TYPE_CHECKING:
     from fewbits.codecs.grids import Levels
-
-try:
-    from fewbits import _native
-except ImportError:  # built without
-    _native = None  # type: ignore[assignment]
 
 STORAGE = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}
 
@@ -65,9 +60,7 @@ class Search:
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, dtype: torch.dtype) -> dict[str, Any] | None:
         """Parameters `[..., k]` of the units `w` `[..., unit]`, scales in `dtype`; None where the extension cannot."""
-        if _native is None or w.device.type != "cpu" or w.shape[-1] == 0:
-            return None
-        if importance is not None and importance.device.type != "cpu":
+        if w.shape[-1] == 0 or not here(w) or not (importance is None or here(importance)):
             return None
         lead, known = w.shape[:-1], None
         if importance is not None:
@@ -192,7 +185,7 @@ class Shared(NamedTuple):
     def takes(self, x: torch.Tensor) -> bool:
         """Whether the extension can."""
         lead = x.shape[:-1]
-        return (_native is not None and x.device.type == self.scale.device.type == "cpu" and x.numel() > 0 and
+        return (here(x) and here(self.scale) and x.numel() > 0 and
                 x.shape[-1] % self.scale.shape[-1] == 0 and
                 torch.broadcast_shapes(lead, self.scale.shape[:-1]) == lead)
 
@@ -232,7 +225,7 @@ def values(codes: torch.Tensor, shared: Shared) -> torch.Tensor | None:
 def planes(codes: torch.Tensor, bits: int, parts: int, run: int) -> torch.Tensor | None:
     """`bits` of each code: in every `parts * run` columns byte j holds those of columns j, j + run, j + 2 run …, lowest
     first; None where the extension cannot."""
-    if _native is None or codes.device.type != "cpu" or codes.dtype != torch.uint8 or not codes.numel():
+    if not here(codes) or codes.dtype != torch.uint8 or not codes.numel():
         return None
     packed = torch.empty(*codes.shape[:-1], codes.shape[-1] // parts, dtype=torch.uint8)
     _native.planes(codes.reshape(-1), _threads(), bits, parts, run, packed.view(-1))
@@ -241,7 +234,7 @@ def planes(codes: torch.Tensor, bits: int, parts: int, run: int) -> torch.Tensor
 
 def unplanes(packed: torch.Tensor, bits: int, parts: int, run: int) -> torch.Tensor | None:
     """The inverse of `planes`."""
-    if _native is None or packed.device.type != "cpu" or packed.dtype != torch.uint8 or not packed.numel():
+    if not here(packed) or packed.dtype != torch.uint8 or not packed.numel():
         return None
     codes = torch.empty(*packed.shape[:-1], packed.shape[-1] * parts, dtype=torch.uint8)
     _native.unplanes(packed.reshape(-1), _threads(), bits, parts, run, codes.view(-1))
@@ -249,6 +242,11 @@ def unplanes(packed: torch.Tensor, bits: int, parts: int, run: int) -> torch.Ten
 
 
 # arguments ------------------------------------------------------------------------------------------------------------
+def here(x: torch.Tensor) -> bool:
+    """Whether `x` lies where the extension can compute with it."""
+    return x.device.type == "cpu"
+
+
 def _threads() -> int:
     return min(torch.get_num_threads(), _native.MOST_THREADS)
 
