@@ -42,7 +42,8 @@ class Peers:
         """A script of this folder in a peer's Python; what it prints goes to work/peer.log."""
         file = self.work / f"job-{os.getpid()}.json"
         file.write_text(json.dumps(job))
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        # its own packages, not the files of this folder: one of theirs is called kernels too
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
         python = self.folder / peer / "bin" / "python"
         with (self.work / "peer.log").open("ab") as log:
             done = subprocess.run([python, ROOT / "benchmarks" / script, *arguments, file], stdout=log, stderr=log,
