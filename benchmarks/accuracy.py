@@ -279,7 +279,7 @@ PARTS: dict[str, Callable[[Report], None]] = {
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--part", nargs="*", default=[], choices=[*PARTS, "all"])
+    p.add_argument("--part", nargs="*", choices=[*PARTS, "all"], help="all, where none is named")
     p.add_argument("--only", nargs="*", default=[], help="recipes")
     p.add_argument("--methods", nargs="*", default=[], choices=[*OURS, *FINISHED],
                    help="of ours; the peers' always run")
@@ -298,7 +298,8 @@ def main() -> None:
         r = Report(Bench.of(args, report), args)
         if args.forget:
             r.bench.forget(args.forget)
-        for name in PARTS if "all" in args.part else args.part:
+        parts = args.part or ([] if args.forget else ["all"])
+        for name in PARTS if "all" in parts else parts:
             PARTS[name](r)
     if args.json:
         args.json.write_text(json.dumps(r.tables, indent=1))

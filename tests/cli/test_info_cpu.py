@@ -9,9 +9,8 @@ import sys
 
 import pytest
 
-from fewbits import _native
+from fewbits import _native, instructions
 from fewbits.errors import FewbitsError
-from fewbits.runtime import instructions
 
 
 def info(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits import _native, codecs
+from fewbits import _native, codecs, instructions
 from fewbits.codecs import ggml, iq4, kquants, native, pieces
 from fewbits.codecs.base import decode_units, encode_units, fit_units
-from fewbits.runtime import instructions
 
 _spec = importlib.util.spec_from_file_location("codec_registry", Path(__file__).with_name("registry.py"))
 assert _spec and _spec.loader
@@ -87,7 +86,7 @@ def test_any_strides_and_threads(name, monkeypatch):
     state = state and {k: s[:, 0] for k, s in state.items()}
     want = codec.fit(w.contiguous(), importance.expand(67, unit).contiguous(), state)
     for threads in (1, 2, 7):
-        monkeypatch.setattr(native, "_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(native, "threads", lambda count=threads: count)
         got = codec.fit(w, importance, state)
         assert all(torch.equal(got[k], want[k]) for k in want)
 

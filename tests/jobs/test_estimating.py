@@ -44,5 +44,5 @@ def test_time() -> None:
     assert estimating.solve_cost((8, 20), gptq=False) == 160 * estimating.SEARCH
     assert estimating.solve_cost((8, 20), gptq=True) == 160 * (estimating.SEARCH + 20 * estimating.COLUMN)
     once = estimating.walk_cost(BLOCK, 100, drift=False)
-    assert once == 100 * (4 * (WEIGHTS - 8) + 8 * 8 + 20 * 20)
+    assert once == 100 * (WEIGHTS - 8 + 8 * 8 + 20 * 20)
     assert estimating.walk_cost(BLOCK, 200, drift=True) == 4 * once

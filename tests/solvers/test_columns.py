@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewbits import _native, codecs
+from fewbits import _native, codecs, instructions
 from fewbits.codecs.base import Codec, Grid
-from fewbits.runtime import instructions
 from fewbits.solvers.columns import by_rounders, sweep
 
 NAMES = ["int2-g128", "int3-g32-asym", "int4-row", "int8", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K",

@@ -52,15 +52,14 @@ def command(
 
 
 def _cpu(json: bool) -> None:
-    from fewbits import _native
-    from fewbits.runtime import instructions
+    from fewbits import _native, instructions
 
     here = [name for name, has in _native.features() if has]
     missing = [name for name, has in _native.features() if not has]
     if json:
-        emit({"instructions": here, "missing": missing, "kernels": _native.usable(), "used": _native.current()})
+        emit({"instructions": here, "missing": missing, "kernels": _native.usable(), "used": instructions.current()})
         return
     console.print(f"instructions: {' '.join(here) or '-'}", highlight=False, soft_wrap=True)
     console.print(f"missing:      {' '.join(missing) or '-'}", highlight=False, soft_wrap=True)
-    console.print(f"kernels:      {_native.current()} of {', '.join(_native.usable())} ({instructions.VARIABLE} names "
+    console.print(f"kernels:      {instructions.current()} of {', '.join(_native.usable())} ({instructions.VARIABLE} names "
                   "another)", highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewbits import _native
+from fewbits.instructions import threads
 from fewbits.lazy import torch
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Search:
         lead, known = w.shape[:-1], None
         if importance is not None:
             known = _cube(importance.detach().float().expand(w.shape))
-        call = _Call(_cube(w.detach().float()), known, STORAGE[str(dtype)], _threads())
+        call = _Call(_cube(w.detach().float()), known, STORAGE[str(dtype)], threads())
         found = self._run(call)
         return {k: (p.to(dtype) if p.is_floating_point() else p).reshape(*lead, p.shape[-1]) for k, p in found.items()}
 
@@ -204,7 +205,7 @@ def codes(w: torch.Tensor, shared: Shared, low: int, high: int) -> torch.Tensor 
         return None
     found = torch.empty(w.shape, dtype=torch.uint8)
     bounds, order = _codes_of(shared.table)
-    _native.codes(_flat(w), _threads(), *shared.spread(w.shape[:-1]), low, high, bounds, order,
+    _native.codes(_flat(w), threads(), *shared.spread(w.shape[:-1]), low, high, bounds, order,
                   found.view(-1, w.shape[-1]))
     return found
 
@@ -217,7 +218,7 @@ def values(codes: torch.Tensor, shared: Shared) -> torch.Tensor | None:
     table = _floats(NO_LEVELS)
     if shared.table is not None:
         table = torch.nn.functional.pad(shared.table.table, (0, 256 - len(shared.table.table)))
-    _native.values(codes.reshape(-1, codes.shape[-1]).contiguous(), _threads(), *shared.spread(codes.shape[:-1]), table,
+    _native.values(codes.reshape(-1, codes.shape[-1]).contiguous(), threads(), *shared.spread(codes.shape[:-1]), table,
                    found.view(-1, codes.shape[-1]))
     return found
 
@@ -228,7 +229,7 @@ def planes(codes: torch.Tensor, bits: int, parts: int, run: int) -> torch.Tensor
     if not here(codes) or codes.dtype != torch.uint8 or not codes.numel():
         return None
     packed = torch.empty(*codes.shape[:-1], codes.shape[-1] // parts, dtype=torch.uint8)
-    _native.planes(codes.reshape(-1), _threads(), bits, parts, run, packed.view(-1))
+    _native.planes(codes.reshape(-1), threads(), bits, parts, run, packed.view(-1))
     return packed
 
 
@@ -237,7 +238,7 @@ def unplanes(packed: torch.Tensor, bits: int, parts: int, run: int) -> torch.Ten
     if not here(packed) or packed.dtype != torch.uint8 or not packed.numel():
         return None
     codes = torch.empty(*packed.shape[:-1], packed.shape[-1] * parts, dtype=torch.uint8)
-    _native.unplanes(packed.reshape(-1), _threads(), bits, parts, run, codes.view(-1))
+    _native.unplanes(packed.reshape(-1), threads(), bits, parts, run, codes.view(-1))
     return codes
 
 
@@ -245,10 +246,6 @@ def unplanes(packed: torch.Tensor, bits: int, parts: int, run: int) -> torch.Ten
 def here(x: torch.Tensor) -> bool:
     """Whether `x` lies where the extension can compute with it."""
     return x.device.type == "cpu"
-
-
-def _threads() -> int:
-    return min(torch.get_num_threads(), _native.MOST_THREADS)
 
 
 def _cube(x: torch.Tensor) -> torch.Tensor:

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fewbits.codecs import native
 from fewbits.codecs.base import Params
 from fewbits.codecs.grids import Levels
 from fewbits.codecs.lines import least_squares, moments
+from fewbits.codecs.native import ratios
 from fewbits.codecs.pieces import PIECE, TINY, Bound, Piece, fit_pieces, invert, pick, rounded
 from fewbits.lazy import torch
 
-
-def ratios(first: float, last: float, count: int) -> tuple[float, ...]:
-    return tuple(first * (last / first) ** (i / (count - 1)) for i in range(count))
-
-
 # Where scales are looked for, by bits: the plain scale over these. With importances also far smaller scales, since the
-# largest magnitude may not matter. Chosen on weights of SmolLM2; more starts gain less than a per cent.
-SPREADS = {2: ratios(0.6, 1.6, 16), 3: ratios(0.6, 1.6, 16), 4: ratios(0.6, 1.4, 16), 5: ratios(0.7, 1.2, 16),
-           6: ratios(0.7, 1.03, 16), 8: ratios(0.94, 1.01, 24)}
-WEIGHTED_SPREADS = {2: ratios(0.6, 2.2, 16), 3: ratios(0.6, 2.2, 16), 4: ratios(0.6, 2.1, 16), 5: ratios(0.65, 1.7, 16),
-                    6: ratios(0.7, 1.1, 16), 8: ratios(0.88, 1.15, 32)}
+# largest magnitude may not matter. Chosen on weights of SmolLM2; more starts gain less than a per cent. From 5 bits on
+# those of the native search.
+SPREADS = native.SPREADS | {2: ratios(0.6, 1.6, 16), 3: ratios(0.6, 1.6, 16), 4: ratios(0.6, 1.4, 16)}
+WEIGHTED_SPREADS = native.WEIGHTED_SPREADS | {2: ratios(0.6, 2.2, 16), 3: ratios(0.6, 2.2, 16),
+                                              4: ratios(0.6, 2.1, 16)}
 ROWWISE_STARTS = tuple(127 * part for part in ratios(0.8, 1.3, 24) + ratios(0.96, 1.01, 12))
 SHRINKS = {2: ratios(0.5, 1.1, 13), 3: ratios(0.55, 1.05, 13), 4: ratios(0.6, 1.03, 13), 8: ratios(0.93, 1.0, 13)}
 IQ4_STARTS = tuple(sign * level for sign in (-1, 1) for level in ratios(90, 190, 14))

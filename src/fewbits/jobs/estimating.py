@@ -10,9 +10,9 @@ from fewbits.checkpoint import Entry
 from fewbits.codecs.base import Shape
 from fewbits.containers import experts
 
-# a search of parameters takes a weight as long as so many multiply-adds of a matrix product (between 12 and 48
-# thousand, codec by codec; int4 512 x 1536 on one core), GPTQ's loop over columns as long as 20 a column
-SEARCH, COLUMN = 20_000, 20
+# a search of parameters takes a weight as long as so many multiply-adds of a matrix product, GPTQ's loop and descent
+# over columns as long as 20 a column (23 thousand in all a weight of int4-g128 at widths of 768 and 1536, on two cores)
+SEARCH, COLUMN = 2_000, 20
 
 
 def solve_cost(shape: Shape, gptq: bool) -> int:
@@ -21,10 +21,10 @@ def solve_cost(shape: Shape, gptq: bool) -> int:
 
 
 def walk_cost(entries: Iterable[Entry], tokens: int, drift: bool) -> int:
-    """One block of the walk: about four passes in all, of the original block too, and the second moments."""
+    """One block of the walk: a pass, with `drift` one of the original block too, and the second moments."""
     shapes = [e.shape for e in entries if len(e.shape) > 1]
     moments = sum(width ** 2 for width in {s[-1] for s in shapes})
-    return tokens * (1 + drift) * (4 * sum(math.prod(s) for s in shapes) + moments)
+    return tokens * (1 + drift) * (sum(math.prod(s) for s in shapes) + moments)
 
 
 def block_bytes(entries: Iterable[Entry], tokens: int, length: int, hidden: int, drift: bool) -> int:

@@ -13,20 +13,14 @@ import torch.nn.functional as F
 from fewbits import _native
 from fewbits.codecs.base import Params, Planes, units
 from fewbits.errors import FewbitsError
+from fewbits.instructions import threads
 from fewbits.qtensor import QTensor
-from fewbits.runtime import instructions
 from fewbits.runtime.interleaved import BLOCK, SCALES, TILE, Form, form, unfit
 from fewbits.runtime.reference import Prepared
 
 CHUNK = 1 << 22  # weights unpacked at a time while preparing
 OUTLIER = 6.0  # LLM.int8(): columns of activations that reach it are multiplied in floating point
 DECODED = 1 << 24  # weights decoded at a time for gradients
-assert instructions  # its import obeys FEWBITS_CPU
-
-
-def threads() -> int:
-    """The threads of a product: as many as torch uses, within what is allowed."""
-    return max(1, min(torch.get_num_threads(), _native.MOST_THREADS))
 
 
 @dataclass(frozen=True)

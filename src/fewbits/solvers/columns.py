@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fewbits import _native
 from fewbits.codecs.base import Grid
+from fewbits.instructions import threads
 from fewbits.lazy import torch
 
 BLOCK = 32  # columns whose errors reach those after the block together: so few that their part of `mix` stays in cache
@@ -21,7 +22,7 @@ def sweep(x: torch.Tensor, grid: Grid, mix: torch.Tensor, position: torch.Tensor
         return by_rounders(x, grid, mix, position, old)
     values, errors = torch.empty_like(x), torch.empty_like(x)
     _native.sweep(x=x.contiguous(), old=None if old is None else old.contiguous(), mix=mix.contiguous(),
-                  position=position, **how._asdict(), values=values, errors=errors, threads=torch.get_num_threads())
+                  position=position, **how._asdict(), values=values, errors=errors, threads=threads())
     return values, errors
 
 

@@ -1,0 +1,44 @@
+"""Which of the compiled sets of native kernels is in use: the best that the CPU can run, unless another is asked for.
+
+The environment variable `FEWBITS_CPU` names one, for tests and comparisons; it is obeyed at the first call.
+"""
+
+from __future__ import annotations
+
+import os
+
+from fewbits import _native
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch
+
+VARIABLE = "FEWBITS_CPU"
+_asked = [name for name in [os.environ.get(VARIABLE)] if name]  # until it was obeyed
+
+
+def use(name: str) -> None:
+    """Take the kernels called `name`: "portable", "avx2" or "avx512".
+
+    Raises:
+        FewbitsError: there are none of that name, or this CPU lacks instructions that they need.
+    """
+    if name not in _native.usable():
+        raise FewbitsError(f"no kernels called {name!r} run on this CPU", "one of: " + ", ".join(_native.usable()))
+    _native.use(name)
+    _asked.clear()
+
+
+def current() -> str:
+    """The kernels in use.
+
+    Raises:
+        FewbitsError: the environment names some that don't run here.
+    """
+    if _asked:
+        use(_asked[0])
+    return _native.current()
+
+
+def threads() -> int:
+    """Threads of a native call, as many as torch uses, within what is allowed; it will run on `current()` kernels."""
+    current()
+    return max(1, min(torch.get_num_threads(), _native.MOST_THREADS))
