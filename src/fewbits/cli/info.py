@@ -61,5 +61,6 @@ def _cpu(json: bool) -> None:
         return
     console.print(f"instructions: {' '.join(here) or '-'}", highlight=False, soft_wrap=True)
     console.print(f"missing:      {' '.join(missing) or '-'}", highlight=False, soft_wrap=True)
-    console.print(f"kernels:      {instructions.current()} of {', '.join(_native.usable())} ({instructions.VARIABLE} names "
-                  "another)", highlight=False, soft_wrap=True)
+    usable = ", ".join(_native.usable())
+    console.print(f"kernels:      {instructions.current()} of {usable} ({instructions.VARIABLE} names another)",
+                  highlight=False, soft_wrap=True)
