@@ -22,9 +22,23 @@ Memory allocate(long bytes) {
     return memory;
 }
 
+constexpr long STRETCH = 32;  // blocks of a panel that a thread prepares at a time
+constexpr long TOGETHER = 4;  // calls of `multiply` in a row, for few rows
+
+// work(panel, first block, last block) for all of the activations
+template <class Work>
+void spread(int threads, const Activations& a, Work work) {
+    const long stretches = (a.blocks + STRETCH - 1) / STRETCH;
+    parallel(a.rows > 1 ? threads : 1, a.panels * stretches, [&](long i) {
+        const long first = i % stretches * STRETCH;
+        work(i / stretches, first, std::min(first + STRETCH, a.blocks));
+    });
+}
+
 // Sums that weights of one zero point and size of sub-blocks meet.
 struct Prepared {
     int zero, sub;
+    bool offsets;
     Memory memory;
     Corrections corrections;
 };
@@ -40,7 +54,7 @@ Rounded::Rounded(const float* x, long rows, long columns, int threads) : set_(cu
     char* at = memory_.get();
     acts_ = {rows, columns, blocks, panels, width, (int8_t*)at, (float*)(at + codes), (float*)(at + codes + floats),
              (int32_t*)(at + codes + 2 * floats)};
-    parallel(threads, panels, [&](long panel) { kernels.quantize(x, acts_, panel); });
+    spread(threads, acts_, [&](long panel, long first, long last) { kernels.quantize(x, acts_, panel, first, last); });
 }
 
 void product(const std::vector<Term>& terms, const Rounded& x, int threads) {
@@ -51,14 +65,14 @@ void product(const std::vector<Term>& terms, const Rounded& x, int threads) {
     prepared.reserve(terms.size());
     for (const Term& t : terms) {
         const Weight& w = *t.weight;
-        auto same = [&](const Prepared& p) { return p.zero == w.zero && p.sub == w.sub; };
+        auto same = [&](const Prepared& p) { return p.zero == w.zero && p.sub == w.sub && p.offsets == w.offsets(); };
         auto found = std::find_if(prepared.begin(), prepared.end(), same);
         if (found == prepared.end()) {
             const long bytes = aligned(a.panels * a.width * w.subs() * 4);
             Memory memory = allocate(2 * bytes);
             const Corrections c{(int32_t*)memory.get(), (float*)(memory.get() + bytes)};
-            parallel(threads, a.panels, [&](long panel) { kernels.correct(w, a, c, panel); });
-            prepared.push_back({w.zero, w.sub, std::move(memory), c});
+            spread(threads, a, [&](long panel, long first, long last) { kernels.correct(w, a, c, panel, first, last); });
+            prepared.push_back({w.zero, w.sub, w.offsets(), std::move(memory), c});
             found = prepared.end() - 1;
         }
         which.push_back(&found->corrections);
@@ -68,14 +82,19 @@ void product(const std::vector<Term>& terms, const Rounded& x, int threads) {
         long tile, panel;
     };
     std::vector<Part> parts;
+    long tiles = 0;
+    for (const Term& t : terms) tiles += t.weight->tiles;
+    // neighbours in memory stay together where there are enough of them to share out evenly
+    const long step = kernels.tiles * (a.panels == 1 && tiles >= 16 * TOGETHER * kernels.tiles * threads ? TOGETHER : 1);
     for (size_t i = 0; i < terms.size(); ++i)
         for (long panel = 0; panel < a.panels; panel += kernels.panels)
-            for (long tile = 0; tile < terms[i].weight->tiles; tile += kernels.tiles) parts.push_back({i, tile, panel});
+            for (long tile = 0; tile < terms[i].weight->tiles; tile += step) parts.push_back({i, tile, panel});
     parallel(threads, (long)parts.size(), [&](long i) {
         const Part& p = parts[i];
         const Term& t = terms[p.term];
-        kernels.multiply(*t.weight, a, *which[p.term], p.tile, p.panel, std::min(p.panel + kernels.panels, a.panels),
-                         t.out, t.weight->rows, t.bias);
+        for (long tile = p.tile; tile < std::min(p.tile + step, t.weight->tiles); tile += kernels.tiles)
+            kernels.multiply(*t.weight, a, *which[p.term], tile, p.panel, std::min(p.panel + kernels.panels, a.panels),
+                             t.out, t.weight->rows, t.bias);
     });
 }
 

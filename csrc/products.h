@@ -10,9 +10,9 @@ struct Products {
     bool (*knows)(const Weight&);  // whether there is a kernel for its codes and scales
     // The narrowest panels for `rows` rows of activations.
     int (*width)(long rows);
-    // Rounds rows `panel * width` … of x [rows, columns] to bytes.
-    void (*quantize)(const float* x, const Activations& to, long panel);
-    void (*correct)(const Weight&, const Activations&, const Corrections& to, long panel);
+    // Rounds rows `panel * width` … of x [rows, columns] to bytes, blocks `first` … `last`.
+    void (*quantize)(const float* x, const Activations& to, long panel, long first, long last);
+    void (*correct)(const Weight&, const Activations&, const Corrections& to, long panel, long first, long last);
     // How many tiles belong together, and of how many panels at most, in a call of `multiply`.
     int tiles;
     long panels;
