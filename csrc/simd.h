@@ -275,6 +275,19 @@ INLINE F32 from_f16(const void* p) {
 
 #endif  // ------------------------------------------------------------------------------------------------------------
 
+// table[index], indices 0 … 15
+INLINE F32 pick(F32 table, I32 index) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#else
+    float from[LANES], to[LANES];
+    int32_t at[LANES];
+    store(from, table), store(at, index);
+    for (int i = 0; i < LANES; ++i) to[i] = from[at[i]];
+    return load<F32>(to);
+#endif
+}
+
 INLINE F32 from_bf16(const void* p) { return (F32)((U32)widen16(p) << 16); }
 
 // The integers that `dot` gathers start at MAGIC: read as floats they are then 1.5 * 2^23 + sum, without a conversion.

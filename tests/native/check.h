@@ -68,6 +68,7 @@ struct Error {
 
 // The tests: each runs on every usable set of kernels.
 void test_products(const std::string& set);
+void test_floats(const std::string& set);
 void test_encoders(const std::string& set);
 
 }  // namespace fewbits

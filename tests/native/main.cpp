@@ -24,6 +24,7 @@ int main(int count, char** arguments) {
         const int before = failures;
         if (use(set)) {
             test_products(set);
+            test_floats(set);
             test_encoders(set);
         } else {
             check(false, "no usable set of kernels is called " + set);

@@ -1,6 +1,9 @@
 // Products and values of weights of random planes, of every row of the kernels' table.
 #include <math.h>
 
+#include <cmath>
+#include <memory>
+
 #include "product.h"
 #include "random_weight.h"
 
@@ -83,6 +86,28 @@ void test_values(const RandomWeight& w, const std::string& name) {
     check(by_column.nmse() <= ALIKE, name + ": columns");
 }
 
+// Experts: the same bits as a product of each.
+void test_grouped(const Kind& kind, const std::string& name) {
+    constexpr long COUNTS[] = {1, 0, 9, 2, 40}, ROWS = 21, COLUMNS = 96, ALL = 52;
+    Random random(3);
+    const Buffer<float> x = normals(random, ALL * COLUMNS);
+    Buffer<float> out(ALL * ROWS), want(ALL * ROWS);
+    std::vector<std::unique_ptr<RandomWeight>> experts;
+    std::vector<Share> shares;
+    long first = 0;
+    for (long count : COUNTS) {
+        experts.push_back(std::make_unique<RandomWeight>(kind, Scale::f16, ROWS, COLUMNS, 1, experts.size() + 1));
+        const Weight* w = &experts.back()->weight;
+        shares.push_back({w, first, count});
+        product({{w, want.data() + first * ROWS, nullptr}}, Rounded(x.data() + first * COLUMNS, count, COLUMNS, 1), 1);
+        first += count;
+    }
+    for (int threads : {1, 3}) {
+        grouped(shares, x.data(), out.fill(7).data(), threads);
+        check(!memcmp(out.data(), want.data(), ALL * ROWS * sizeof(float)), name + ": grouped");
+    }
+}
+
 // What is not finite spoils its own row alone.
 void test_strange(const RandomWeight& w, const std::string& name) {
     Random random(2);
@@ -112,6 +137,7 @@ void test_products(const std::string& set) {
             if (!all) continue;
             for (long count : {0, 2, 3, 4, 5, 7, 8, 11, 13, 16, 40}) test_product(odd, count, 1 + (int)(count % 3), name);
             test_strange(odd, name);
+            test_grouped(kind, name);
             const RandomWeight small(kind, scale, 17, 64, 1, ++seed), one(kind, scale, 1, 33, 2, ++seed),
                 none(kind, scale, 0, 64, 1, ++seed), thin(kind, scale, 16, 1, 1, ++seed);
             for (const RandomWeight* w : {&small, &one, &none, &thin}) {
