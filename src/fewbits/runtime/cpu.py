@@ -20,7 +20,7 @@ from fewbits.runtime.reference import Prepared
 
 CHUNK = 1 << 22  # weights unpacked at a time while preparing
 OUTLIER = 6.0  # LLM.int8(): columns of activations that reach it are multiplied in floating point
-DECODED = 1 << 24  # weights decoded at a time for gradients
+DECODED = 1 << 20  # weights decoded at a time for gradients: they stay in the second cache
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Matrix:
             scale=SCALES[self.dtype], values=f.values, levels=f.levels,
             **{name: self.planes.get(name) for name in ("codes", "scales", "mins", "subscales", "submins")})
 
-    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+    def decode(self, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows `ids` `[n]`, float32 `[n, columns]`."""
-        out = torch.empty(len(ids), self.columns)
+        out = torch.empty(len(ids), self.columns) if out is None else out
         self.weight.rows(ids.long().contiguous(), out, threads())
         return out
 
@@ -181,10 +181,11 @@ class Native:
             raise FewbitsError(f"a gradient of {g.shape[-1]} columns for a weight {list(self.shape)}")
         flat, m = g.reshape(-1, g.shape[-1]).float(), self.matrices[0]
         out = torch.zeros(len(flat), m.columns)
-        step = max(1, DECODED // m.columns)
+        step = min(m.rows, max(TILE, DECODED // m.columns // TILE * TILE))
+        buffer = torch.empty(step, m.columns)
         for at in range(0, m.rows, step):
             ids = torch.arange(at, min(at + step, m.rows))
-            out.addmm_(flat[:, at:at + step], m.decode(ids))
+            out.addmm_(flat[:, at:at + step], m.decode(ids, buffer[:len(ids)]))
         return self._ordered(out).view(*g.shape[:-1], self.shape[-1]).to(g.dtype)
 
     def _ordered(self, values: torch.Tensor) -> torch.Tensor:

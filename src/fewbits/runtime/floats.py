@@ -12,7 +12,8 @@ from fewbits.qtensor import QTensor
 from fewbits.runtime.interleaved import SCALES
 from fewbits.runtime.reference import Prepared, _Weight
 
-FEW = 16  # rows of activations; for more, torch multiplies with the weight in their type
+# rows of activations; for more, torch is as quick, with the weight in their type
+FEW = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 
 
 class _Stored(_Weight):
@@ -24,9 +25,10 @@ class _Stored(_Weight):
         if x.shape[-1] != columns:
             raise FewbitsError(f"activations of {x.shape[-1]} columns, a weight of {columns}")
         flat = x.detach().reshape(-1, columns)
-        if len(flat) > FEW:
+        weight = self.weight()
+        if len(flat) > FEW[weight.dtype]:
             return super().matmul(x, bias)
-        weight, out = self.weight(), torch.empty(len(flat), rows)
+        out = torch.empty(len(flat), rows)
         _native.multiply_floats(weight.view(torch.uint8), SCALES[weight.dtype], flat.float().contiguous(), out,
                                 None if bias is None else bias.detach().float().contiguous(), threads())
         return out.view(*x.shape[:-1], rows).to(x.dtype)
@@ -45,9 +47,9 @@ class Floats:
             return f"not on {device.type}"
         if q.codec.family != "float":
             return f"{q.codec.name} is no plain float"
-        if len(q.shape) != 2 or 0 in q.shape[1:] or q.order is not None:
-            return f"{list(q.shape)} is no matrix" if q.order is None else "an order of columns"
-        return None
+        if len(q.shape) != 2 or 0 in q.shape[1:]:
+            return f"{list(q.shape)} is no matrix"
+        return None if q.order is None else "an order of columns"
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
         return _Stored(q, dtype)
