@@ -2,7 +2,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test native test-peers peers bench lint types lines check clean
+.PHONY: demo test native test-native test-sanitized test-neon test-peers peers bench lint types lines check clean
 
 ## The two commands of the README ------------------------------------------------------------------------------------
 demo: $(READY)          # a real 135 M model into one recipe of each family
@@ -25,6 +25,27 @@ native: $(READY)        # the native core again, after a change in csrc/
 	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(PY)) > build/native.log
 	cmake --build build/native
 	cmake --install build/native --prefix $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+
+# the native core by itself, every set of kernels against plain loops: as it is, with sanitizers, for another processor
+NATIVE_TESTS := cmake -S tests/native -G Ninja -B
+build:
+	mkdir -p $@
+
+test-native: | build
+	$(NATIVE_TESTS) build/test-native > build/test-native.log
+	cmake --build build/test-native && build/test-native/native_tests
+
+test-sanitized: | build
+	$(NATIVE_TESTS) build/test-sanitized -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 -g1 \
+	  -fsanitize=address,undefined -fno-sanitize-recover=all" > build/test-sanitized.log
+	cmake --build build/test-sanitized && build/test-sanitized/native_tests
+
+test-neon: | build
+	@command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64-static > /dev/null || \
+	  { echo "test-neon needs a cross compiler and an emulator: apt install g++-aarch64-linux-gnu qemu-user-static"; exit 1; }
+	$(NATIVE_TESTS) build/test-neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static > build/test-neon.log
+	cmake --build build/test-neon && qemu-aarch64-static -cpu max build/test-neon/native_tests portable neon
 
 lint: $(READY)
 	$(PY) -m ruff check .

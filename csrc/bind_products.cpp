@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "floats.h"
 #include "layout.h"
 #include "product.h"
 #include "products.h"
@@ -99,6 +100,42 @@ void multiply(const std::vector<const Held*>& weights, const Rounded& x, const s
     product(terms, x, threads);
 }
 
+void multiply_grouped(const std::vector<const Held*>& weights, const std::vector<long>& counts,
+                      Array<const float, 2> x, Out out, int threads) {
+    check_threads(threads);
+    require(weights.size() == counts.size(), "a count of rows for every weight");
+    std::vector<Share> shares;
+    long first = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        const Weight& w = weights[i]->weight;
+        require(w.columns == (long)x.shape(1), "activations have " + std::to_string(x.shape(1)) + " columns, the weight " +
+                                                   std::to_string(w.columns));
+        require(w.rows == (long)out.shape(1), "the result's shape");
+        require(0 <= counts[i] && counts[i] <= (long)x.shape(0) - first, "more rows than there are activations");
+        if (counts[i]) shares.push_back({&w, first, counts[i]});
+        first += counts[i];
+    }
+    require(first == (long)x.shape(0) && x.shape(0) == out.shape(0), "a weight for every row, and a row of the result");
+    nb::gil_scoped_release release;
+    grouped(shares, x.data(), out.data(), threads);
+}
+
+void multiply_floats(Bytes values, const std::string& kind, Array<const float, 2> x, Out out,
+                     std::optional<Array<const float, 1>> bias, int threads) {
+    check_threads(threads);
+    const Scale scale = named<Scale>(SCALES, kind, "scale");
+    require(scale != Scale::e8m0, "weights are f16, bf16 or f32");
+    const FloatWeight w{(long)out.shape(1), (long)x.shape(1), scale, values.data()};
+    require(w.rows < MOST && w.columns < MOST, "rows or columns out of range");
+    require((long)values.nbytes() == w.rows * w.columns * SCALE_BYTES[(int)scale],
+            "the weight has " + std::to_string(values.nbytes()) + " bytes, not those of " + std::to_string(w.rows) + " x " +
+                std::to_string(w.columns));
+    require(x.shape(0) == out.shape(0), "the result's shape");
+    require(!bias || (long)bias->shape(0) == w.rows, "the bias's shape");
+    nb::gil_scoped_release release;
+    product(w, x.data(), (long)x.shape(0), out.data(), bias ? bias->data() : nullptr, threads);
+}
+
 void check_records(const Array<const uint8_t, 2>& codes, int bits, size_t records) {
     require((1 <= bits && bits <= 6) || bits == 8, "codes have 1 to 6, or 8 bits");
     const size_t tiles = (codes.shape(0) + TILE - 1) / TILE, blocks = (codes.shape(1) + BLOCK - 1) / BLOCK;
@@ -141,6 +178,10 @@ void bind_products(nb::module_& m) {
         }, array("x"), nb::arg("threads"));
     m.def("multiply", multiply, nb::arg("weights"), nb::arg("x"), array("outs"), array("biases"),
           nb::arg("threads"));
+    m.def("grouped", multiply_grouped, nb::arg("weights"), nb::arg("counts"), array("x"), array("out"),
+          nb::arg("threads"));
+    m.def("multiply_floats", multiply_floats, array("values"), nb::arg("kind"), array("x"), array("out"),
+          array("bias").none(), nb::arg("threads"));
     m.def("interleave", [](Array<const uint8_t, 2> codes, int bits, Array<uint8_t, 1> records) {
         check_records(codes, bits, records.shape(0));
         nb::gil_scoped_release release;

@@ -2,10 +2,16 @@
 
 #include <atomic>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace fewbits {
 
 const char* name_of(Set set) {
-    return set == Set::avx512 ? "avx512" : set == Set::avx2 ? "avx2" : "portable";
+    constexpr const char* NAMES[] = {"portable", "neon", "avx2", "avx512"};
+    return NAMES[(int)set];
 }
 
 #if defined(__x86_64__)
@@ -23,9 +29,12 @@ static bool all(size_t first, size_t last) {
         if (!have[i].here) return false;
     return true;
 }
+#elif defined(__aarch64__) && defined(__linux__)
+std::vector<Feature> features() { return {{"asimddp", (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0}}; }
+#elif defined(__aarch64__) && defined(__APPLE__)
+std::vector<Feature> features() { return {{"asimddp", true}}; }  // in every processor of theirs for computers
 #else
 std::vector<Feature> features() { return {}; }
-static bool all(size_t, size_t) { return false; }
 #endif
 
 std::vector<Set> usable() {
@@ -33,6 +42,9 @@ std::vector<Set> usable() {
 #ifdef FEWBITS_HAS_AVX512
     if (all(0, 3)) sets.push_back(Set::avx2);
     if (all(0, 9)) sets.push_back(Set::avx512);
+#endif
+#ifdef FEWBITS_HAS_NEON
+    if (features().front().here) sets.push_back(Set::neon);
 #endif
     return sets;
 }

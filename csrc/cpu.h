@@ -6,7 +6,7 @@
 
 namespace fewbits {
 
-enum class Set { portable, avx2, avx512 };  // ascending
+enum class Set { portable, neon, avx2, avx512 };  // ascending on any one machine
 
 struct Feature {
     const char* name;
@@ -21,7 +21,7 @@ bool use(const std::string& name);  // false: no usable set has that name
 
 // A table of functions, one of each set: `FEWBITS_TABLE(Products, products)` declares portable::products, … and
 // `const Products& products_of(Set)`.
-#ifdef FEWBITS_HAS_AVX512
+#if defined(FEWBITS_HAS_AVX512)
 #define FEWBITS_TABLE(Type, table)                                                               \
     namespace portable { extern const Type table; }                                              \
     namespace avx2 { extern const Type table; }                                                  \
@@ -29,6 +29,11 @@ bool use(const std::string& name);  // false: no usable set has that name
     inline const Type& table##_of(Set set) {                                                     \
         return set == Set::avx512 ? avx512::table : set == Set::avx2 ? avx2::table : portable::table; \
     }
+#elif defined(FEWBITS_HAS_NEON)
+#define FEWBITS_TABLE(Type, table)                          \
+    namespace portable { extern const Type table; }         \
+    namespace neon { extern const Type table; }             \
+    inline const Type& table##_of(Set set) { return set == Set::neon ? neon::table : portable::table; }
 #else
 #define FEWBITS_TABLE(Type, table)              \
     namespace portable { extern const Type table; } \

@@ -31,6 +31,15 @@ struct Term {
 // out = activations times weight transposed, plus bias, for several weights that read the same activations.
 void product(const std::vector<Term>& terms, const Rounded& x, int threads);
 
+// Rows of activations `first` … first + count - 1, and the weight that they meet.
+struct Share {
+    const Weight* weight;
+    long first, count;
+};
+
+// out[i] = x[i] times the transposed weight of row i, for weights of one shape: experts of a layer.
+void grouped(const std::vector<Share>& shares, const float* x, float* out, int threads);
+
 // Values of the rows `ids`: out [count, columns].
 void rows(const Weight& weight, const int64_t* ids, long count, float* out, int threads);
 // Values of the columns `ids`: out [count, rows].

@@ -19,9 +19,6 @@ struct Products {
     // out[row of x, row of the weight] = their product + bias, for some tiles and panels; out has `stride` columns.
     void (*multiply)(const Weight&, const Activations&, const Corrections&, long tile, long first_panel,
                      long last_panel, float* out, long stride, const float* bias);
-    // The weight's values: of one row [columns]; of one column in a tile [16].
-    void (*row)(const Weight&, long row, float* out);
-    void (*column)(const Weight&, long tile, long column, float* out);
 };
 
 FEWBITS_TABLE(Products, products)

@@ -7,6 +7,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 namespace fewbits::FEWBITS_ISA {
@@ -149,6 +151,87 @@ INLINE F32 floats(I32 x) {
                       _mm256_castps_si256(_mm256_cvtepi32_ps(h.high)));
 }
 
+#elif defined(__ARM_FEATURE_DOTPROD)  // -------------------------------------------------------------------------------
+
+// A vector as four registers: `each` applies a function to those of several vectors.
+template <class Part>
+struct Quarters {
+    Part at[4];
+};
+
+template <class Part, class V>
+INLINE Quarters<Part> quarters(V v) {
+    Quarters<Part> parts;
+    __builtin_memcpy(&parts, &v, sizeof parts);
+    return parts;
+}
+
+template <class V, class One>
+INLINE V each(One one) {
+    const decltype(one(0)) parts[4] = {one(0), one(1), one(2), one(3)};
+    V v;
+    __builtin_memcpy(&v, parts, sizeof v);
+    return v;
+}
+
+INLINE I32 spread(int32_t x) { return I32{} + x; }
+INLINE U8 bytes(uint8_t x) { return U8{} + x; }
+INLINE F32 spread(float x) {
+    return each<F32>([=](int) { return vdupq_n_f32(x); });
+}
+
+INLINE F32 fma(F32 a, F32 b, F32 c) {
+    const auto x = quarters<float32x4_t>(a), y = quarters<float32x4_t>(b), z = quarters<float32x4_t>(c);
+    return each<F32>([&](int i) { return vfmaq_f32(z.at[i], x.at[i], y.at[i]); });
+}
+
+// acc[i] + sum of four products of unsigned w and signed x; WIDE: w may be 128 or more. The instruction takes signed
+// bytes only: w - 128, and twice 64 for what that lacks.
+template <bool WIDE>
+INLINE I32 dot(I32 acc, U8 w, I32 x) {
+    const auto sums = quarters<int32x4_t>(acc);
+    const auto a = quarters<int8x16_t>(WIDE ? w ^ bytes(128) : w), b = quarters<int8x16_t>(x);
+    const int8x16_t half = vdupq_n_s8(64);
+    return each<I32>([&](int i) {
+        const int32x4_t sum = vdotq_s32(sums.at[i], a.at[i], b.at[i]);
+        return WIDE ? vdotq_s32(vdotq_s32(sum, half, b.at[i]), half, b.at[i]) : sum;
+    });
+}
+
+INLINE U8 lookup(U8 table, U8 index) {
+    const auto t = quarters<uint8x16_t>(table), i = quarters<uint8x16_t>(index);
+    return each<U8>([&](int k) { return vqtbl1q_u8(t.at[k], i.at[k]); });
+}
+
+INLINE U8 merge(U8 a, U8 b, U8 mask) { return a | (b & mask); }
+
+INLINE I32 widen16(const void* p) {
+    return each<I32>([=](int i) { return vmovl_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t*)p + 8 * i))); });
+}
+INLINE I32 widen_u8(const void* p) {
+    const uint8x16_t v = vld1q_u8((const uint8_t*)p);
+    const uint16x8_t halves[2] = {vmovl_u8(vget_low_u8(v)), vmovl_u8(vget_high_u8(v))};
+    return each<I32>([&](int i) {
+        return vmovl_u16(i % 2 ? vget_high_u16(halves[i / 2]) : vget_low_u16(halves[i / 2]));
+    });
+}
+INLINE I32 widen_i8(const void* p) {
+    const int8x16_t v = vld1q_s8((const int8_t*)p);
+    const int16x8_t halves[2] = {vmovl_s8(vget_low_s8(v)), vmovl_s8(vget_high_s8(v))};
+    return each<I32>([&](int i) {
+        return vmovl_s16(i % 2 ? vget_high_s16(halves[i / 2]) : vget_low_s16(halves[i / 2]));
+    });
+}
+INLINE F32 floats(I32 x) {
+    const auto parts = quarters<int32x4_t>(x);
+    return each<F32>([&](int i) { return vcvtq_f32_s32(parts.at[i]); });
+}
+INLINE F32 from_f16(const void* p) {
+    return each<F32>([=](int i) {
+        return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t*)p + 8 * i)));
+    });
+}
+
 #else  // plain C++ ---------------------------------------------------------------------------------------------------
 
 INLINE I32 spread(int32_t x) { return I32{} + x; }
@@ -206,6 +289,19 @@ INLINE I32 dot_word(I32 acc, U8 w, const int32_t* x) {
 }
 #endif
 
+// table[index], indices 0 … 15
+INLINE F32 pick(F32 table, I32 index) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#else
+    float from[LANES], to[LANES];
+    int32_t at[LANES];
+    store(from, table), store(at, index);
+    for (int i = 0; i < LANES; ++i) to[i] = from[at[i]];
+    return load<F32>(to);
+#endif
+}
+
 INLINE F32 from_bf16(const void* p) { return (F32)((U32)widen16(p) << 16); }
 
 // The integers that `dot` gathers start at MAGIC: read as floats they are then 1.5 * 2^23 + sum, without a conversion.
@@ -214,7 +310,7 @@ constexpr float MAGIC_VALUE = 12582912.0f;
 
 // scale times the sum in `acc`; `shift` is scale * -MAGIC_VALUE, exact as scales have 12 bits
 INLINE F32 scaled(I32 acc, F32 scale, F32 shift) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
     return fma((F32)acc, scale, shift);
 #else
     (void)shift;

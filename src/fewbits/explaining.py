@@ -108,10 +108,11 @@ def explain(what: str, *, block: Sequence[float] | None = None, largest: float |
         if reading is not None or what.strip().lower().startswith("0x"):
             raise
         try:
-            return explain_codec(codecs.get(what))
+            codec = codecs.get(what)
         except FewbitsError:
             raise FewbitsError(f"{what!r} is neither a number nor a codec", "for example 0.1, 0x3dcc, Q4_K, nf4, "
                                "int4-g128") from error
+        return explain_codec(codec)
     stored = [number_formats.store(value, form) for form in FORMATS]
     if not math.isfinite(value):
         return ValueExplained(what, value, read_as, stored, "", [])

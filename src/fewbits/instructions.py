@@ -16,7 +16,7 @@ _asked = [name for name in [os.environ.get(VARIABLE)] if name]  # until it was o
 
 
 def use(name: str) -> None:
-    """Take the kernels called `name`: "portable", "avx2" or "avx512".
+    """Take the kernels called `name`: "portable", "avx2", "avx512" or "neon".
 
     Raises:
         FewbitsError: there are none of that name, or this CPU lacks instructions that they need.

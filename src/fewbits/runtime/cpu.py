@@ -20,7 +20,7 @@ from fewbits.runtime.reference import Prepared
 
 CHUNK = 1 << 22  # weights unpacked at a time while preparing
 OUTLIER = 6.0  # LLM.int8(): columns of activations that reach it are multiplied in floating point
-DECODED = 1 << 24  # weights decoded at a time for gradients
+DECODED = 1 << 20  # weights decoded at a time for gradients: they stay in the second cache
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Matrix:
             scale=SCALES[self.dtype], values=f.values, levels=f.levels,
             **{name: self.planes.get(name) for name in ("codes", "scales", "mins", "subscales", "submins")})
 
-    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+    def decode(self, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows `ids` `[n]`, float32 `[n, columns]`."""
-        out = torch.empty(len(ids), self.columns)
+        out = torch.empty(len(ids), self.columns) if out is None else out
         self.weight.rows(ids.long().contiguous(), out, threads())
         return out
 
@@ -177,12 +177,15 @@ class Native:
         return multiply([m], near, [bias])[0].addmm_(x[:, far], m.decode_columns(far))
 
     def grad_input(self, g: torch.Tensor) -> torch.Tensor:
+        if len(self.shape) != 2 or g.shape[-1] != self.shape[0]:
+            raise FewbitsError(f"a gradient of {g.shape[-1]} columns for a weight {list(self.shape)}")
         flat, m = g.reshape(-1, g.shape[-1]).float(), self.matrices[0]
         out = torch.zeros(len(flat), m.columns)
-        step = max(1, DECODED // m.columns)
+        step = min(m.rows, max(TILE, DECODED // m.columns // TILE * TILE))
+        buffer = torch.empty(step, m.columns)
         for at in range(0, m.rows, step):
             ids = torch.arange(at, min(at + step, m.rows))
-            out.addmm_(flat[:, at:at + step], m.decode(ids))
+            out.addmm_(flat[:, at:at + step], m.decode(ids, buffer[:len(ids)]))
         return self._ordered(out).view(*g.shape[:-1], self.shape[-1]).to(g.dtype)
 
     def _ordered(self, values: torch.Tensor) -> torch.Tensor:
@@ -197,14 +200,23 @@ class Native:
 
     def grouped(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Every row of `x` `[n, in]` times the matrix of its expert, `experts` `[n]`: `[n, out]`."""
-        flat, out = self._rows(x), torch.empty(len(x), self.shape[-2])
-        for i in torch.unique(experts).tolist():
-            if not 0 <= i < len(self.matrices):
-                raise FewbitsError(f"expert {i} of {len(self.matrices)}")
-            which = (experts == i).nonzero()[:, 0]
-            order = None if self.order is None else self.order[i] if self.order.ndim == 2 else self.order
-            out[which] = self._product(self.matrices[i], flat[which], None, order)
-        return out.to(x.dtype)
+        flat, count = self._rows(x), len(self.matrices)
+        if experts.shape != x.shape[:1]:
+            raise FewbitsError(f"experts {list(experts.shape)} for {list(x.shape)} activations", "one for each row")
+        for wrong in experts[(experts < 0) | (experts >= count)].tolist()[:1]:
+            raise FewbitsError(f"expert {wrong} of {count}")
+        by_expert = torch.argsort(experts, stable=True)
+        flat, sizes = flat[by_expert], torch.bincount(experts, minlength=count).tolist()
+        if self.order is not None:
+            flat = flat.gather(1, self.order.expand(count, -1)[experts[by_expert]])
+        found = torch.empty(len(x), self.shape[-2])
+        if self.codec.family == "int8":  # each expert leaves out columns of its own
+            parts = zip(self.matrices, flat.split(sizes), found.split(sizes), strict=True)
+            for m, rows, to in parts:
+                to.copy_(self._product(m, rows, None, None))
+        else:
+            _native.grouped([m.weight for m in self.matrices], sizes, flat, found, threads())
+        return torch.empty_like(found).index_copy_(0, by_expert, found).to(x.dtype)
 
 
 class Cpu:

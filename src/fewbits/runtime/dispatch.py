@@ -7,9 +7,10 @@ import torch
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.cpu import Cpu
+from fewbits.runtime.floats import Floats
 from fewbits.runtime.reference import Decode, Decoded, Kernel
 
-KERNELS: tuple[Kernel, ...] = (Cpu(), Decoded(), Decode())
+KERNELS: tuple[Kernel, ...] = (Cpu(), Floats(), Decoded(), Decode())
 
 
 def choose(q: QTensor, device: torch.device, only: str | None = None, without: tuple[str, ...] = ()) -> Kernel:

@@ -1,0 +1,26 @@
+// Products of float weights, as they are stored, with few rows of float32 activations: bound by memory.
+#pragma once
+
+#include "cpu.h"
+#include "weight.h"
+
+namespace fewbits {
+
+struct FloatWeight {
+    long rows, columns;
+    Scale kind;             // f16, bf16 or f32
+    const uint8_t* values;  // [rows][columns]
+};
+
+struct FloatProducts {
+    int rows;  // of the weight that go together
+    // out[row of x, row of the weight] = their product + bias, for rows `first` … first + rows - 1 of the weight
+    void (*multiply)(const FloatWeight&, const float* x, long count, long first, float* out, const float* bias);
+};
+
+FEWBITS_TABLE(FloatProducts, float_products)
+
+// out = x [count, columns] times the weight transposed, plus bias (or null).
+void product(const FloatWeight& weight, const float* x, long count, float* out, const float* bias, int threads);
+
+}  // namespace fewbits
