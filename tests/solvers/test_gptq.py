@@ -248,7 +248,7 @@ def test_one_token() -> None:
 
 def test_inverse_factor_is_the_factor_of_the_inverse() -> None:
     _, statistics = correlated(1, 40)
-    moment, upper = inverse_factor(statistics.moment)
+    moment, upper = inverse_factor(statistics.moment.clone())
     torch.testing.assert_close(moment.double(), damped(statistics))
     torch.testing.assert_close(upper.T @ upper, torch.linalg.inv(moment), rtol=1e-3, atol=1e-4)
     assert torch.equal(upper, upper.triu())

@@ -62,8 +62,9 @@ class Walk:
         self.model = empty_model(checkpoint.config, checkpoint.path)
         self.places = Places(self.model, checkpoint)
         self.lists = block_lists(self.model)
-        self._load(self._names_outside())
+        self._outside = self._names_outside()
         if len(self.lists) > 1:
+            self._load(self._outside)
             self.lists = self._in_order()
         self._ends: list[list[Stream]] = []  # what each list walked puts out
 
@@ -89,8 +90,11 @@ class Walk:
         from fewbits.runtime.passes import Passes
 
         index = 0
+        self._load(self._outside)
         for at, (prefix, modules) in enumerate(self.lists):
             streams = [self._enter(at, which) for which in range(1 + self.drift)]  # this model's, the original's
+            if at == len(self.lists) - 1:
+                self._forget_outside()
             for i, module in enumerate(modules):
                 names = self._names[module]
                 self._load(names)
@@ -128,6 +132,14 @@ class Walk:
             block = owner.get(self.places.of(entry).module)
             (outside if block is None else self._names[block]).append(name)
         return outside
+
+    def _forget_outside(self) -> None:
+        """Embeddings and heads have no part in what blocks do."""
+        inside = {part for _, blocks in self.lists for block in blocks for part in block.modules()}
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if module not in inside and parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     # what blocks are called with ------------------------------------------------------------------------------------
     def _in_order(self) -> list[tuple[str, torch.nn.ModuleList]]:

@@ -73,24 +73,31 @@ def inverse_factor(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The second moment, shrunk towards its diagonal and damped, and the upper Cholesky factor of its inverse.
 
     Damping is a share of the geometric mean of the diagonal: a few inputs of enormous size do not raise it. All that
-    is known of dead inputs is the damping.
+    is known of dead inputs is the damping. The first of the two results takes the place of `moment`: such a matrix may
+    be the largest thing in memory.
 
     Raises:
         FewbitsError: no damping makes it positive definite.
     """
-    live = moment.diagonal()[moment.diagonal() > 0]
-    mean = live.double().log().mean().exp() if len(live) else torch.ones(())
-    eye = torch.eye(len(moment), dtype=moment.dtype)
-    moment = moment.lerp(torch.diag(moment.diagonal()), SHRINKAGE)
+    diagonal = moment.diagonal().clone()
+    live = diagonal[diagonal > 0]
+    mean = float(live.double().log().mean().exp()) if len(live) else 1.0
+    moment *= 1 - SHRINKAGE
     for share in DAMPING:
-        damped = moment + (share * float(mean)) * eye
-        for exact in {damped.dtype: damped, torch.float64: damped.double()}.values():
-            # backwards H = L L^T, so forwards H = V V^T with V upper triangular, and the inverse is U^T U with U = 1/V
-            lower, failed = torch.linalg.cholesky_ex(exact.flip(0, 1))
-            if failed:
-                continue
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye.to(exact.dtype), upper=True).to(moment.dtype)
-            if bool(upper.isfinite().all()):
-                return damped, upper
+        moment.diagonal().copy_(diagonal + share * mean)
+        for dtype in dict.fromkeys((moment.dtype, torch.float64)):
+            upper = _inverse_factor(moment.to(dtype))
+            if upper is not None:
+                return moment, upper.to(moment.dtype)
     raise FewbitsError(f"second moment of {len(moment)} inputs is not positive definite at any damping",
                        "use more calibration text")
+
+
+def _inverse_factor(h: torch.Tensor) -> torch.Tensor | None:
+    # backwards H = L L^T, so forwards H = V V^T with V upper triangular, and the inverse is U^T U with U = 1/V
+    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if failed:
+        return None
+    lower = lower.flip(0, 1)
+    upper = torch.linalg.solve_triangular(lower, torch.eye(len(h), dtype=h.dtype), upper=True)
+    return upper if bool(upper.isfinite().all()) else None
