@@ -44,36 +44,39 @@ class Llama:
         self.buffers.append(ctypes.c_void_p(self.base.ggml_backend_alloc_ctx_tensors_from_buft(context, kind)))
 
     def free(self) -> None:
-        """Everything that the last `works` needed."""
+        """Everything that is held and was computed."""
         for buffer in self.buffers:
             self.base.ggml_backend_buffer_free(buffer)
         for context in self.contexts:
             self.base.ggml_free(context)
         self.buffers, self.contexts = [], []
 
-    def works(self, q: QTensor, x: torch.Tensor, copies: int, repack: bool) -> list[Callable[[], object]]:
-        """Products of `x` with as many copies of a weight; none where it cannot be repacked."""
-        base, kind = self.base, TYPES[q.codec.name]
+    def hold(self, q: QTensor, copies: int, repack: bool) -> list[ctypes.c_void_p]:
+        """As many copies of a weight; none where it cannot be repacked."""
+        base, context, size = self.base, self._context(), ctypes.c_int64
         plain = ctypes.c_void_p(base.ggml_backend_get_default_buffer_type(self.backend))
-        buffer_type = ctypes.c_void_p(self.cpu._Z35ggml_backend_cpu_repack_buffer_typev()) if repack else plain
         rows, columns = q.shape
-        works: list[Callable[[], object]] = []
-        held, acts = self._context(), self._context()
-        size = ctypes.c_int64
-        weights = [ctypes.c_void_p(base.ggml_new_tensor_2d(held, kind, size(columns), size(rows)))
+        weights = [ctypes.c_void_p(base.ggml_new_tensor_2d(context, TYPES[q.codec.name], size(columns), size(rows)))
                    for _ in range(copies)]
-        self._allocate(held, buffer_type)
+        repacked = ctypes.c_void_p(self.cpu._Z35ggml_backend_cpu_repack_buffer_typev())
+        self._allocate(context, repacked if repack else plain)
         if repack and not ctypes.c_void_p.from_address(weights[0].value + EXTRA).value:  # type: ignore[operator]
             return []
         data = q.planes["blocks"].contiguous()
         for w in weights:
             base.ggml_backend_tensor_set(w, ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(0),
                                          ctypes.c_size_t(data.numel()))
-        given = ctypes.c_void_p(base.ggml_new_tensor_2d(acts, 0, size(columns), size(len(x))))
-        products = [ctypes.c_void_p(base.ggml_mul_mat(acts, w, given)) for w in weights]
-        self._allocate(acts, plain)
+        return weights
+
+    def works(self, weights: list[ctypes.c_void_p], x: torch.Tensor) -> list[Callable[[], object]]:
+        """Products of `x` `[rows, columns]` with each of them."""
+        base, context, size = self.base, self._context(), ctypes.c_int64
+        given = ctypes.c_void_p(base.ggml_new_tensor_2d(context, 0, size(x.shape[1]), size(len(x))))
+        products = [ctypes.c_void_p(base.ggml_mul_mat(context, w, given)) for w in weights]
+        self._allocate(context, ctypes.c_void_p(base.ggml_backend_get_default_buffer_type(self.backend)))
         base.ggml_backend_tensor_set(given, ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(0),
                                      ctypes.c_size_t(x.numel() * 4))
+        works: list[Callable[[], object]] = []
         for product in products:
             graphs = self._context()
             graph = ctypes.c_void_p(base.ggml_new_graph(graphs))

@@ -165,6 +165,7 @@ def compare(name: str, shape: tuple[int, int], counts: Sequence[int], threads: i
     native = cpu.Native(q, torch.float32)
     nbytes = sum(plane.numel() for plane in native.planes.values())
     copies, found = copies_of(native.matrices[0], -(-ROTATED_BYTES // nbytes)), []
+    held = [llama.hold(q, len(copies), repack) for repack in (False, True)] if llama and name in ggml.TYPES else []
     for count in counts:
         x, out = torch.randn(count, shape[1]), torch.empty(count, shape[0])
         few = copies if count <= 16 else copies[:2]
@@ -173,20 +174,17 @@ def compare(name: str, shape: tuple[int, int], counts: Sequence[int], threads: i
             _native.multiply([m.weight], _native.Rounded(x, threads), [out], [None], threads)
 
         works: list[list[Work]] = [[lambda m=m: work(m) for m in few]]  # type: ignore[misc]
-        if llama and name in ggml.TYPES:
-            work(few[0])
-            for repack in (False, True):
-                theirs = llama.works(q, x, len(few), repack)
-                if theirs:
-                    theirs[-1]()
-                    error = (llama.result(count, shape[0]) - out).square().sum() / out.square().sum()
-                    assert error < 1e-3, f"{name}: the two results differ by {error:.1e}"
-                    works.append(theirs)
+        for weights in held:
+            if llama and weights:
+                works.append(llama.works(weights[:len(few)], x))
+                works[0][0](), works[-1][-1]()
+                error = (llama.result(count, shape[0]) - out).square().sum() / out.square().sum()
+                assert error < 1e-3, f"{name}: the two results differ by {error:.1e}"
         ours, *others = medians(works)
-        if llama:
-            llama.free()
         found.append((name, shape, count, nbytes, ours, min(others, default=peer.get(count, math.nan))))
         print(name, shape, count, *(f"{s * 1e3:.3f}" for s in found[-1][-2:]), flush=True)
+    if llama:
+        llama.free()
     return found
 
 
