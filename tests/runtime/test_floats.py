@@ -14,7 +14,7 @@ from fewbits.runtime import floats
 from fewbits.runtime.dispatch import choose
 
 CPU = torch.device("cpu")
-KINDS = ["F32", "F16", "BF16"]
+KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @pytest.fixture(params=_native.usable())
@@ -27,8 +27,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def weight(name: str, rows: int, columns: int) -> QTensor:
     torch.manual_seed(0)
-    codec = codecs.get(name)
-    return QTensor(codec, (rows, columns), {"data": torch.randn(rows, columns).to(getattr(torch, codec.DTYPES[name]))})
+    return QTensor(codecs.get(name), (rows, columns), {"data": torch.randn(rows, columns).to(KINDS[name])})
 
 
 @pytest.mark.parametrize("shape", [(37, 200), (1, 33), (64, 1)])
