@@ -45,7 +45,9 @@ void place(Activations& a, char* at) {
     a.sums = (int32_t*)(at + size.codes + 2 * size.floats);
 }
 
-long bytes_of_corrections(const Weight& w, const Activations& a) { return 2 * aligned(a.panels * a.width * w.subs() * 4); }
+long bytes_of_corrections(const Weight& w, const Activations& a) {
+    return 2 * aligned(a.panels * a.width * w.subs() * 4);
+}
 
 Corrections corrections_at(char* at, const Weight& w, const Activations& a) {
     return {(int32_t*)at, (float*)(at + bytes_of_corrections(w, a) / 2)};
@@ -78,8 +80,8 @@ void multiply(const Products& kernels, const std::vector<Work>& works, int threa
     parallel(threads, (long)parts.size(), [&](long i) {
         const Part& p = parts[i];
         const Work& w = *p.work;
-        kernels.multiply(*w.weight, *w.x, w.corrections, p.tile, p.panel, std::min(p.panel + kernels.panels, w.x->panels),
-                         w.out, w.weight->rows, w.bias);
+        const long last = std::min(p.panel + kernels.panels, w.x->panels);
+        kernels.multiply(*w.weight, *w.x, w.corrections, p.tile, p.panel, last, w.out, w.weight->rows, w.bias);
     });
 }
 
