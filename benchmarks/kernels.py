@@ -1,125 +1,61 @@
-"""Native products beside llama.cpp's, in one process: matrix-vector, 4, 16 and 512 rows, and what the machine can do.
+"""Native products beside the peers', in one run: matrix-vector, 4, 16 and 512 rows, and what the machine can do.
 
-    python benchmarks/kernels.py [--llama FOLDER] [--types Q4_0 …] [--threads 1] [--shapes 4096x4096] [--cpu-time]
+    python benchmarks/kernels.py [--types Q4_0 …] [--rows 1 16] [--threads 1] [--shapes 4096x4096] [--no-peers]
 
-Weights rotate over more than 256 MB, so that no cache holds them; the least time of several rounds counts, rounding the
-activations included on both sides. llama.cpp (ggml's own library, called through ctypes) computes a graph of one
-product, with and without repacking of weights: the better one counts. `--cpu-time` counts a thread's time on the
-processor instead of the clock, on a busy machine with one thread.
+Weights rotate over more than 256 MB, so that no cache holds them; rounding the activations is included on both sides.
+Ours and llama.cpp's (ggml's own library: a graph of one product, with and without repacking of weights, the better
+counts) take turns; medians. Beside nf4 and int8 bitsandbytes, beside int4-g128 GPTQModel with the kernel it chooses,
+each in its own process before ours. The machine's limits are measured in the beginning and in the end; the better one
+counts.
 """
 
 from __future__ import annotations
 
-import ctypes
+import json
 import math
+import shutil
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import ggml
 import torch
+from baselines import Peers
 from common import ROOT, parser, show
 
+import fewbits
 from fewbits import _native, codecs
+from fewbits.cli.common import quiet_libraries
 from fewbits.qtensor import QTensor
 from fewbits.runtime import cpu
 
-TYPES = ["Q4_0", "Q4_K", "Q8_0", "Q6_K", "Q5_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL", "MXFP4", "int4-g128", "nf4",
-         "int8"]
-GGML = {"Q4_0": 2, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
-        "IQ4_NL": 20, "IQ4_XS": 23, "MXFP4": 39}
+TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+         "TQ2_0", "int2-g128", "int3-g128", "int4-g128", "int8-g128", "nf4", "fp4", "int8"]
 ROWS = (1, 4, 16, 512)
 ROTATED_BYTES = 256 << 20
 SECONDS = 0.25  # at least, of each measurement
-EXTRA = 320  # where a tensor of ggml names who repacks it, or nobody
+PAUSE = 0.02  # seconds; threads that wait for work spin for less
+PEERS = {"nf4": ("bnb", "nf4"), "int8": ("bnb", "int8"), "int4-g128": ("gptq", "gptq")}  # type -> environment, kind
+
+Work = Callable[[], object]
 
 
-class Clock:
-    def __init__(self, cpu_time: bool):
-        self.now = time.thread_time if cpu_time else time.perf_counter
-
-    def least(self, works: list[Callable[[], object]]) -> float:
-        """Seconds of the fastest of `works`, called in turn."""
-        best, began, rounds = math.inf, time.perf_counter(), 0
-        while rounds < 3 or time.perf_counter() - began < SECONDS:
-            for work in works:
-                start = self.now()
+def medians(works: Sequence[Sequence[Work]]) -> list[float]:
+    """Seconds of the median call in each list; the lists take turns, a round of each."""
+    taken: list[list[float]] = [[] for _ in works]
+    began, rounds = time.perf_counter(), 0
+    while rounds < 3 or time.perf_counter() - began < SECONDS * len(works):
+        for mine, calls in zip(taken, works, strict=True):
+            time.sleep(PAUSE)
+            for work in calls:
+                start = time.perf_counter()
                 work()
-                best = min(best, self.now() - start)
-            rounds += 1
-        return best
-
-
-class Llama:
-    """ggml's CPU backend."""
-
-    class Init(ctypes.Structure):
-        _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
-
-    def __init__(self, folder: Path, threads: int):
-        self.base, self.cpu = (ctypes.CDLL(str(folder / f"lib{n}.so"), mode=ctypes.RTLD_GLOBAL)
-                               for n in ("ggml-base", "ggml-cpu"))
-        for name in ("ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph",
-                     "ggml_backend_alloc_ctx_tensors_from_buft", "ggml_backend_get_default_buffer_type"):
-            getattr(self.base, name).restype = ctypes.c_void_p
-        self.buffers: list[ctypes.c_void_p] = []
-        self.contexts: list[ctypes.c_void_p] = []
-        for name in ("ggml_backend_cpu_init", "_Z35ggml_backend_cpu_repack_buffer_typev"):
-            getattr(self.cpu, name).restype = ctypes.c_void_p
-        self.backend = ctypes.c_void_p(self.cpu.ggml_backend_cpu_init())
-        self.cpu.ggml_backend_cpu_set_n_threads(self.backend, threads)
-
-    def _context(self) -> ctypes.c_void_p:
-        self.base.ggml_init.argtypes = [Llama.Init]
-        self.contexts.append(ctypes.c_void_p(self.base.ggml_init(Llama.Init(1 << 20, None, True))))
-        return self.contexts[-1]
-
-    def _allocate(self, context: ctypes.c_void_p, kind: ctypes.c_void_p) -> None:
-        self.buffers.append(ctypes.c_void_p(self.base.ggml_backend_alloc_ctx_tensors_from_buft(context, kind)))
-
-    def free(self) -> None:
-        """Everything that the last `works` needed."""
-        for buffer in self.buffers:
-            self.base.ggml_backend_buffer_free(buffer)
-        for context in self.contexts:
-            self.base.ggml_free(context)
-        self.buffers, self.contexts = [], []
-
-    def works(self, q: QTensor, x: torch.Tensor, copies: int, repack: bool) -> list[Callable[[], object]]:
-        """Products of `x` with as many copies of a weight; none where it cannot be repacked."""
-        base, kind = self.base, GGML[q.codec.name]
-        plain = ctypes.c_void_p(base.ggml_backend_get_default_buffer_type(self.backend))
-        buffer_type = ctypes.c_void_p(self.cpu._Z35ggml_backend_cpu_repack_buffer_typev()) if repack else plain
-        rows, columns = q.shape
-        works: list[Callable[[], object]] = []
-        held, acts = self._context(), self._context()
-        size = ctypes.c_int64
-        weights = [ctypes.c_void_p(base.ggml_new_tensor_2d(held, kind, size(columns), size(rows)))
-                   for _ in range(copies)]
-        self._allocate(held, buffer_type)
-        if repack and not ctypes.c_void_p.from_address(weights[0].value + EXTRA).value:  # type: ignore[operator]
-            return []
-        data = q.planes["blocks"].contiguous()
-        for w in weights:
-            base.ggml_backend_tensor_set(w, ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(0),
-                                         ctypes.c_size_t(data.numel()))
-        given = ctypes.c_void_p(base.ggml_new_tensor_2d(acts, 0, size(columns), size(len(x))))
-        products = [ctypes.c_void_p(base.ggml_mul_mat(acts, w, given)) for w in weights]
-        self._allocate(acts, plain)
-        base.ggml_backend_tensor_set(given, ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(0),
-                                     ctypes.c_size_t(x.numel() * 4))
-        for product in products:
-            graphs = self._context()
-            graph = ctypes.c_void_p(base.ggml_new_graph(graphs))
-            base.ggml_build_forward_expand(graph, product)
-            works.append(lambda graph=graph: base.ggml_backend_graph_compute(self.backend, graph))  # type: ignore[misc]
-        self.last = products[-1]
-        return works
-
-    def result(self, rows: int, columns: int) -> torch.Tensor:
-        out = torch.empty(rows, columns)
-        self.base.ggml_backend_tensor_get(self.last, ctypes.c_void_p(out.data_ptr()), ctypes.c_size_t(0),
-                                          ctypes.c_size_t(out.numel() * 4))
-        return out
+                mine.append(time.perf_counter() - start)
+        rounds += 1
+    return [statistics.median(t) for t in taken]
 
 
 def random_weight(name: str, shape: tuple[int, int]) -> QTensor:
@@ -149,69 +85,109 @@ def copies_of(m: cpu.Matrix, count: int) -> list[cpu.Matrix]:
     return found
 
 
-def limits(clock: Clock, threads: int) -> tuple[float, float]:
-    """GB/s read from memory, and Gop/s of integer dot products."""
+def limits(threads: int) -> tuple[float, float]:
+    """GB/s read from memory, and Gop/s of integer dot products; the most of a few tries."""
     buffer = cpu._empty(512 << 20).fill_(1)
-    read = buffer.numel() / clock.least([lambda: _native.probe_read(buffer, threads)]) / 1e9
     rounds = 2_000_000
-    work = rounds * _native.PROBE_OPERATIONS * threads
-    return read, work / clock.least([lambda: _native.probe_dots(rounds, threads)]) / 1e9
+    read, dots = (min(medians([[work]])[0] for _ in range(3)) for work in (
+        lambda: _native.probe_read(buffer, threads), lambda: _native.probe_dots(rounds, threads)))
+    return buffer.numel() / read / 1e9, rounds * _native.PROBE_OPERATIONS * threads / dots / 1e9
+
+
+def of_peer(peers: Peers, tokenizer: Path, name: str, shape: tuple[int, int], rows: Sequence[int],
+            threads: int) -> dict[int, float]:
+    """Count of rows -> seconds; a model needs some `tokenizer`, that of a model's folder."""
+    environment, kind = PEERS[name]
+    job: dict[str, Any] = {"kind": kind, "shape": shape, "rows": list(rows), "threads": threads, "seconds": SECONDS,
+                           "bytes": ROTATED_BYTES, "found": str(peers.work / "products.json")}
+    if kind == "gptq":
+        job |= {"model": str(one_layer(peers.work, tokenizer, shape)), "layer": "model.layers.0.mlp.up_proj"}
+    peers.run(environment, "peer_products.py", job=job)
+    return {int(n): s for n, s in json.loads((peers.work / "products.json").read_text()).items()}
+
+
+def one_layer(work: Path, tokenizer: Path, shape: tuple[int, int]) -> Path:
+    """A random Llama of one block whose `up_proj` has the shape, as an int4-g128 directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    out = work / f"int4-g128-{shape[0]}x{shape[1]}"
+    if not out.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            config = LlamaConfig(hidden_size=shape[1], intermediate_size=shape[0], num_hidden_layers=1,
+                                 num_attention_heads=32, num_key_value_heads=8, vocab_size=256, dtype="float16")
+            LlamaForCausalLM(config).half().save_pretrained(folder)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(tokenizer / name, folder)
+            fewbits.quantize(folder, out, "int4-g128", solver="nearest", calibration="none", finish="off")
+    return out
 
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--llama", type=Path, help="folder of libggml-base.so and libggml-cpu.so, built for this machine")
+    p.add_argument("--peers", type=Path, default=ROOT / ".peers")
+    p.add_argument("--no-peers", action="store_true", help="ours alone")
     p.add_argument("--types", nargs="*", default=TYPES)
     p.add_argument("--rows", nargs="*", type=int, default=ROWS)
     p.add_argument("--shapes", nargs="*", default=["4096x4096", "14336x4096"], help="output x input")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--cpu-time", action="store_true")
-    options = p.parse_args()
-    torch.set_num_threads(options.threads)
-    found = sorted((ROOT / ".peers" / "llama").glob("lib/python*/site-packages/llama_cpp/lib"))
-    folder = options.llama or (found[0] if found else None)
-    llama = Llama(folder, options.threads) if folder else None
-    clock, results = Clock(options.cpu_time), []
-    most = limits(clock, options.threads)
-    for shape in [tuple(map(int, s.split("x"))) for s in options.shapes]:
-        for name in options.types:
-            results += compare(name, shape, options.rows, clock, options.threads, llama, most)
-    show(f"Products on the CPU, {options.threads} thread(s), {_native.current()}",
-         ("type", "shape", "rows", "ms", "GB/s", "of the read", "Gop/s", "of the dots", "llama.cpp ms",
-          "times as fast"), results, options.json)
+    args = p.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    peers = None if args.no_peers else Peers(args.peers.absolute(), args.work.absolute())
+    llama = None
+    if peers:
+        folder, = (args.peers / "llama").glob("lib/python*/site-packages/llama_cpp/lib")
+        llama = ggml.Llama(folder, args.threads)
+    before, found = limits(args.threads), []
+    for shape in [tuple(map(int, s.split("x"))) for s in args.shapes]:
+        for name in args.types:
+            theirs = (of_peer(peers, args.models / "smollm2-135m", name, shape, args.rows, args.threads)
+                      if peers and name in PEERS else {})
+            found += compare(name, shape, args.rows, args.threads, llama, theirs)
+    read, dots = map(max, before, limits(args.threads))
+    table, one = [], {}
+    for name, shape, count, nbytes, seconds, theirs in found:
+        one[name, shape] = seconds if count == 1 else one.get((name, shape), math.nan)
+        rates = nbytes / seconds / 1e9, 2 * count * math.prod(shape) / seconds / 1e9
+        table.append((name, "x".join(map(str, shape)), count, seconds * 1e3, seconds / one[name, shape], rates[0],
+                      rates[0] / read, rates[1], rates[1] / dots, theirs * 1e3, theirs / seconds))
+    show(f"Products on the CPU, {args.threads} thread(s), {_native.current()}; it reads {read:.1f} GB/s and does "
+         f"{dots:.0f} Gop/s of dot products",
+         ("type", "shape", "rows", "ms", "x 1 row", "GB/s", "of the read", "Gop/s", "of the dots", "peer's ms",
+          "x as fast"), table, args.json)
 
 
-def compare(name: str, shape: tuple[int, ...], counts: list[int], clock: Clock, threads: int,
-            llama: Llama | None, most: tuple[float, float]) -> list[tuple[object, ...]]:
-    q = random_weight(name, (shape[0], shape[1]))
+def compare(name: str, shape: tuple[int, int], counts: Sequence[int], threads: int, llama: ggml.Llama | None,
+            peer: dict[int, float]) -> list[tuple[str, tuple[int, int], int, int, float, float]]:
+    """Type, shape, rows, bytes, seconds of ours and of the peer (nan where there is none)."""
+    q = random_weight(name, shape)
     native = cpu.Native(q, torch.float32)
     nbytes = sum(plane.numel() for plane in native.planes.values())
-    read, dots = most
-    copies, rows = copies_of(native.matrices[0], -(-ROTATED_BYTES // nbytes)), []
+    copies, found = copies_of(native.matrices[0], -(-ROTATED_BYTES // nbytes)), []
     for count in counts:
         x, out = torch.randn(count, shape[1]), torch.empty(count, shape[0])
+        few = copies if count <= 16 else copies[:2]
 
         def work(m: cpu.Matrix, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
             _native.multiply([m.weight], _native.Rounded(x, threads), [out], [None], threads)
 
-        few = copies if count <= 16 else copies[:2]
-        seconds = clock.least([lambda m=m: work(m) for m in few])  # type: ignore[misc]
-        theirs = math.nan
-        if llama and name in GGML:
+        works: list[list[Work]] = [[lambda m=m: work(m) for m in few]]  # type: ignore[misc]
+        if llama and name in ggml.TYPES:
+            work(few[0])
             for repack in (False, True):
-                works = llama.works(q, x, len(few), repack)
-                if works:
-                    spent = clock.least(works)
+                theirs = llama.works(q, x, len(few), repack)
+                if theirs:
+                    theirs[-1]()
                     error = (llama.result(count, shape[0]) - out).square().sum() / out.square().sum()
                     assert error < 1e-3, f"{name}: the two results differ by {error:.1e}"
-                    theirs = spent if math.isnan(theirs) else min(theirs, spent)
-                llama.free()
-        operations = 2 * count * shape[0] * shape[1]
-        rows.append((name, f"{shape[0]}x{shape[1]}", count, seconds * 1e3, nbytes / seconds / 1e9,
-                     nbytes / seconds / 1e9 / read, operations / seconds / 1e9, operations / seconds / 1e9 / dots,
-                     *((theirs * 1e3, theirs / seconds) if theirs == theirs else ("-", "-"))))
-        print(*(f"{v:.3g}" if isinstance(v, float) else v for v in rows[-1]), flush=True)
-    return rows
+                    works.append(theirs)
+        ours, *others = medians(works)
+        if llama:
+            llama.free()
+        found.append((name, shape, count, nbytes, ours, min(others, default=peer.get(count, math.nan))))
+        print(name, shape, count, *(f"{s * 1e3:.3f}" for s in found[-1][-2:]), flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ Held hold(long rows, long columns, int bits, int zero, int sub, int group, float
         }
     }
     require(products_of(Set::portable).knows(w), "no kernel for these codes and scales");
+    require(!w.offsets() || zero == 0, "a zero point beside offsets");
     const bool lines = w.scaling == Scaling::lines, nibbles = w.scaling == Scaling::nibbles;
     const long entries = w.tiles * w.groups * TILE, subs = w.tiles * w.subs() * TILE;
     const long scale_bytes = entries * SCALE_BYTES[(int)w.scale];

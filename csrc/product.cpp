@@ -24,6 +24,19 @@ Memory allocate(long bytes) {
     return memory;
 }
 
+constexpr long STRETCH = 32;  // blocks of a panel that a thread prepares at a time
+constexpr long TOGETHER = 4;  // calls of `multiply` in a row, for few rows
+
+// work(panel, first block, last block) for all of the activations
+template <class Work>
+void spread(int threads, const Activations& a, Work work) {
+    const long stretches = (a.blocks + STRETCH - 1) / STRETCH;
+    parallel(a.rows > 1 ? threads : 1, a.panels * stretches, [&](long i) {
+        const long first = i % stretches * STRETCH;
+        work(i / stretches, first, std::min(first + STRETCH, a.blocks));
+    });
+}
+
 // Activations of so many rows, without memory yet.
 Activations shaped(const Products& kernels, long rows, long columns) {
     const int width = kernels.width(std::max(rows, 1L));
@@ -56,6 +69,7 @@ Corrections corrections_at(char* at, const Weight& w, const Activations& a) {
 // Sums that weights of one zero point and size of sub-blocks meet.
 struct Prepared {
     int zero, sub;
+    bool offsets;
     Memory memory;
     Corrections corrections;
 };
@@ -73,15 +87,21 @@ void multiply(const Products& kernels, const std::vector<Work>& works, int threa
         const Work* work;
         long tile, panel;
     };
+    long tiles = 0;
+    bool few = true;
+    for (const Work& w : works) tiles += w.weight->tiles, few = few && w.x->panels == 1;
+    // neighbours in memory stay together where there are enough of them to share out evenly
+    const long step = kernels.tiles * (few && tiles >= 16 * TOGETHER * kernels.tiles * threads ? TOGETHER : 1);
     std::vector<Part> parts;
     for (const Work& w : works)
         for (long panel = 0; panel < w.x->panels; panel += kernels.panels)
-            for (long tile = 0; tile < w.weight->tiles; tile += kernels.tiles) parts.push_back({&w, tile, panel});
+            for (long tile = 0; tile < w.weight->tiles; tile += step) parts.push_back({&w, tile, panel});
     parallel(threads, (long)parts.size(), [&](long i) {
         const Part& p = parts[i];
         const Work& w = *p.work;
         const long last = std::min(p.panel + kernels.panels, w.x->panels);
-        kernels.multiply(*w.weight, *w.x, w.corrections, p.tile, p.panel, last, w.out, w.weight->rows, w.bias);
+        for (long tile = p.tile; tile < std::min(p.tile + step, w.weight->tiles); tile += kernels.tiles)
+            kernels.multiply(*w.weight, *w.x, w.corrections, tile, p.panel, last, w.out, w.weight->rows, w.bias);
     });
 }
 
@@ -92,7 +112,7 @@ Rounded::Rounded(const float* x, long rows, long columns, int threads) : set_(cu
     acts_ = shaped(kernels, rows, columns);
     memory_ = allocate(Sizes(acts_).all());
     place(acts_, memory_.get());
-    parallel(threads, acts_.panels, [&](long panel) { kernels.quantize(x, acts_, panel); });
+    spread(threads, acts_, [&](long panel, long first, long last) { kernels.quantize(x, acts_, panel, first, last); });
 }
 
 void product(const std::vector<Term>& terms, const Rounded& x, int threads) {
@@ -102,13 +122,13 @@ void product(const std::vector<Term>& terms, const Rounded& x, int threads) {
     std::vector<Work> works;
     for (const Term& t : terms) {
         const Weight& w = *t.weight;
-        auto same = [&](const Prepared& p) { return p.zero == w.zero && p.sub == w.sub; };
+        auto same = [&](const Prepared& p) { return p.zero == w.zero && p.sub == w.sub && p.offsets == w.offsets(); };
         auto found = std::find_if(prepared.begin(), prepared.end(), same);
         if (found == prepared.end()) {
             Memory memory = allocate(bytes_of_corrections(w, a));
             const Corrections c = corrections_at(memory.get(), w, a);
-            parallel(threads, a.panels, [&](long panel) { kernels.correct(w, a, c, panel); });
-            prepared.push_back({w.zero, w.sub, std::move(memory), c});
+            spread(threads, a, [&](long panel, long first, long last) { kernels.correct(w, a, c, panel, first, last); });
+            prepared.push_back({w.zero, w.sub, w.offsets(), std::move(memory), c});
             found = prepared.end() - 1;
         }
         works.push_back({&w, &a, found->corrections, t.out, t.bias});
@@ -144,8 +164,8 @@ void grouped(const std::vector<Share>& shares, const float* x, float* out, int t
     parallel(threads, (long)panels.size(), [&](long i) {
         const auto [share, panel] = panels[i];
         const Work& w = works[share];
-        kernels.quantize(x + shares[share].first * w.weight->columns, acts[share], panel);
-        kernels.correct(*w.weight, acts[share], w.corrections, panel);
+        kernels.quantize(x + shares[share].first * w.weight->columns, acts[share], panel, 0, acts[share].blocks);
+        kernels.correct(*w.weight, acts[share], w.corrections, panel, 0, acts[share].blocks);
     });
     multiply(kernels, works, threads);
 }

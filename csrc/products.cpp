@@ -1,10 +1,13 @@
 // Products by integer dot products: bytes of a weight, unsigned, times bytes of activations, signed, four at a time.
 //
-// A vector holds 4 columns of 16 rows, so sums need no adding across a vector. Few rows of activations meet codes as
-// they come out of the records; for more, two tiles are unpacked to bytes once and meet panel after panel.
+// A vector holds 4 columns of 16 rows, so sums need no adding across a vector. Few rows of activations, one panel, meet
+// codes as they come out of the records; for more, two tiles are unpacked to bytes once and meet panel after panel.
 #include "products.h"
 
 #include <stdlib.h>
+
+#include <algorithm>
+#include <utility>
 
 #include "unpack.h"
 
@@ -12,17 +15,22 @@ namespace fewbits::FEWBITS_ISA {
 
 #if defined(__AVX512F__)
 constexpr int TILES = 2;  // 24 of 32 registers hold sums of 2 tiles and 6 rows, as integers and as floats
-constexpr int WIDTHS[] = {1, 2, 3, 4, 5, 6};
+constexpr int FEW[] = {1, 2, 3, 4, 6, 8, 12, 16};  // 24 hold a record of codes and sums of 16 rows
+constexpr int WIDTHS[] = {3, 4, 5, 6};
 #else
 constexpr int TILES = 1;
-constexpr int WIDTHS[] = {1, 2, 3, 4};
+constexpr int FEW[] = {1, 2, 3, 4};
+constexpr int WIDTHS[] = {3, 4};
 #endif
-constexpr int FUSED = 4;           // rows that meet codes straight from the records
+constexpr int FEWS = sizeof FEW / sizeof *FEW, MOST = FEW[FEWS - 1];
 constexpr int WIDEST = WIDTHS[sizeof WIDTHS / sizeof *WIDTHS - 1];
 constexpr long PANELS = 96;        // that share one unpacking
 constexpr long STRETCH = 32;       // blocks unpacked at a time, so that they stay in the nearest cache
+constexpr long FETCHED = 4096;     // bytes of records fetched ahead
 
 static int width(long rows) {
+    for (int w : FEW)
+        if (w >= rows) return w;
     const long panels = (rows + WIDEST - 1) / WIDEST;
     for (int w : WIDTHS)
         if (w * panels >= rows) return w;
@@ -43,13 +51,31 @@ INLINE float float_of(int32_t bits) {
     return x;
 }
 
-// 32 floats to bytes; returns the scale. Scales have 12 bits, so that their product with MAGIC_VALUE is exact.
-INLINE float quantize_block(const float* x, int8_t* codes, int32_t* sums) {
-    int32_t most = 0;
-    for (int i = 0; i < BLOCK; ++i) {
-        const int32_t size = bits_of(x[i]) & 0x7fffffff;  // in the order of magnitudes
-        most = size > most ? size : most;
-    }
+typedef int32_t I32x8 __attribute__((vector_size(32)));
+typedef int32_t I32x4 __attribute__((vector_size(16)));
+
+// `join` of every fourth lane
+template <class Join>
+INLINE I32x4 fourths(I32 v, Join join) {
+    struct { I32x8 a, b; } eight;
+    memcpy(&eight, &v, sizeof v);
+    const I32x8 w = join(eight.a, eight.b);
+    struct { I32x4 a, b; } four;
+    memcpy(&four, &w, sizeof w);
+    return join(four.a, four.b);
+}
+
+// The compiler is to take lanes from memory, not one by one out of a register.
+#define IN_MEMORY(array) asm("" : "+m"(array))
+
+// 32 floats to bytes, four a word; returns the scale. It has 12 bits, so that its product with MAGIC_VALUE is exact.
+INLINE float quantize_block(const float* x, int32_t* codes, int32_t* sums) {
+    const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+    const F32 values[2] = {load<F32>(x), load<F32>(x + LANES)};
+    // in the order of magnitudes
+    I32x4 sizes = fourths(larger((I32)values[0] & 0x7fffffff, (I32)values[1] & 0x7fffffff), larger);
+    sizes = larger(sizes, __builtin_shuffle(sizes, I32x4{2, 3, 0, 1}));
+    const int32_t most = larger(sizes, __builtin_shuffle(sizes, I32x4{1, 0, 3, 2}))[0];
     const bool strange = most >= 0x7f800000;  // infinite, or not a number
     if (strange || float_of(most) < 1e-30f) {
         memset(codes, 0, BLOCK);
@@ -57,40 +83,39 @@ INLINE float quantize_block(const float* x, int8_t* codes, int32_t* sums) {
         return strange ? float_of(0x7fc00000) : 0;
     }
     const float scale = float_of((bits_of(float_of(most) * (1.0f / 127)) + 0xFFF) & ~0xFFF);
-    const float inverse = 1 / scale;
-    int8_t all[64] = {};
+    const F32 inverse = spread(1 / scale);
     for (int half = 0; half < 2; ++half) {
         // to the nearest integer, ties to even
-        const I32 rounded = (I32)(load<F32>(x + 16 * half) * inverse + MAGIC_VALUE) - MAGIC;
+        const I32 rounded = (I32)(values[half] * inverse + MAGIC_VALUE) - MAGIC;
         const I8x16 narrow = __builtin_convertvector(rounded, I8x16);
-        memcpy(all + 16 * half, &narrow, sizeof narrow);
-    }
-    memcpy(codes, all, BLOCK);
-    int32_t fours[LANES];
-    store(fours, dot<false>(I32{}, bytes(1), load<I32>(all)));
-    for (int half = 0; half < 2; ++half) {
-        const int32_t* four = fours + 4 * half;
-        sums[half] = four[0] + four[1] + four[2] + four[3];
+        memcpy(codes + 4 * half, &narrow, sizeof narrow);
+        int32_t sum[4];
+        store(sum, fourths(rounded, [](auto a, auto b) { return a + b; }));
+        IN_MEMORY(sum);
+        sums[half] = sum[0] + sum[1] + sum[2] + sum[3];
     }
     return scale;
 }
 
-static void quantize(const float* x, const Activations& to, long panel) {
-    const int width = to.width;
-    for (long b = 0; b < to.blocks; ++b) {
-        const long at = (panel * to.blocks + b) * width;
-        for (int p = 0; p < width; ++p) {
-            const long row = panel * width + p, left = to.columns - b * BLOCK;
-            const float* from = x + row * to.columns + b * BLOCK;
-            float block[BLOCK] = {};
-            if (row >= to.rows || left < BLOCK) {
-                if (row < to.rows) memcpy(block, from, 4 * left);
-                from = block;
+static void quantize(const float* x, const Activations& all, long panel, long first, long last) {
+    const Activations to = all;  // what is written could lie in `all`, for all that the compiler knows
+    const long width = to.width, whole = to.columns / BLOCK;
+    for (long p = 0; p < width; ++p) {
+        const long row = panel * width + p;
+        const float* from = x + row * to.columns;
+        for (long b = first; b < last; ++b) {
+            float edge[BLOCK];
+            const bool inside = row < to.rows && b < whole;
+            if (!inside) {
+                memset(edge, 0, sizeof edge);
+                if (row < to.rows) memcpy(edge, from + b * BLOCK, 4 * (to.columns - b * BLOCK));
             }
-            int8_t codes[BLOCK];
-            int32_t sums[2];
-            const float scale = quantize_block(from, codes, sums);
-            for (int q = 0; q < 8; ++q) memcpy(to.codes + (at * 8 + q * width + p) * 4, codes + 4 * q, 4);
+            const long at = (panel * to.blocks + b) * width;
+            int32_t fours[8], sums[2];
+            const float scale = quantize_block(inside ? from + b * BLOCK : edge, fours, sums);
+            IN_MEMORY(fours);
+            int32_t* codes = (int32_t*)to.codes + at * 8 + p;
+            for (int q = 0; q < 8; ++q) codes[q * width] = fours[q];
             to.scales[at + p] = scale;
             to.shifts[at + p] = scale * -MAGIC_VALUE;
             to.sums[at * 2 + p] = sums[0];
@@ -99,17 +124,19 @@ static void quantize(const float* x, const Activations& to, long panel) {
     }
 }
 
-static void correct(const Weight& w, const Activations& a, const Corrections& to, long panel) {
-    const int width = a.width, parts = BLOCK / w.sub;
-    for (long b = 0; b < a.blocks; ++b)
-        for (int part = 0; part < parts; ++part)
+static void correct(const Weight& w, const Activations& a, const Corrections& to, long panel, long first, long last) {
+    const long width = a.width, parts = BLOCK / w.sub;
+    for (long b = panel * a.blocks + first; b < panel * a.blocks + last; ++b)
+        for (int part = 0; part < parts; ++part) {
+            const int32_t* sums = a.sums + (b * 2 + part) * width;
+            const float* scales = a.scales + b * width;
+            const long at = (b * parts + part) * width;
             for (int p = 0; p < width; ++p) {
-                const long block = panel * a.blocks + b, at = (block * parts + part) * width + p;
-                const int32_t* sums = a.sums + block * 2 * width + p;
-                const int32_t sum = parts == 2 ? sums[part * width] : sums[0] + sums[width];
-                to.starts[at] = MAGIC - w.zero * sum;
-                to.sums[at] = a.scales[block * width + p] * (float)sum;
+                const int32_t sum = parts == 2 ? sums[p] : sums[p] + sums[width + p];
+                if (w.offsets()) to.sums[at + p] = scales[p] * (float)sum;
+                else to.starts[at + p] = MAGIC - w.zero * sum;
             }
+        }
 }
 
 // Inner loops ---------------------------------------------------------------------------------------------------------
@@ -130,12 +157,12 @@ INLINE Cursor cursor(const Activations& a, const Corrections& c, int parts, long
 template <class Codes, Scaling KIND, int SUB, int P>
 static void few(const Weight& w, const Activations& a, const Corrections& c, long tile, F32* sums) {
     using Scales = Scales<KIND, SUB>;
-    constexpr int PARTS = Scales::PARTS, QUADS = SUB / 4;
+    constexpr int PARTS = Scales::PARTS, QUADS = SUB / 4, CHAINS = P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1;
     const U8 table = table_of(w);
     Cursor x = cursor(a, c, PARTS, 0, 0);
     const uint8_t* record = w.codes + tile * w.blocks * Codes::BYTES;
     F32 y[P];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int p = 0; p < P; ++p) y[p] = F32{};
     for (long g = 0; g < w.groups; ++g) {
         const Scales group = Scales::group(w, tile, g);
@@ -143,30 +170,37 @@ static void few(const Weight& w, const Activations& a, const Corrections& c, lon
         for (long b = g * w.group; b < last; ++b) {
             U8 code[8];
             Codes::unpack(record, table, code);
-            __builtin_prefetch(record + 2048);
-            __builtin_prefetch(record + 2048 + 64);
-            if (Codes::BYTES > 128) __builtin_prefetch(record + 2048 + 128);
-            if (Codes::BYTES > 192) __builtin_prefetch(record + 2048 + 192);
-            if (Codes::BYTES > 256) __builtin_prefetch(record + 2048 + 256);
+            Scales::fetch(w, tile, b);
+#pragma GCC unroll 8
+            for (int line = 0; line < Codes::BYTES; line += 64) __builtin_prefetch(record + FETCHED + line);
 #pragma GCC unroll 2
             for (int part = 0; part < PARTS; ++part) {
                 F32 scale, offset;
                 Scales::part(group, w, tile, b, part, scale, offset);
+#pragma GCC unroll 16
+                for (int first = 0; first < P; first += CHAINS) {
+                    I32 sum[CHAINS];
 #pragma GCC unroll 4
-                for (int p = 0; p < P; ++p) {
-                    I32 sum = spread(x.starts[part * P + p]);
+                    for (int i = 0; i < CHAINS; ++i)
+                        sum[i] = spread(Scales::OFFSETS ? MAGIC : x.starts[part * P + first + i]);
 #pragma GCC unroll 8
                     for (int q = part * QUADS; q < (part + 1) * QUADS; ++q)
-                        sum = dot<Codes::WIDE>(sum, code[q], spread(x.codes[q * P + p]));
-                    y[p] = fma(scaled(sum, spread(x.scales[p]), spread(x.shifts[p])), scale, y[p]);
-                    if (Scales::OFFSETS) y[p] = fma(spread(x.sums[part * P + p]), offset, y[p]);
+#pragma GCC unroll 4
+                        for (int i = 0; i < CHAINS; ++i)
+                            sum[i] = dot_word<Codes::WIDE>(sum[i], code[q], &x.codes[q * P + first + i]);
+#pragma GCC unroll 4
+                    for (int i = 0; i < CHAINS; ++i) {
+                        const int p = first + i;
+                        y[p] = fma(scaled(sum[i], spread(x.scales[p]), spread(x.shifts[p])), scale, y[p]);
+                        if (Scales::OFFSETS) y[p] = fma(spread(x.sums[part * P + p]), offset, y[p]);
+                    }
                 }
             }
             record += Codes::BYTES;
             x.codes += 8 * P, x.scales += P, x.shifts += P, x.sums += PARTS * P, x.starts += PARTS * P;
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sums[p] = y[p];
 }
 
@@ -228,7 +262,7 @@ static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, F32* su
 #pragma GCC unroll 6
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-            for (int t = 0; t < TILES; ++t) sum[p][t] = spread(x.starts[p]);
+            for (int t = 0; t < TILES; ++t) sum[p][t] = spread(OFFSETS ? MAGIC : x.starts[p]);
 #pragma GCC unroll 8
         for (int q = 0; q < QUADS; ++q) {
             U8 code[TILES];
@@ -267,15 +301,18 @@ using Unpack = void (*)(const Weight&, const long*, long, long, const Unpacked&)
 using Many = void (*)(const Unpacked&, Cursor, long, Ahead&, F32*);
 
 struct Instances {
-    Few few[FUSED];
+    Few few[FEWS];
     Unpack unpack;
 };
 
+template <class Codes, Scaling KIND, int SUB, size_t... I>
+constexpr Instances made(std::index_sequence<I...>) {
+    return {{few<Codes, KIND, SUB, FEW[I]>...}, unpack<Codes, KIND, SUB>};
+}
+
 template <int BITS, bool TABLE, Scaling KIND, int SUB>
 constexpr Instances made() {
-    using C = Codes<BITS, TABLE>;
-    return {{few<C, KIND, SUB, 1>, few<C, KIND, SUB, 2>, few<C, KIND, SUB, 3>, few<C, KIND, SUB, 4>},
-            unpack<C, KIND, SUB>};
+    return made<Codes<BITS, TABLE>, KIND, SUB>(std::make_index_sequence<FEWS>());
 }
 
 struct Row {
@@ -307,8 +344,6 @@ static bool knows(const Weight& w) { return find(w) != nullptr; }
 template <int SUB, bool OFFSETS>
 static Many many_of(int width) {
     switch (width) {
-        case 1: return many<SUB, OFFSETS, 1>;
-        case 2: return many<SUB, OFFSETS, 2>;
         case 3: return many<SUB, OFFSETS, 3>;
         case 4: return many<SUB, OFFSETS, 4>;
 #if defined(__AVX512F__)
@@ -357,10 +392,11 @@ static Ahead next(const Weight& w, long tile, long block, long subs) {
 static void multiply(const Weight& w, const Activations& a, const Corrections& c, long tile, long first_panel,
                      long last_panel, float* out, long stride, const float* bias) {
     const Instances* instances = find(w);
-    if (a.panels == 1 && a.width <= FUSED) {
+    if (a.panels == 1) {
+        const Few few = instances->few[std::find(FEW, FEW + FEWS, a.width) - FEW];
         for (int t = 0; t < TILES && tile + t < w.tiles; ++t) {
-            F32 sums[FUSED];
-            instances->few[a.width - 1](w, a, c, tile + t, sums);
+            F32 sums[MOST];
+            few(w, a, c, tile + t, sums);
             for (long row = 0; row < a.rows; ++row) put(w, sums[row], tile + t, bias, out + row * stride);
         }
         return;
@@ -390,75 +426,6 @@ static void multiply(const Weight& w, const Activations& a, const Corrections& c
     }
 }
 
-// Values ----------------------------------------------------------------------------------------------------------------
-
-// The code of a row of a tile in column 4 * quad + i of a record.
-static int code_at(const uint8_t* record, int bits, int row, int column) {
-    const int quad = column / 4, at = row * 4 + column % 4;
-    if (bits == 8) return record[quad * 64 + at];
-    int code = 0, done = 0;
-    for (int plane = 4; plane; plane /= 2)
-        if (bits & plane) {
-            const int per = 8 / plane;
-            const int byte = record[64 * done + quad / per * 64 + at];
-            code |= (byte >> (quad % per * plane) & ((1 << plane) - 1)) << done;
-            done += plane;
-        }
-    return code;
-}
-
-struct Line {
-    float scale[TILE], offset[TILE];
-};
-
-template <Scaling KIND, int SUB>
-static Line line(const Weight& w, long tile, long block, int part) {
-    using Scales = Scales<KIND, SUB>;
-    F32 scale, offset = F32{};
-    Scales::part(Scales::group(w, tile, block / w.group), w, tile, block, part, scale, offset);
-    Line found;
-    store(found.scale, scale);
-    store(found.offset, Scales::OFFSETS ? offset : F32{});
-    return found;
-}
-
-static Line line_at(const Weight& w, long tile, long block, int part) {
-    switch (w.scaling) {
-        case Scaling::minimum: return line<Scaling::minimum, 32>(w, tile, block, part);
-        case Scaling::zeros: return line<Scaling::zeros, 32>(w, tile, block, part);
-        case Scaling::lines: return line<Scaling::lines, 32>(w, tile, block, part);
-        case Scaling::nibbles: return line<Scaling::nibbles, 16>(w, tile, block, part);
-        case Scaling::small:
-            return w.sub == 16 ? line<Scaling::small, 16>(w, tile, block, part)
-                               : line<Scaling::small, 32>(w, tile, block, part);
-        case Scaling::plain: break;
-    }
-    return line<Scaling::plain, 32>(w, tile, block, part);
-}
-
-INLINE float value(const Weight& w, int code, float scale, float offset) {
-    return w.table ? w.values[code] * scale : (float)(code - w.zero) * scale + offset;
-}
-
-static void row(const Weight& w, long row, float* out) {
-    const long tile = row / TILE, lane = row % TILE;
-    for (long first = 0; first < w.columns; first += w.sub) {
-        const long block = first / BLOCK;
-        const Line l = line_at(w, tile, block, (int)(first % BLOCK / w.sub));
-        const uint8_t* record = w.codes + (tile * w.blocks + block) * 64 * w.bits;
-        for (long c = first; c < first + w.sub && c < w.columns; ++c)
-            out[c] = value(w, code_at(record, w.bits, (int)lane, (int)(c % BLOCK)), l.scale[lane], l.offset[lane]);
-    }
-}
-
-static void column(const Weight& w, long tile, long column, float* out) {
-    const long block = column / BLOCK;
-    const Line l = line_at(w, tile, block, (int)(column % BLOCK / w.sub));
-    const uint8_t* record = w.codes + (tile * w.blocks + block) * 64 * w.bits;
-    for (int i = 0; i < TILE; ++i)
-        out[i] = value(w, code_at(record, w.bits, i, (int)(column % BLOCK)), l.scale[i], l.offset[i]);
-}
-
-extern const Products products = {knows, width, quantize, correct, TILES, PANELS, multiply, row, column};
+extern const Products products = {knows, width, quantize, correct, TILES, PANELS, multiply};
 
 }  // namespace fewbits::FEWBITS_ISA

@@ -50,6 +50,13 @@ INLINE I32 dot(I32 acc, U8 w, I32 x) {
     return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 }
 
+// the same with one word of x for all; compilers load and spread it in an instruction of its own
+template <bool>
+INLINE I32 dot_word(I32 acc, U8 w, const int32_t* x) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
+    return acc;
+}
+
 INLINE U8 lookup(U8 table, U8 index) { return (U8)_mm512_shuffle_epi8((__m512i)table, (__m512i)index); }
 
 // a | (b & mask)
@@ -274,6 +281,13 @@ INLINE F32 from_f16(const void* p) {
 }
 
 #endif  // ------------------------------------------------------------------------------------------------------------
+
+#if !defined(__AVX512F__)
+template <bool WIDE>
+INLINE I32 dot_word(I32 acc, U8 w, const int32_t* x) {
+    return dot<WIDE>(acc, w, spread(*x));
+}
+#endif
 
 // table[index], indices 0 … 15
 INLINE F32 pick(F32 table, I32 index) {

@@ -86,6 +86,14 @@ struct Scales {
         return s;
     }
 
+    // asks for what sub-blocks have of their own, ahead of time
+    INLINE void fetch(const Weight& w, long tile, long block) {
+        const long at = ((tile * w.blocks + block) * PARTS) * TILE + 768;
+        if constexpr (KIND == Scaling::small || KIND == Scaling::lines || KIND == Scaling::nibbles)
+            __builtin_prefetch(w.subscales + at);
+        if constexpr (KIND == Scaling::lines) __builtin_prefetch(w.submins + at);
+    }
+
     // of sub-block `part` of a block
     INLINE void part(const Scales& s, const Weight& w, long tile, long block, int part, F32& scale, F32& offset) {
         const long at = ((tile * w.blocks + block) * PARTS + part) * TILE;

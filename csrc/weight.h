@@ -59,7 +59,7 @@ struct Activations {
     int32_t* sums;   // [panels][blocks][2][width], of the codes of 16 columns
 };
 
-// What a weight's zero or offsets meet: where the integer sums start, and sums of activations. [panels][sub-blocks][width]
+// What a weight's zero meets, where the integer sums start; or its offsets, sums of activations. [panels][sub-blocks][width]
 struct Corrections {
     int32_t* starts;
     float* sums;
