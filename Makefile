@@ -42,7 +42,7 @@ test-sanitized: | build
 
 test-neon: | build
 	@command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64-static > /dev/null || \
-	  { echo "test-neon needs a cross compiler and an emulator: apt install g++-aarch64-linux-gnu qemu-user-static"; exit 1; }
+	  { echo "test-neon: apt install g++-aarch64-linux-gnu qemu-user-static (a cross compiler, an emulator)"; exit 1; }
 	$(NATIVE_TESTS) build/test-neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static > build/test-neon.log
 	cmake --build build/test-neon && qemu-aarch64-static -cpu max build/test-neon/native_tests portable neon

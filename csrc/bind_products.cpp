@@ -42,8 +42,9 @@ const uint8_t* plane(const std::optional<Bytes>& array, long bytes, bool needed,
 }
 
 Held hold(long rows, long columns, int bits, int zero, int sub, int group, float factor,
-          const std::string& scaling, const std::string& scale, const std::vector<float>& values, const std::vector<int>& levels,
-          Bytes codes, Bytes scales, std::optional<Bytes> mins, std::optional<Bytes> subscales, std::optional<Bytes> submins) {
+          const std::string& scaling, const std::string& scale, const std::vector<float>& values,
+          const std::vector<int>& levels, Bytes codes, Bytes scales, std::optional<Bytes> mins,
+          std::optional<Bytes> subscales, std::optional<Bytes> submins) {
     require(0 <= rows && rows < MOST && 0 < columns && columns < MOST, "rows or columns out of range");
     require(sub == 16 || sub == 32, "sub-blocks have 16 or 32 columns");
     require(0 < group && group < MOST && 0 <= zero && zero < 256, "group or zero out of range");
@@ -80,6 +81,11 @@ void check_ids(const Array<const int64_t, 1>& ids, long limit) {
                 "index " + std::to_string(ids.data()[i]) + " is not in 0 … " + std::to_string(limit - 1));
 }
 
+void check_columns(long activations, const Weight& w) {
+    require(activations == w.columns, "activations have " + std::to_string(activations) + " columns, the weight " +
+                                          std::to_string(w.columns));
+}
+
 using Out = Array<float, 2>;
 
 void multiply(const std::vector<const Held*>& weights, const Rounded& x, const std::vector<Out>& outs,
@@ -90,8 +96,7 @@ void multiply(const std::vector<const Held*>& weights, const Rounded& x, const s
     for (size_t i = 0; i < weights.size(); ++i) {
         const Weight& w = weights[i]->weight;
         const auto& bias = biases[i];
-        require(w.columns == x.get().columns, "activations have " + std::to_string(x.get().columns) +
-                                                  " columns, the weight " + std::to_string(w.columns));
+        check_columns(x.get().columns, w);
         require((long)outs[i].shape(0) == x.get().rows && (long)outs[i].shape(1) == w.rows, "the result's shape");
         require(!bias || (long)bias->shape(0) == w.rows, "the bias's shape");
         terms.push_back({&w, outs[i].data(), bias ? bias->data() : nullptr});
@@ -108,8 +113,7 @@ void multiply_grouped(const std::vector<const Held*>& weights, const std::vector
     long first = 0;
     for (size_t i = 0; i < weights.size(); ++i) {
         const Weight& w = weights[i]->weight;
-        require(w.columns == (long)x.shape(1), "activations have " + std::to_string(x.shape(1)) + " columns, the weight " +
-                                                   std::to_string(w.columns));
+        check_columns((long)x.shape(1), w);
         require(w.rows == (long)out.shape(1), "the result's shape");
         require(0 <= counts[i] && counts[i] <= (long)x.shape(0) - first, "more rows than there are activations");
         if (counts[i]) shares.push_back({&w, first, counts[i]});
@@ -128,8 +132,8 @@ void multiply_floats(Bytes values, const std::string& kind, Array<const float, 2
     const FloatWeight w{(long)out.shape(1), (long)x.shape(1), scale, values.data()};
     require(w.rows < MOST && w.columns < MOST, "rows or columns out of range");
     require((long)values.nbytes() == w.rows * w.columns * SCALE_BYTES[(int)scale],
-            "the weight has " + std::to_string(values.nbytes()) + " bytes, not those of " + std::to_string(w.rows) + " x " +
-                std::to_string(w.columns));
+            "the weight has " + std::to_string(values.nbytes()) + " bytes, not those of " + std::to_string(w.rows) +
+                " x " + std::to_string(w.columns));
     require(x.shape(0) == out.shape(0), "the result's shape");
     require(!bias || (long)bias->shape(0) == w.rows, "the bias's shape");
     nb::gil_scoped_release release;
@@ -147,14 +151,14 @@ void check_records(const Array<const uint8_t, 2>& codes, int bits, size_t record
 void bind_products(nb::module_& m) {
     nb::class_<Held>(m, "Weight")
         .def("__init__", [](Held* self, long rows, long columns, int bits, int zero, int sub, int group,
-                            float factor, const std::string& scaling, const std::string& scale, const std::vector<float>& values,
-                            const std::vector<int>& levels, Bytes codes, Bytes scales, std::optional<Bytes> mins,
+                            float factor, const std::string& scaling, const std::string& scale,
+                            const std::vector<float>& values, const std::vector<int>& levels, Bytes codes, Bytes scales, std::optional<Bytes> mins,
                             std::optional<Bytes> subscales, std::optional<Bytes> submins) {
             new (self) Held(hold(rows, columns, bits, zero, sub, group, factor, scaling, scale, values, levels, codes,
                                  scales, mins, subscales, submins));
         }, nb::kw_only(), nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("zero"), nb::arg("sub"),
-           nb::arg("group"), nb::arg("factor"), nb::arg("scaling"), nb::arg("scale"), nb::arg("values"), nb::arg("levels"),
-           array("codes"), array("scales"), array("mins").none(), array("subscales").none(),
+           nb::arg("group"), nb::arg("factor"), nb::arg("scaling"), nb::arg("scale"), nb::arg("values"),
+           nb::arg("levels"), array("codes"), array("scales"), array("mins").none(), array("subscales").none(),
            array("submins").none())
         .def("rows", [](const Held& w, Array<const int64_t, 1> ids, Out out, int threads) {
             check_threads(threads);

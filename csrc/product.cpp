@@ -58,7 +58,9 @@ void place(Activations& a, char* at) {
     a.sums = (int32_t*)(at + size.codes + 2 * size.floats);
 }
 
-long bytes_of_corrections(const Weight& w, const Activations& a) { return 2 * aligned(a.panels * a.width * w.subs() * 4); }
+long bytes_of_corrections(const Weight& w, const Activations& a) {
+    return 2 * aligned(a.panels * a.width * w.subs() * 4);
+}
 
 Corrections corrections_at(char* at, const Weight& w, const Activations& a) {
     return {(int32_t*)at, (float*)(at + bytes_of_corrections(w, a) / 2)};

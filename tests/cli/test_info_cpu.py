@@ -34,3 +34,11 @@ def test_unknown_kernels_are_an_error_of_one_line_and_a_hint() -> None:
     with pytest.raises(FewbitsError, match="sse9"):
         instructions.use("sse9")
     assert info().returncode == 1
+
+
+def test_commands_that_compute_say_the_same() -> None:
+    for what in ("Q4_K", "0.1"):
+        found = subprocess.run([sys.executable, "-m", "fewbits", "explain", what], capture_output=True, text=True,
+                               env={**os.environ, "FEWBITS_CPU": "sse9"})
+        assert found.returncode == 1 and not found.stdout
+        assert found.stderr.startswith("error: no kernels called 'sse9' run on this CPU\nhint: one of: portable")

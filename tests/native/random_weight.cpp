@@ -96,8 +96,8 @@ void RandomWeight::scale_planes(Random& random) {
         for (long i = 0; i < plane->size(); i += step) {
             uint8_t& top = (*plane)[i + step - 1];  // sign and most of the exponent
             if (weight.scale == Scale::e8m0) top = (uint8_t)(118 + top % 8);
-            else if (weight.scale == Scale::f16) top = (uint8_t)((top & 0x83) | (i / step % 11 ? 0x20 + top % 8 * 4 : 0));
-            else top = (uint8_t)((top & 0x80) | 0x3C);
+            else if (weight.scale != Scale::f16) top = (uint8_t)((top & 0x80) | 0x3C);
+            else top = (uint8_t)((top & 0x83) | (i / step % 11 ? 0x20 + top % 8 * 4 : 0));
         }
     }
 }

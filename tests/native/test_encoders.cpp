@@ -1,4 +1,5 @@
 // Encoders: searches against the best of many parameters tried one by one, the rest exactly against plain loops.
+// Bounds of errors are what was measured, and a little more.
 #include <math.h>
 
 #include <algorithm>
@@ -66,26 +67,28 @@ void test_scale(const std::string& set, const Given& given) {
             least = fmin(least, given.error(u, 0, WIDTH, most * (-0.2 + 0.1 * i / 399), 0, -8, 7));
         best += least;
     }
-    check(ours <= 1.03 * best, of(set, "scale", given.weighted));
+    check(ours <= 1.004 * best, of(set, "scale", given.weighted));
 }
 
 void test_zero(const std::string& set, const Given& given) {
     const std::vector<float> starts = parts(0.7f, 1.05f, 12);
     Buffer<float> scale(UNITS);
     Buffer<uint8_t> zero(UNITS);
-    encoders_of(current()).zero(given.weights(), 15, {starts.data(), nullptr, (int)starts.size(), 4, 3, false}, 0, UNITS,
-                                scale.data(), zero.data());
+    encoders_of(current()).zero(given.weights(), 15, {starts.data(), nullptr, (int)starts.size(), 4, 3, false}, 0,
+                                UNITS, scale.data(), zero.data());
     double ours = 0, best = 0;
     for (long u = 0; u < UNITS; ++u) {
         ours += given.error(u, 0, WIDTH, scale[u], 0, -zero[u], 15 - zero[u]);
         const auto [low, high] = std::minmax_element(&given.w[u * WIDTH], &given.w[u * WIDTH] + WIDTH);
         double least = INFINITY;
         for (int z = 0; z < 16; ++z)
-            for (int i = 0; i < 100; ++i)
-                least = fmin(least, given.error(u, 0, WIDTH, (*high - *low) / 15 * (0.7 + 0.4 * i / 99), 0, -z, 15 - z));
+            for (int i = 0; i < 100; ++i) {
+                const double s = (*high - *low) / 15 * (0.7 + 0.4 * i / 99);
+                least = fmin(least, given.error(u, 0, WIDTH, s, 0, -z, 15 - z));
+            }
         best += least;
     }
-    check(ours <= 1.03 * best, of(set, "zero", given.weighted));
+    check(ours <= 1.004 * best, of(set, "zero", given.weighted));
 }
 
 // Starts of lines: parts of the range as scales, and about half of the levels below its middle.
@@ -114,7 +117,7 @@ void test_line(const std::string& set, const Given& given) {
             }
         best += least;
     }
-    check(ours <= 1.05 * best, of(set, "line", given.weighted));
+    check(ours <= 1.008 * best, of(set, "line", given.weighted));
 }
 
 constexpr int SUBS = 8, SUB = 16;
@@ -144,7 +147,7 @@ void test_scales(const std::string& set, const Given& given) {
             plain += given.error(u, j * SUB, SUB, most / 31 * nearbyint(real[j] / most * 31), 0, -4, 3);
         }
     }
-    check(ours <= 0.95 * plain, of(set, "scales", given.weighted));
+    check(ours <= 0.87 * plain, of(set, "scales", given.weighted));
 }
 
 void test_lines(const std::string& set, const Given& given) {
@@ -153,8 +156,8 @@ void test_lines(const std::string& set, const Given& given) {
     Buffer<float> d(UNITS), dmin(UNITS);
     Buffer<uint8_t> scales(UNITS * SUBS), mins(UNITS * SUBS);
     encoders_of(current()).lines(given.weights(), 15, starts.get(),
-                                 {SUBS, 0, 63, steps.data(), (int)steps.size(), 3, NEAR.data(), 5, 2}, 0, UNITS, d.data(),
-                                 dmin.data(), scales.data(), mins.data());
+                                 {SUBS, 0, 63, steps.data(), (int)steps.size(), 3, NEAR.data(), 5, 2}, 0, UNITS,
+                                 d.data(), dmin.data(), scales.data(), mins.data());
     double ours = 0, plain = 0;
     for (long u = 0; u < UNITS; ++u) {
         double low[SUBS], range[SUBS], most = 0, deep = 0;
@@ -171,7 +174,7 @@ void test_lines(const std::string& set, const Given& given) {
                                  -deep / 63 * nearbyint(-low[j] / deep * 63), 0, 15);
         }
     }
-    check(ours <= 0.95 * plain, of(set, "lines", given.weighted));
+    check(ours <= 0.72 * plain, of(set, "lines", given.weighted));
 }
 
 void test_codes(const std::string& set, Random& random, bool table) {

@@ -10,7 +10,8 @@
 namespace fewbits {
 namespace {
 
-constexpr double ALIKE = 1e-11, TRUE = 5e-4;  // normalised squared errors: with activations rounded alike, and not (of many columns)
+// normalised squared errors: with activations rounded alike; and without rounding, of many columns
+constexpr double ALIKE = 1e-11, TRUE = 5e-4;
 constexpr Scale SCALES[] = {Scale::f16, Scale::bf16, Scale::f32, Scale::e8m0};
 
 float scale_of(float most) {
@@ -135,7 +136,8 @@ void test_products(const std::string& set) {
             test_product(odd, 1, 1, name), test_product(odd, 6, 1, name);
             test_values(odd, name);
             if (!all) continue;
-            for (long count : {0, 2, 3, 4, 5, 7, 8, 11, 13, 16, 40}) test_product(odd, count, 1 + (int)(count % 3), name);
+            for (long count : {0, 2, 3, 4, 5, 7, 8, 11, 13, 16, 40})
+                test_product(odd, count, 1 + (int)(count % 3), name);
             test_strange(odd, name);
             test_grouped(kind, name);
             const RandomWeight small(kind, scale, 17, 64, 1, ++seed), one(kind, scale, 1, 33, 2, ++seed),

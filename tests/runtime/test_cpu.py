@@ -128,6 +128,15 @@ def test_rows_columns_and_gradient(name: str, instructions: str) -> None:
     torch.testing.assert_close(native.matrices[0].decode_columns(some), weight.T[some], rtol=1e-6, atol=1e-6)
     g = torch.randn(2, 3, 40)
     torch.testing.assert_close(native.grad_input(g), g @ weight, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FewbitsError, match="a gradient of 39 columns"):
+        native.grad_input(g[..., 1:])
+
+
+def test_a_gradient_in_several_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, native = prepared("Q6_K", 70)
+    monkeypatch.setattr("fewbits.runtime.cpu.DECODED", 512 * 40)  # two tiles at a time
+    g = torch.randn(3, 70)
+    torch.testing.assert_close(native.grad_input(g), g @ q.dequantize(), rtol=1e-4, atol=1e-4)
 
 
 def test_outlying_columns_of_int8_stay_in_floating_point() -> None:
@@ -153,20 +162,62 @@ def test_a_stored_order_of_columns() -> None:
     assert native.q.order is q.order
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "int4-g128", "nf4"])
-def test_experts(name: str) -> None:
+def stack(name: str, experts: int = 5) -> tuple[QTensor, Native]:
     torch.manual_seed(0)
-    q = solve(torch.randn(5, 24, 256), codecs.get(name))
+    q = solve(torch.randn(experts, 24, 256), codecs.get(name))
     native = choose(q, CPU, "native").prepare(q, torch.float32)
     assert isinstance(native, Native)
-    x, experts = torch.randn(20, 256), torch.randint(0, 5, (20,))
-    want = torch.einsum("ni,noi->no", x.double(), q.dequantize().double()[experts])
-    assert nmse(native.grouped(x, experts), want) < PRODUCT
+    return q, native
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "int4-g128", "nf4", "int8"])
+def test_experts(name: str, instructions: str) -> None:
+    q, native = stack(name)
+    weight = q.dequantize().double()
+    for rows in (0, 1, 8, 70):
+        x, experts = torch.randn(rows, 256), torch.randint(0, 4, (rows,))  # nothing for the last one
+        if name == "int8" and rows:
+            x[:, 3] = 50.0  # is left out of the rounding
+        got = native.grouped(x, experts)
+        assert got.shape == (rows, 24)
+        assert not rows or nmse(got, torch.einsum("ni,noi->no", x.double(), weight[experts])) < PRODUCT
+        for i in torch.unique(experts).tolist():  # the same bits as with each expert alone
+            mine = experts == i
+            assert torch.equal(got[mine], native._product(native.matrices[i], x[mine], None, None))
     assert all(torch.equal(native.q.planes[k], plane) for k, plane in q.planes.items())
-    with pytest.raises(FewbitsError, match="expert 5 of 5"):
-        native.grouped(x, experts + 5 - experts)
+
+
+def test_experts_with_orders_of_columns() -> None:
+    q, _ = stack("int4-g128")
+    x, experts = torch.randn(9, 256), torch.randint(0, 5, (9,))
+    for order in (torch.randperm(256), torch.stack([torch.randperm(256) for _ in range(5)])):
+        ordered = QTensor(q.codec, q.shape, q.planes, order)
+        want = torch.einsum("ni,noi->no", x.double(), ordered.dequantize().double()[experts])
+        assert nmse(Native(ordered, torch.float32).grouped(x, experts), want) < PRODUCT
+
+
+def test_experts_that_are_none() -> None:
+    _, native = stack("Q4_K")
+    x = torch.randn(3, 256)
+    for wrong in (5, -1):
+        with pytest.raises(FewbitsError, match=f"expert {wrong} of 5"):
+            native.grouped(x, torch.tensor([0, wrong, 4]))
+    with pytest.raises(FewbitsError, match=r"experts \[2\] for \[3, 256\] activations"):
+        native.grouped(x, torch.tensor([0, 1]))
+    with pytest.raises(FewbitsError, match="activations of 255 columns"):
+        native.grouped(x[:, 1:], torch.tensor([0, 1, 2]))
     with pytest.raises(FewbitsError, match="stack of 5"):
         native.matmul(x, None)
+    with pytest.raises(FewbitsError, match="gradient"):
+        native.grad_input(torch.randn(3, 24))
+    weights, out = [m.weight for m in native.matrices], torch.full((3, 24), 7.0)
+    for counts, rows in (([1, 1, 1, 1, -1], x), ([1, 1, 0, 0, 0], x), ([4, 0, 0, 0, 0], x), ([3, 0], x),
+                         ([3, 0, 0, 0, 0], x[:, :32].contiguous())):
+        with pytest.raises(ValueError):
+            _native.grouped(weights, counts, rows, out, 1)
+    with pytest.raises(ValueError, match="10000 threads"):
+        _native.grouped(weights, [3, 0, 0, 0, 0], x, out, 10_000)
+    assert bool((out == 7).all())
 
 
 def test_weights_that_read_the_same_share_its_rounding(instructions: str) -> None:
