@@ -247,7 +247,7 @@ struct Ahead {
 };
 
 // sums[p][t] += product of P rows with TILES unpacked tiles
-template <int SUB, bool OFFSETS, int P>
+template <int SUB, bool OFFSETS, bool WIDE, int P>
 static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, F32* sums) {
     constexpr int PARTS = BLOCK / SUB, QUADS = SUB / 4;
     const uint8_t* codes = w.codes;
@@ -272,7 +272,7 @@ static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, F32* su
             for (int p = 0; p < P; ++p) {
                 const I32 four = spread(x.codes[p]);
 #pragma GCC unroll 2
-                for (int t = 0; t < TILES; ++t) sum[p][t] = dot<true>(sum[p][t], code[t], four);
+                for (int t = 0; t < TILES; ++t) sum[p][t] = dot<WIDE>(sum[p][t], code[t], four);
             }
             codes += 64 * TILES, x.codes += P;
         }
@@ -341,22 +341,30 @@ static const Instances* find(const Weight& w) {
 
 static bool knows(const Weight& w) { return find(w) != nullptr; }
 
-template <int SUB, bool OFFSETS>
+template <int SUB, bool OFFSETS, bool WIDE>
 static Many many_of(int width) {
     switch (width) {
-        case 3: return many<SUB, OFFSETS, 3>;
-        case 4: return many<SUB, OFFSETS, 4>;
+        case 3: return many<SUB, OFFSETS, WIDE, 3>;
+        case 4: return many<SUB, OFFSETS, WIDE, 4>;
 #if defined(__AVX512F__)
-        case 5: return many<SUB, OFFSETS, 5>;
-        case 6: return many<SUB, OFFSETS, 6>;
+        case 5: return many<SUB, OFFSETS, WIDE, 5>;
+        case 6: return many<SUB, OFFSETS, WIDE, 6>;
 #endif
     }
     return nullptr;
 }
 
+template <bool WIDE>
 static Many many_of(const Weight& w, int width) {
-    if (w.sub == 16) return w.offsets() ? many_of<16, true>(width) : many_of<16, false>(width);
-    return w.offsets() ? many_of<32, true>(width) : many_of<32, false>(width);
+    if (w.sub == 16) return w.offsets() ? many_of<16, true, WIDE>(width) : many_of<16, false, WIDE>(width);
+    return w.offsets() ? many_of<32, true, WIDE>(width) : many_of<32, false, WIDE>(width);
+}
+
+static Many many_of(const Weight& w, int width) {
+#if !defined(__AVX512F__)  // which takes one instruction for either
+    if (w.bits != 8 && !w.table) return many_of<false>(w, width);
+#endif
+    return many_of<true>(w, width);
 }
 
 // Whole products --------------------------------------------------------------------------------------------------------
