@@ -27,11 +27,13 @@ constexpr int LANES = FEWBITS_LANES;
 typedef float V __attribute__((vector_size(4 * FEWBITS_LANES)));
 typedef int32_t I __attribute__((vector_size(4 * FEWBITS_LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * FEWBITS_LANES)));
+typedef int16_t H __attribute__((vector_size(4 * FEWBITS_LANES)));  // two to a lane
 
 constexpr float INF = __builtin_inff();
 constexpr float FLOAT16_MAX = 65504.0f;
 constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: float32 has no fractions there
 constexpr float TINY = 1e-30f;
+constexpr int MOST_PAIRS = 128;  // of 16-bit integers: super-blocks of 256 columns
 
 inline V all(float a) { return a - V{}; }
 // where a or b is not a number: b. Compilers make two instructions of `a > b ? a : b` where b is 0
@@ -49,6 +51,41 @@ inline V abs(V a) { return a < V{} ? -a : a; }
 inline V square(V a) { return a * a; }
 inline V choose(I mask, V a, V b) { return mask ? a : b; }
 inline V to_integer(V u) { return (u + ROUNDING) - ROUNDING; }
+
+inline I nearest(V u) {
+    u += ROUNDING;
+    I b;
+    std::memcpy(&b, &u, sizeof b);
+    return b - 0x4B400000;
+}
+// Integers of 16 bits: two to a lane, the first in its lower half; the same twice; everywhere the same.
+inline H pair(V low, V high) { return (H)((nearest(low) & 0xFFFF) | (nearest(high) << 16)); }
+inline H twice(V a) { return pair(a, a); }
+inline H same(int16_t a) { return a - H{}; }
+
+// The product over 2^15, rounded; and acc plus the sums of both products of a lane.
+#if defined(__AVX512F__)
+inline H min(H a, H b) { return (H)_mm512_min_epi16((__m512i)a, (__m512i)b); }
+inline H max(H a, H b) { return (H)_mm512_max_epi16((__m512i)a, (__m512i)b); }
+inline H multiply(H a, H b) { return (H)_mm512_mulhrs_epi16((__m512i)a, (__m512i)b); }
+inline I dot(I acc, H a, H b) { return (I)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+inline H min(H a, H b) { return (H)_mm256_min_epi16((__m256i)a, (__m256i)b); }
+inline H max(H a, H b) { return (H)_mm256_max_epi16((__m256i)a, (__m256i)b); }
+inline H multiply(H a, H b) { return (H)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b); }
+inline I dot(I acc, H a, H b) { return acc + (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#else
+inline H min(H a, H b) { return a < b ? a : b; }
+inline H max(H a, H b) { return a > b ? a : b; }
+inline H multiply(H a, H b) {
+    for (int i = 0; i < 2 * LANES; ++i) a[i] = int16_t((a[i] * b[i] + 0x4000) >> 15);
+    return a;
+}
+inline I dot(I acc, H a, H b) {
+    for (int i = 0; i < LANES; ++i) acc[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    return acc;
+}
+#endif
 
 inline U bits_of(V a) { U b; std::memcpy(&b, &a, sizeof b); return b; }
 inline V from_bits(U a) { V b; std::memcpy(&b, &a, sizeof b); return b; }
