@@ -170,32 +170,33 @@ Squares pack(const Encoders& use, const Call& call, const Weights& w, const Leve
              uint8_t* blocks) {
     const ptrdiff_t subs = f.subs, count = w.total * subs;
     std::vector<float> scale(count), offset(f.m ? count : 0);
-    for (ptrdiff_t i = 0; i < count; ++i) {
-        scale[i] = f.d[i / subs] * (f.scales ? f.scale(i) : 1.0f);
-        if (f.m) offset[i] = f.mins ? -(f.m[i / subs] * f.mins[i]) : f.m[i / subs];
-    }
+    for (ptrdiff_t u = 0, i = 0; u < w.total; ++u)
+        for (const ptrdiff_t end = i + subs; i < end; ++i) {
+            scale[i] = f.d[u] * (f.scales ? f.scale(i) : 1.0f);
+            if (f.m) offset[i] = f.mins ? -(f.m[u] * f.mins[i]) : f.m[u];
+        }
     const Packer& packer = *call.packer;
     const bool table = !packer.table.empty();
     const Grid grid{scale.data(), f.m ? offset.data() : nullptr, nullptr, table ? 0.0f : -levels.low, 1.0f, w.width,
                     int(subs)};
     const Levels codes_of{0.0f, levels.high - levels.low, levels.count, levels.bounds, nullptr};
-    std::vector<uint8_t> codes(w.total * w.width), raw(w.total * packer.raw);
-    std::vector<float> decoded(w.total * w.width);
-    use.codes(grid, codes_of, packer.order.data(), w.w, 0, w.total, codes.data());
-    use.values(grid, table ? packer.table.data() : nullptr, codes.data(), 0, w.total, decoded.data());
-    const Squares lost = use.squares(w.w, decoded.data(), w.importance, w.width, w.total);
-    uint8_t* to = raw.data();
+    const std::unique_ptr<uint8_t[]> codes(new uint8_t[w.total * w.width]), raw(new uint8_t[w.total * packer.raw]);
+    const std::unique_ptr<float[]> decoded(new float[w.total * w.width]);
+    use.codes(grid, codes_of, packer.order.data(), w.w, 0, w.total, codes.get());
+    use.values(grid, table ? packer.table.data() : nullptr, codes.get(), 0, w.total, decoded.get());
+    const Squares lost = use.squares(w.w, decoded.get(), w.importance, w.width, w.total);
+    uint8_t* to = raw.get();
     for (ptrdiff_t u = 0; u < w.total; ++u) {
-        to = std::copy_n(codes.data() + u * w.width, w.width, to);
+        to = std::copy_n(codes.get() + u * w.width, w.width, to);
         for (const float* p : {f.d, f.m})
             if (p) {
                 const uint16_t half = float16_bits(p[u]);
                 *to++ = uint8_t(half), *to++ = uint8_t(half >> 8);
             }
-        for (ptrdiff_t i = u * subs; f.scales && i < (u + 1) * subs; ++i) *to++ = uint8_t(f.scale(i) - f.least);
+        for (ptrdiff_t i = u * subs; f.scales && i < (u + 1) * subs; ++i) *to++ = uint8_t(f.scales[i] - int(f.least));
         if (f.mins) to = std::copy_n(f.mins + u * subs, subs, to);
     }
-    use.join(packer.packing(), raw.data(), w.total, blocks);
+    use.join(packer.packing(), raw.get(), w.total, blocks);
     return lost;
 }
 

@@ -50,18 +50,20 @@ void widen(const Source& from, const T* at, int width, float* to) {
     for (; i < width; ++i) to[i] = one(at + i * from.column, from.type);
 }
 
-// Bits of bytes beside each other: the mask drops what a shift brings in from the next byte.
+// The next bytes of a term's run, for all blocks. The mask drops what shifts bring in from other bytes.
 template <class T>
-int move_bits(const Term& t, const uint8_t* from, uint8_t* to, int done) {
+int move_bits(const Packing& how, const Term& t, const uint8_t* from, ptrdiff_t count, uint8_t* to, int done) {
     T mask;
     std::memset(&mask, t.mask, sizeof mask);
-    for (; done + int(sizeof(T)) <= t.run; done += sizeof(T)) {
-        T x, y;
-        std::memcpy(&x, from + done, sizeof x);
-        std::memcpy(&y, to + done, sizeof y);
-        y ^= (t.shift < 0 ? x >> -t.shift : x << t.shift) & mask;
-        std::memcpy(to + done, &y, sizeof y);
-    }
+    const int left = t.shift > 0 ? t.shift : 0, right = t.shift < 0 ? -t.shift : 0;
+    for (; done + int(sizeof(T)) <= t.run; done += sizeof(T))
+        for (ptrdiff_t u = 0; u < count; ++u) {
+            T x, y;
+            std::memcpy(&x, from + u * how.raw + t.from + done, sizeof x);
+            std::memcpy(&y, to + u * how.bytes + t.to + done, sizeof y);
+            y ^= ((x << left) >> right) & mask;
+            std::memcpy(to + u * how.bytes + t.to + done, &y, sizeof y);
+        }
     return done;
 }
 
@@ -82,14 +84,11 @@ void widen(const Source& from, int width, ptrdiff_t first, ptrdiff_t last, float
 }
 
 void join(const Packing& how, const uint8_t* raw, ptrdiff_t count, uint8_t* blocks) {
-    for (ptrdiff_t u = 0; u < count; ++u, raw += how.raw, blocks += how.bytes) {
-        std::memcpy(blocks, how.constant, how.bytes);
-        for (int i = 0; i < how.count; ++i) {
-            const Term& t = how.terms[i];
-            const uint8_t* from = raw + t.from;
-            uint8_t* to = blocks + t.to;
-            move_bits<uint8_t>(t, from, to, move_bits<uint64_t>(t, from, to, move_bits<Long>(t, from, to, 0)));
-        }
+    for (ptrdiff_t u = 0; u < count; ++u) std::memcpy(blocks + u * how.bytes, how.constant, how.bytes);
+    for (int i = 0; i < how.count; ++i) {
+        const Term& t = how.terms[i];
+        const int done = move_bits<Long>(how, t, raw, count, blocks, 0);
+        move_bits<uint8_t>(how, t, raw, count, blocks, move_bits<uint64_t>(how, t, raw, count, blocks, done));
     }
 }
 

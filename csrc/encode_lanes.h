@@ -52,6 +52,27 @@ inline V square(V a) { return a * a; }
 inline V choose(I mask, V a, V b) { return mask ? a : b; }
 inline V to_integer(V u) { return (u + ROUNDING) - ROUNDING; }
 
+// Bytes, a lane each.
+#if defined(__AVX512F__)
+inline V from_bytes(const uint8_t* at) {
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at)));
+}
+inline void to_bytes(V u, uint8_t* at) {
+    _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)u)));
+}
+#else
+typedef uint8_t B __attribute__((vector_size(FEWBITS_LANES)));
+inline V from_bytes(const uint8_t* at) {
+    B bytes;
+    std::memcpy(&bytes, at, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, I), V);
+}
+inline void to_bytes(V u, uint8_t* at) {
+    const B bytes = __builtin_convertvector(__builtin_convertvector(u, I), B);
+    std::memcpy(at, &bytes, sizeof bytes);
+}
+#endif
+
 inline I nearest(V u) {
     u += ROUNDING;
     I b;
@@ -60,7 +81,10 @@ inline I nearest(V u) {
 }
 // Integers of 16 bits: two to a lane, the first in its lower half; the same twice; everywhere the same.
 inline H pair(V low, V high) { return (H)((nearest(low) & 0xFFFF) | (nearest(high) << 16)); }
-inline H twice(V a) { return pair(a, a); }
+inline H twice(V a) {
+    const I b = nearest(a);
+    return (H)((b & 0xFFFF) | (b << 16));
+}
 inline H same(int16_t a) { return a - H{}; }
 
 // The product over 2^15, rounded; and acc plus the sums of both products of a lane.
@@ -93,12 +117,18 @@ inline V from_bits(U a) { V b; std::memcpy(&b, &a, sizeof b); return b; }
 // 1/s to float32 rounding, and 0 for the zero scale, which decodes everything alike. A division would wait for several
 // times as long; the first guess is within an eighth, and each step cubes its error.
 inline V invert(V s) {
+#if defined(__AVX512F__)
+    const __mmask16 some = _mm512_cmp_ps_mask((__m512)abs(s), (__m512)all(1e-36f), _CMP_GT_OQ);
+    const V guess = (V)_mm512_maskz_rcp14_ps(some, (__m512)s);
+    return guess + guess * (1.0f - s * guess);
+#else
     V r = from_bits(0x7EF311C7u - bits_of(s));
     V e = 1.0f - s * r;
     r += r * (e + e * e);
     e = 1.0f - s * r;
     r += r * (e + e * e);
     return s == V{} ? V{} : r;
+#endif
 }
 
 inline V drop_bits(V a, int count) {

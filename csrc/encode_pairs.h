@@ -27,6 +27,13 @@ public:
 
     V peak(int j) const { return peaks_[j]; }
 
+    // At scales that put the largest on these levels; and with `inverse` at any.
+    template <int K>
+    void sums(int j, const float* levels, Sums* out) const {
+        V inverse[K];
+        for (int k = 0; k < K; ++k) inverse[k] = levels[k] / peaks_[j];
+        sums<K>(j, inverse, out);
+    }
     template <int K>
     void sums(int j, const V* inverse, Sums* out) const {
         const Columns<WEIGHTED> p = sub(j);
@@ -65,15 +72,27 @@ public:
     V peak(int j) const { return peaks_[j]; }
 
     template <int K>
+    void sums(int j, const float* levels, Sums* out) const {
+        H by[K];
+        for (int k = 0; k < K; ++k) by[k] = same(int16_t(std::lrint(levels[k] * float(1 << bits_))));
+        sums<K>(j, by, out);
+    }
+    template <int K>
     void sums(int j, const V* inverse, Sums* out) const {
         const V scale = peaks_[j] * float(1 << bits_);
-        const H* x = x_ + j * half_;
         H by[K];
+        for (int k = 0; k < K; ++k) by[k] = twice(min(max(inverse[k] * scale, all(-ONE)), all(ONE)));
+        sums<K>(j, by, out);
+    }
+
+private:
+    static constexpr float ONE = 32767.0f;
+
+    template <int K>
+    void sums(int j, const H* by, Sums* out) const {
+        const H* x = x_ + j * half_;
         I qx[K], qq[K];
-        for (int k = 0; k < K; ++k) {
-            by[k] = twice(min(max(inverse[k] * scale, all(-ONE)), all(ONE)));
-            qx[k] = qq[k] = I{};
-        }
+        for (int k = 0; k < K; ++k) qx[k] = qq[k] = I{};
         for (int i = 0; i < half_; ++i) {
 #pragma GCC unroll 8
             for (int k = 0; k < K; ++k) {
@@ -88,9 +107,6 @@ public:
             if (WEIGHTED) out[k] = {out[k].qx * tops_[j] * (32768.0f / ONE), out[k].qq * tops_[j] * (1.0f / ONE)};
         }
     }
-
-private:
-    static constexpr float ONE = 32767.0f;
 
     void load(const Columns<WEIGHTED>& p, int j) {
         peaks_[j] = extreme(p);

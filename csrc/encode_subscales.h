@@ -40,17 +40,14 @@ private:
 
     // The sums of the start that gains most, once its scale is the best for its codes.
     Sums first(int j, const Starts& starts) const {
-        Sums best{}, found[BATCH];
-        V most = all(-1.0f), inverse[BATCH];
-        const V by_peak = invert(how_.peak(j));
+        Sums best{V{}, all(TINY)}, found[BATCH];
+        float levels[BATCH];
         for (int at = 0; at < starts.count; at += BATCH) {
-            for (int k = 0; k < BATCH; ++k) inverse[k] = by_peak / starts.scale[std::min(at + k, starts.count - 1)];
-            how_.template sums<BATCH>(j, inverse, found);
+            for (int k = 0; k < BATCH; ++k) levels[k] = 1.0f / starts.scale[std::min(at + k, starts.count - 1)];
+            how_.template sums<BATCH>(j, levels, found);
             for (const Sums& f : found) {
-                const V gain = f.qx * f.best();
-                const I good = gain > most;
+                const I good = square(f.qx) * best.qq > square(best.qx) * f.qq;
                 best = {choose(good, f.qx, best.qx), choose(good, f.qq, best.qq)};
-                most = max(gain, most);
             }
         }
         return best;

@@ -196,9 +196,10 @@ class Job:
         solver = self._solver(names[0], statistics)
         solved = solvers.solve_together(weights, codec, solver, statistics)
         seconds = (time.monotonic() - began) / sum(w.numel() for w in weights)
-        for name, weight, q in zip(names, weights, solved, strict=True):
+        for name, weight, (q, loss) in zip(names, weights, solved, strict=True):
             if name not in self.records:
-                self._put(name, q, {"solver": solver, "error": solvers.loss(weight, q, statistics),
+                error = solvers.loss(weight, q, statistics) if loss is None else loss
+                self._put(name, q, {"solver": solver, "error": error,
                                     "error_of": "weights" if statistics is None else "outputs",
                                     "seconds": seconds * weight.numel()})
 
