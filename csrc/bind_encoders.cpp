@@ -46,16 +46,14 @@ Source source(const Any3& a) {
 // How blocks of a codec are put together, as fewbits.codecs.native.packing finds it.
 struct Packer {
     std::vector<Term> terms;
-    std::vector<uint8_t> constant, order;  // order: codes by rank of their level
-    std::vector<float> table;              // levels by code, or none
+    std::vector<uint8_t> constant, order;  // order: codes by rank of their level, or none
     int raw;
 
-    Packer(const Array<const int32_t, 2>& all, const Array<const uint8_t, 1>& flips, int raw_bytes, const Floats& values,
+    Packer(const Array<const int32_t, 2>& all, const Array<const uint8_t, 1>& flips, int raw_bytes,
            const Array<const uint8_t, 1>& ranks)
         : constant(flips.data(), flips.data() + flips.size()), order(ranks.data(), ranks.data() + ranks.size()),
-          table(values.data(), values.data() + values.size()), raw(raw_bytes) {
+          raw(raw_bytes) {
         require(all.shape(1) == 5 && raw > 0, "terms [n, 5]");
-        require(table.empty() || table.size() == 256, "a table of 256 values, or none");
         for (const int32_t* t = all.data(); t != all.data() + all.size(); t += 5) {
             require(t[0] >= 0 && t[1] >= 0 && t[2] > 0 && t[0] <= raw - t[2] && t[1] <= int(constant.size()) - t[2] &&
                     t[3] > -8 && t[3] < 8 && t[4] > 0 && t[4] < 256, "a term beyond the bytes");
@@ -88,7 +86,7 @@ struct Call {
         for (int i = 0; known && i < 3; ++i) require(known->shape(i) == from.shape(i), "importance: the shape of w");
         require(bool(how) == bool(to), "a packer and blocks, or neither");
         if (!how) return;
-        require(storage == Storage::float16 && width % 16 == 0, "blocks have float16 scales and 16 n columns");
+        require(storage == Storage::float16, "blocks have float16 scales");
         require(ptrdiff_t(to->shape(0)) == total && to->shape(1) == how->constant.size(), "blocks: [units, bytes]");
     }
 
@@ -176,15 +174,12 @@ Squares pack(const Encoders& use, const Call& call, const Weights& w, const Leve
             if (f.m) offset[i] = f.mins ? -(f.m[u] * f.mins[i]) : f.m[u];
         }
     const Packer& packer = *call.packer;
-    const bool table = !packer.table.empty();
-    const Grid grid{scale.data(), f.m ? offset.data() : nullptr, nullptr, table ? 0.0f : -levels.low, 1.0f, w.width,
+    const Grid grid{scale.data(), f.m ? offset.data() : nullptr, nullptr, levels.count ? 0.0f : -levels.low, 1.0f, w.width,
                     int(subs)};
-    const Levels codes_of{0.0f, levels.high - levels.low, levels.count, levels.bounds, nullptr};
+    const Levels codes_of = levels.count ? levels : Levels{0.0f, levels.high - levels.low, 0, nullptr, nullptr};
     const std::unique_ptr<uint8_t[]> codes(new uint8_t[w.total * w.width]), raw(new uint8_t[w.total * packer.raw]);
-    const std::unique_ptr<float[]> decoded(new float[w.total * w.width]);
-    use.codes(grid, codes_of, packer.order.data(), w.w, 0, w.total, codes.get());
-    use.values(grid, table ? packer.table.data() : nullptr, codes.get(), 0, w.total, decoded.get());
-    const Squares lost = use.squares(w.w, decoded.get(), w.importance, w.width, w.total);
+    const Squares lost =
+        use.measured(grid, codes_of, packer.order.data(), w.w, w.importance, w.total, codes.get());
     uint8_t* to = raw.get();
     for (ptrdiff_t u = 0; u < w.total; ++u) {
         to = std::copy_n(codes.get() + u * w.width, w.width, to);
@@ -208,6 +203,7 @@ Lost search(const Call& call, const Levels& levels, const Found& found, Fit&& fi
     if (call.packer) {
         const int bytes = call.width + (found.m ? 4 : 2) + found.subs * (bool(found.scales) + bool(found.mins));
         require(call.packer->raw == bytes, "a packing of other parameters");
+        require(call.width % (16 * found.subs) == 0, "sub-blocks of 16 n columns");
         require(levels.count == 0 || int(call.packer->order.size()) == levels.count + 1, "a code for each level");
     }
     std::vector<Squares> squares(call.parts());
@@ -379,9 +375,8 @@ void define(nb::module_& m, const char* name, R (*function)(A...)) {
 
 void bind_encoders(nb::module_& m) {
     nb::class_<Packer>(m, "Packer").def(
-        nb::init<const Array<const int32_t, 2>&, const Array<const uint8_t, 1>&, int, const Floats&,
-                 const Array<const uint8_t, 1>&>(),
-        array("terms"), array("constant"), nb::arg("raw"), array("table"), array("order"));
+        nb::init<const Array<const int32_t, 2>&, const Array<const uint8_t, 1>&, int, const Array<const uint8_t, 1>&>(),
+        array("terms"), array("constant"), nb::arg("raw"), array("order"));
     define(m, "fit_scale", fit_scale);
     define(m, "fit_zero", fit_zero);
     define(m, "fit_line", fit_line);

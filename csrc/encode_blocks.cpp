@@ -67,12 +67,6 @@ int move_bits(const Packing& how, const Term& t, const uint8_t* from, ptrdiff_t 
     return done;
 }
 
-double sum(V a) {
-    double total = 0;
-    for (int l = 0; l < LANES; ++l) total += a[l];
-    return total;
-}
-
 }  // namespace
 
 void widen(const Source& from, int width, ptrdiff_t first, ptrdiff_t last, float* to) {
@@ -87,27 +81,11 @@ void join(const Packing& how, const uint8_t* raw, ptrdiff_t count, uint8_t* bloc
     for (ptrdiff_t u = 0; u < count; ++u) std::memcpy(blocks + u * how.bytes, how.constant, how.bytes);
     for (int i = 0; i < how.count; ++i) {
         const Term& t = how.terms[i];
-        const int done = move_bits<Long>(how, t, raw, count, blocks, 0);
-        move_bits<uint8_t>(how, t, raw, count, blocks, move_bits<uint64_t>(how, t, raw, count, blocks, done));
+        int done = move_bits<Long>(how, t, raw, count, blocks, 0);
+        done = move_bits<uint64_t>(how, t, raw, count, blocks, done);
+        done = move_bits<uint32_t>(how, t, raw, count, blocks, done);
+        move_bits<uint8_t>(how, t, raw, count, blocks, done);
     }
-}
-
-Squares squares(const float* w, const float* decoded, const float* importance, int width, ptrdiff_t count) {
-    Squares total{0, 0};
-    for (ptrdiff_t u = 0; u < count; ++u) {
-        V off{}, whole{};
-        for (int i = 0; i < width; i += LANES) {  // the units of packed types are whole vectors wide
-            V x, y, weight = all(1.0f);
-            std::memcpy(&x, w + u * width + i, sizeof x);
-            std::memcpy(&y, decoded + u * width + i, sizeof y);
-            if (importance) std::memcpy(&weight, importance + u * width + i, sizeof weight);
-            off += square(x - y) * weight;
-            whole += square(x) * weight;
-        }
-        total.off += sum(off);
-        total.whole += sum(whole);
-    }
-    return total;
 }
 
 }  // namespace fewbits::FEWBITS_ISA

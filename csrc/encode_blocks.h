@@ -7,6 +7,5 @@ namespace fewbits::FEWBITS_ISA {
 
 void widen(const Source& from, int width, ptrdiff_t first, ptrdiff_t last, float* to);
 void join(const Packing& how, const uint8_t* raw, ptrdiff_t count, uint8_t* blocks);
-Squares squares(const float* w, const float* decoded, const float* importance, int width, ptrdiff_t count);
 
 }  // namespace fewbits::FEWBITS_ISA

@@ -6,19 +6,34 @@
 namespace fewbits::FEWBITS_ISA {
 namespace {
 
+// The code nearest to u, or the rank of its level; and that level.
 struct Even {
     V low, high;
-    V operator()(V u) const { return to_integer(min(max(u, low), high)); }
+    explicit Even(const Levels& levels) : low(all(levels.low)), high(all(levels.high)) {}
+    V code(V u) const { return to_integer(min(max(u, low), high)); }
+    V level(V code, V, float zero) const { return code - zero; }
 };
 
 struct Ranked {
     const Levels& levels;
-    V operator()(V u) const {
+    explicit Ranked(const Levels& levels) : levels(levels) {}
+    V code(V u) const {
         V rank{};
         for (int n = 0; n < levels.count; ++n) rank += u > all(levels.bounds[n]) ? all(1.0f) : V{};
         return rank;
     }
+    V level(V, V u, float) const {
+        V level = all(levels.low);
+        for (int n = 0; n < levels.count; ++n) level += u > all(levels.bounds[n]) ? all(levels.rises[n]) : V{};
+        return level;
+    }
 };
+
+double sum(V a) {
+    double total = 0;
+    for (int l = 0; l < LANES; ++l) total += a[l];
+    return total;
+}
 
 // Calls take(at) for every whole vector; the rest is taken from a copy, and what is put there copied back.
 template <class In, class Out, class Take>
@@ -40,8 +55,36 @@ void codes_of(const float* w, int count, float scale, float offset, float zero, 
     each_vector(w, count, out, [&](const float* from, uint8_t* to) {
         V x;
         std::memcpy(&x, from, sizeof x);
-        to_bytes(rank((x - offset) / step + zero), to);
+        to_bytes(rank.code((x - offset) / step + zero), to);
     });
+}
+
+// The same for whole vectors, and what is lost.
+template <class Rank>
+Squares measured(const Grid& grid, const Levels& levels, const float* w, const float* importance, ptrdiff_t count,
+                 uint8_t* codes) {
+    const Rank rank(levels);
+    const int run = grid.width / grid.subs;
+    Squares total{0, 0};
+    for (ptrdiff_t unit = 0, at = 0; unit < count; ++unit) {
+        V off{}, whole{};
+        for (const ptrdiff_t end = at + grid.subs; at < end; ++at) {
+            const float scale = grid.scale[at], step = scale == 0.0f ? INF : scale;
+            const float offset = grid.offset ? grid.offset[at] : 0.0f, zero = grid.middle;
+            for (ptrdiff_t i = at * run; i < (at + 1) * run; i += LANES) {
+                V x, weight = all(1.0f);
+                std::memcpy(&x, w + i, sizeof x);
+                if (importance) std::memcpy(&weight, importance + i, sizeof weight);
+                const V u = (x - offset) / step + zero, code = rank.code(u);
+                to_bytes(code, codes + i);
+                off += square(x - (rank.level(code, u, zero) * scale + offset)) * weight;
+                whole += square(x) * weight;
+            }
+        }
+        total.off += sum(off);
+        total.whole += sum(whole);
+    }
+    return total;
 }
 
 // Values of columns that share a scale: (code - zero) * scale * factor + offset in just this order.
@@ -69,12 +112,20 @@ void nearest_codes(const Grid& grid, const Levels& levels, const uint8_t* order,
         const float scale = grid.scale[at] * grid.factor;
         uint8_t* out = codes + at * run;
         if (!levels.count) {
-            codes_of(w + at * run, run, scale, offset, zero, Even{all(levels.low), all(levels.high)}, out);
+            codes_of(w + at * run, run, scale, offset, zero, Even(levels), out);
             continue;
         }
-        codes_of(w + at * run, run, scale, offset, zero, Ranked{levels}, out);
+        codes_of(w + at * run, run, scale, offset, zero, Ranked(levels), out);
         for (int i = 0; i < run; ++i) out[i] = order[out[i]];
     }
+}
+
+Squares measured_codes(const Grid& grid, const Levels& levels, const uint8_t* order, const float* w,
+                       const float* importance, ptrdiff_t count, uint8_t* codes) {
+    if (!levels.count) return measured<Even>(grid, levels, w, importance, count, codes);
+    const Squares found = measured<Ranked>(grid, levels, w, importance, count, codes);
+    for (ptrdiff_t i = 0; i < count * grid.width; ++i) codes[i] = order[codes[i]];
+    return found;
 }
 
 void values_of(const Grid& grid, const float* table, const uint8_t* codes, ptrdiff_t first, ptrdiff_t last, float* w) {

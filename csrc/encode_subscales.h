@@ -69,19 +69,19 @@ private:
         return found;
     }
 
-    // The best of many d of both signs, by the parabolas.
+    // The best of many d, by the parabolas; the largest scale lies on the side of the lowest level.
     SubScales round_real(const V* real, const V* bend) const {
         SubScales found{};
         V widest{}, least = all(INF);
-        for (int j = 0; j < subs_.count; ++j) widest = max(widest, abs(real[j]));
-        for (int n = 0; n < subs_.step_count; ++n)
-            for (float sign : {1.0f, -1.0f}) {
-                const V d = u_.kept(widest * (sign / subs_.steps[n])), by_d = invert(d);
-                V lost{};
-                for (int j = 0; j < subs_.count; ++j) lost += bend[j] * square(integer(real[j], by_d) * d - real[j]);
-                found.d = choose(lost < least, d, found.d);
-                least = min(lost, least);
-            }
+        for (int j = 0; j < subs_.count; ++j) widest = choose(abs(real[j]) > abs(widest), real[j], widest);
+        for (int n = 0; n < subs_.step_count; ++n) {
+            const V d = widest * (-1.0f / subs_.steps[n]), by_d = invert(d);
+            V lost{};
+            for (int j = 0; j < subs_.count; ++j) lost += bend[j] * square(integer(real[j], by_d) * d - real[j]);
+            found.d = choose(lost < least, d, found.d);
+            least = min(lost, least);
+        }
+        found.d = u_.kept(found.d);
         for (int j = 0; j < subs_.count; ++j) found.scales[j] = integer(real[j], invert(found.d));
         return found;
     }

@@ -95,7 +95,7 @@ void lines(const Weights& w, float top, const Starts& starts, const Subs& subs,
 
 }  // namespace
 
-extern const Encoders encoders = {scale, zero, line, scales, lines, nearest_codes, values_of, join_planes, split_planes,
-                          widen, join, squares};
+extern const Encoders encoders = {scale, zero, line, scales, lines, nearest_codes, measured_codes, values_of,
+                                  join_planes, split_planes, widen, join};
 
 }  // namespace fewbits::FEWBITS_ISA

@@ -92,6 +92,9 @@ struct Encoders {
     // by `order` of levels
     void (*codes)(const Grid&, const Levels&, const uint8_t* order, const float* w, ptrdiff_t first, ptrdiff_t last,
                   uint8_t* codes);
+    // the same for sub-blocks of 16 n columns without `zero` and factors, and what is lost; `rises` are needed
+    Squares (*measured)(const Grid&, const Levels&, const uint8_t* order, const float* w, const float* importance,
+                        ptrdiff_t count, uint8_t* codes);
     // and values of codes; with a table [256] its entries times the scale
     void (*values)(const Grid&, const float* table, const uint8_t* codes, ptrdiff_t first, ptrdiff_t last, float* w);
     // `bits` of each code: of every `parts * run` codes byte j holds those of j, j + run, j + 2 run …, lowest first
@@ -100,7 +103,6 @@ struct Encoders {
                      uint8_t* codes);  // the inverse
     void (*widen)(const Source&, int width, ptrdiff_t first, ptrdiff_t last, float* to);
     void (*join)(const Packing&, const uint8_t* raw, ptrdiff_t count, uint8_t* blocks);
-    Squares (*squares)(const float* w, const float* decoded, const float* importance, int width, ptrdiff_t count);
 };
 
 FEWBITS_TABLE(Encoders, encoders)

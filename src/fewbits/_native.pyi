@@ -43,7 +43,7 @@ def sweep(*, x: Array, old: Array | None, mix: Array, position: Array, scale: Ar
 # [rows * units, k]. With a packer also blocks [rows * units, bytes]; then what is returned is the (weighted) sum of squares
 # of what decoded values differ by, and that of the weights.
 class Packer:
-    def __init__(self, terms: Array, constant: Array, raw: int, table: Array, order: Array) -> None: ...
+    def __init__(self, terms: Array, constant: Array, raw: int, order: Array) -> None: ...
 
 def fit_scale(w: Array, importance: Array | None, storage: int, threads: int, packer: Packer | None, blocks: Array | None,
     low: float, high: float, bounds: Array,
