@@ -34,7 +34,8 @@ using Lost = std::pair<double, double>;
 Storage storage_of(nb::dlpack::dtype type) {
     if (type == nb::dtype<float>()) return Storage::float32;
     const bool half = type.bits == 16 && type.lanes == 1, brain = type.code == uint8_t(nb::dlpack::dtype_code::Bfloat);
-    require(half && (brain || type.code == uint8_t(nb::dlpack::dtype_code::Float)), "float32, float16 or bfloat16");
+    if (!half || !(brain || type.code == uint8_t(nb::dlpack::dtype_code::Float)))
+        throw nb::type_error("float32, float16 or bfloat16");
     return brain ? Storage::bfloat16 : Storage::float16;
 }
 
@@ -354,6 +355,33 @@ void unplanes(Packed packed, int threads, int bits, int parts, int run, Array<ui
           [&](ptrdiff_t a, ptrdiff_t b) { use.unplanes(from, bits, parts, run, a, b, to); });
 }
 
+// How many of the bits patterns in x are NaN or infinite: their exponents have only ones.
+template <class T>
+size_t nonfinite_of(const T* x, size_t count, T exponent) {
+    size_t found = 0;
+    for (size_t at = 0; at < count; at += 1 << 12) {
+        T some = 0;
+        for (size_t i = at, end = std::min(count, at + (1 << 12)); i < end; ++i) some += (x[i] & exponent) == exponent;
+        found += some;
+    }
+    return found;
+}
+
+size_t nonfinite(nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu> x, int threads) {
+    check_threads(threads);
+    const Storage type = storage_of(x.dtype());
+    const void* data = x.data();
+    const ptrdiff_t count = ptrdiff_t(x.shape(0));
+    std::atomic<size_t> found{0};
+    share(count, 1 << 20, threads, [&](ptrdiff_t a, ptrdiff_t b) {
+        const uint16_t* half = static_cast<const uint16_t*>(data) + a;
+        found += type == Storage::float32
+                     ? nonfinite_of(static_cast<const uint32_t*>(data) + a, size_t(b - a), 0x7F800000u)
+                     : nonfinite_of(half, size_t(b - a), uint16_t(type == Storage::float16 ? 0x7C00 : 0x7F80));
+    });
+    return found;
+}
+
 }  // namespace
 
 // Arrays are not converted: an output would be a copy.
@@ -384,6 +412,7 @@ void bind_encoders(nb::module_& m) {
     define(m, "fit_lines", fit_lines);
     define(m, "codes", codes);
     define(m, "values", values);
+    define(m, "nonfinite", nonfinite);
     define(m, "planes", planes);
     define(m, "unplanes", unplanes);
 }

@@ -61,6 +61,7 @@ def fit_lines(w: Array, importance: Array | None, storage: int, threads: int, pa
     top: float, parts: Array, drops: Array,
               kept: int, rounds: int, subs: int, most: float, steps: Array, minima: int, near: Array, descents: int,
               d: Array, dmin: Array, scales: Array, mins: Array) -> tuple[float, float]: ...
+def nonfinite(x: Array, threads: int) -> int: ...  # values of float32, float16 or bfloat16
 def codes(w: Array, threads: int, scale: Array, offset: Array | None, zero: Array | None, middle: float,
           factor: float, low: float, high: float, bounds: Array, order: Array, codes: Array) -> None: ...
 def values(codes: Array, threads: int, scale: Array, offset: Array | None, zero: Array | None, middle: float,

@@ -294,6 +294,11 @@ def unplanes(packed: torch.Tensor, bits: int, parts: int, run: int) -> torch.Ten
     return codes
 
 
+def nonfinite(x: torch.Tensor) -> int:
+    """How many values of `x`, of a float type that files hold, are NaN or infinite."""
+    return _native.nonfinite(x.detach().reshape(-1).contiguous(), threads())
+
+
 # arguments ------------------------------------------------------------------------------------------------------------
 def here(x: torch.Tensor) -> bool:
     """Whether `x` lies where the extension can compute with it."""

@@ -15,6 +15,7 @@ from fewbits.calibration.sources import Calibration
 from fewbits.calibration.statistics import Diagonal, Known
 from fewbits.calibration.walk import Batches, Block, Walk
 from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.codecs import native
 from fewbits.codecs.base import Codec
 from fewbits.codecs.floats import F16, Float
 from fewbits.containers.base import Progress
@@ -23,7 +24,7 @@ from fewbits.jobs import estimating
 from fewbits.jobs.distributed import Ranks
 from fewbits.jobs.store import Store
 from fewbits.planning import available_bytes
-from fewbits.qtensor import CHUNK, QTensor
+from fewbits.qtensor import QTensor
 from fewbits.recipe import Choice, ModelFacts
 
 AHEAD = 4  # tensors outside of blocks that each rank solves before results are exchanged
@@ -276,8 +277,7 @@ def _nonfinite(entry: Entry) -> int:
     """How many values of a float tensor are NaN or infinite."""
     if not isinstance(entry.codec, Float):
         return 0
-    flat = entry.load().planes["data"].reshape(-1)
-    return sum(int((~part.isfinite()).sum()) for part in flat.split(CHUNK))
+    return native.nonfinite(entry.load().planes["data"])
 
 
 def _converter(path: Path, entry: Entry, codec: Codec) -> Callable[[], QTensor]:
