@@ -19,7 +19,7 @@
 namespace fewbits {
 namespace {
 
-constexpr long PART = 1 << 12;  // weights that a thread takes at a time, about: results don't depend on it
+constexpr long PART = 1 << 13;  // weights that a thread takes at a time, about: results don't depend on it
 constexpr int MOST_SUBS = 16, MOST_KEPT = 8, MOST_MINIMA = 4;
 
 using Any3 = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;

@@ -40,27 +40,28 @@ def sweep(*, x: Array, old: Array | None, mix: Array, position: Array, scale: Ar
           bounds: Array | None, values: Array, errors: Array, threads: int) -> None: ...
 
 # encoders: weights and importances [rows, units, columns], float32, float16 or bfloat16 with any strides; outputs
-# [rows * units, k]. With a packer also blocks [rows * units, bytes]; then what is returned is the (weighted) sum of squares
-# of what decoded values differ by, and that of the weights.
+# [rows * units, k]. With a packer also blocks [rows * units, bytes]
+Squares = tuple[float, float]  # with a packer: (weighted) sums, of what decoded values differ by and of the weights
+
 class Packer:
     def __init__(self, terms: Array, constant: Array, raw: int, order: Array) -> None: ...
 
-def fit_scale(w: Array, importance: Array | None, storage: int, threads: int, packer: Packer | None, blocks: Array | None,
-    low: float, high: float, bounds: Array,
-              rises: Array, parts: Array, kept: int, rounds: int, positive: bool, scale: Array) -> tuple[float, float]: ...
+def fit_scale(w: Array, importance: Array | None, storage: int, threads: int, packer: Packer | None,
+              blocks: Array | None, low: float, high: float, bounds: Array, rises: Array, parts: Array, kept: int,
+              rounds: int, positive: bool, scale: Array) -> Squares: ...
 def fit_zero(w: Array, importance: Array | None, storage: int, threads: int, top: float, parts: Array, kept: int,
-             rounds: int, scale: Array, zero: Array) -> tuple[float, float]: ...
-def fit_line(w: Array, importance: Array | None, storage: int, threads: int, packer: Packer | None, blocks: Array | None,
-    top: float, parts: Array, drops: Array,
-             kept: int, rounds: int, d: Array, m: Array) -> tuple[float, float]: ...
-def fit_scales(w: Array, importance: Array | None, storage: int, threads: int, packer: Packer | None, blocks: Array | None,
-    low: float, high: float, bounds: Array,
-               rises: Array, parts: Array, kept: int, rounds: int, subs: int, least: float, most: float, steps: Array,
-               near: Array, descents: int, d: Array, scales: Array) -> tuple[float, float]: ...
-def fit_lines(w: Array, importance: Array | None, storage: int, threads: int, packer: Packer | None, blocks: Array | None,
-    top: float, parts: Array, drops: Array,
-              kept: int, rounds: int, subs: int, most: float, steps: Array, minima: int, near: Array, descents: int,
-              d: Array, dmin: Array, scales: Array, mins: Array) -> tuple[float, float]: ...
+             rounds: int, scale: Array, zero: Array) -> Squares: ...
+def fit_line(w: Array, importance: Array | None, storage: int, threads: int, packer: Packer | None,
+             blocks: Array | None, top: float, parts: Array, drops: Array, kept: int, rounds: int, d: Array,
+             m: Array) -> Squares: ...
+def fit_scales(w: Array, importance: Array | None, storage: int, threads: int, packer: Packer | None,
+               blocks: Array | None, low: float, high: float, bounds: Array, rises: Array, parts: Array, kept: int,
+               rounds: int, subs: int, least: float, most: float, steps: Array, near: Array, descents: int, d: Array,
+               scales: Array) -> Squares: ...
+def fit_lines(w: Array, importance: Array | None, storage: int, threads: int, packer: Packer | None,
+              blocks: Array | None, top: float, parts: Array, drops: Array, kept: int, rounds: int, subs: int,
+              most: float, steps: Array, minima: int, near: Array, descents: int, d: Array, dmin: Array, scales: Array,
+              mins: Array) -> Squares: ...
 def nonfinite(x: Array, threads: int) -> int: ...  # values of float32, float16 or bfloat16
 def codes(w: Array, threads: int, scale: Array, offset: Array | None, zero: Array | None, middle: float,
           factor: float, low: float, high: float, bounds: Array, order: Array, codes: Array) -> None: ...

@@ -192,16 +192,16 @@ def test_the_reference_takes_what_the_extension_cannot():
 
 
 def _scale(**changes):
-    given = dict(w=torch.zeros(2, 3, 8), importance=None, storage=1, threads=1, packer=None, blocks=None, low=-8.0, high=7.0,
-                 bounds=torch.zeros(0), rises=torch.zeros(0), parts=torch.ones(2), kept=4, rounds=2, positive=False,
-                 scale=torch.zeros(6, 1)) | changes
+    given = dict(w=torch.zeros(2, 3, 8), importance=None, storage=1, threads=1, packer=None, blocks=None, low=-8.0,
+                 high=7.0, bounds=torch.zeros(0), rises=torch.zeros(0), parts=torch.ones(2), kept=4, rounds=2,
+                 positive=False, scale=torch.zeros(6, 1)) | changes
     _native.fit_scale(*given.values())
 
 
 def _lines(**changes):
-    given = dict(w=torch.zeros(2, 3, 32), importance=None, storage=1, threads=1, packer=None, blocks=None,
-                 top=15.0, parts=torch.ones(2), drops=torch.ones(2), kept=4, rounds=2, subs=4, most=63.0, steps=torch.ones(1), minima=1,
-                 near=torch.zeros(1, 2), descents=1, d=torch.zeros(6, 1), dmin=torch.zeros(6, 1),
+    given = dict(w=torch.zeros(2, 3, 32), importance=None, storage=1, threads=1, packer=None, blocks=None, top=15.0,
+                 parts=torch.ones(2), drops=torch.ones(2), kept=4, rounds=2, subs=4, most=63.0, steps=torch.ones(1),
+                 minima=1, near=torch.zeros(1, 2), descents=1, d=torch.zeros(6, 1), dmin=torch.zeros(6, 1),
                  scales=torch.zeros(6, 4, dtype=torch.uint8), mins=torch.zeros(6, 4, dtype=torch.uint8)) | changes
     _native.fit_lines(*given.values())
 
@@ -245,7 +245,8 @@ def _unplanes(**changes):
     (_scale, {"low": 7.0}), (_lines, {"subs": 5}), (_lines, {"subs": 32}), (_lines, {"minima": 5}),
     (_lines, {"most": 300.0}), (_lines, {"drops": torch.ones(3)}), (_lines, {"near": torch.zeros(1, 3)}),
     (_lines, {"mins": torch.zeros(6, 3, dtype=torch.uint8)}), (_lines, {"descents": 0}),
-    (_packed, {"blocks": None}), (_packed, {"packer": None}), (_packed, {"blocks": torch.zeros(6, 17, dtype=torch.uint8)}),
+    (_packed, {"blocks": None}), (_packed, {"packer": None}),
+    (_packed, {"blocks": torch.zeros(6, 17, dtype=torch.uint8)}),
     (_packed, {"raw": 17}), (_packed, {"raw": 19}), (_packed, {"constant": torch.zeros(17, dtype=torch.uint8)}),
     (_packed, {"terms": torch.tensor([[-1, 0, 1, 0, 1]], dtype=torch.int32)}), (_packed, {"storage": 0}),
     (_packed, {"terms": torch.tensor([[0, 0, 1, 8, 1]], dtype=torch.int32)}), (_packed, {"w": torch.zeros(2, 3, 8)}),

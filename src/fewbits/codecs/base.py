@@ -126,8 +126,8 @@ class Codec:
         raise NotImplementedError
 
     def search(self, w: torch.Tensor, importance: torch.Tensor | None) -> Searched | None:
-        """What `fit`, the nearest codes and `pack` make of `w` `[rows, columns]`, in one go; None where there is no such
-        way. Weights of any float dtype."""
+        """What `fit`, the nearest codes and `pack` make of `w` `[rows, columns]` of any float dtype, in one go; None
+        where there is no such way."""
         return None
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params,
