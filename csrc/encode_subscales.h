@@ -91,7 +91,8 @@ private:
             V dx{}, dd{};
             now.gain = V{};
             for (int j = 0; j < subs_.count; ++j) {
-                const Sums sums = nearby(j, now.d, now.scales[j]);
+                const Sums sums = subs_.near_count < NEAR ? nearby<1>(j, now.d, now.scales[j])
+                                                          : nearby<NEAR>(j, now.d, now.scales[j]);
                 now.gain += sums.gain(now.d * now.scales[j]);
                 dx += now.scales[j] * sums.qx;
                 dd += square(now.scales[j]) * sums.qq;
@@ -105,19 +106,20 @@ private:
     }
 
     // Sums of the best neighbour of a scale, which takes its place.
+    template <int K>
     Sums nearby(int j, V d, V& scale) const {
         V most = all(-INF), chosen{};
         Sums best{};
-        for (int n = 0; n < subs_.near_count; n += NEAR) {
-            V s[NEAR], scales[NEAR], inverse[NEAR];
-            Sums found[NEAR];
-            for (int k = 0; k < NEAR; ++k) {
+        for (int n = 0; n < subs_.near_count; n += K) {
+            V s[K], scales[K], inverse[K];
+            Sums found[K];
+            for (int k = 0; k < K; ++k) {
                 scales[k] = min(max(scale + subs_.near[2 * std::min(n + k, subs_.near_count - 1)], least_), most_);
                 s[k] = d * scales[k];
                 inverse[k] = invert(s[k]);
             }
-            how_.template sums<NEAR>(j, inverse, found);
-            for (int k = 0; k < NEAR; ++k) {
+            how_.template sums<K>(j, inverse, found);
+            for (int k = 0; k < K; ++k) {
                 const V gain = found[k].gain(s[k]);
                 const I good = gain > most;
                 chosen = choose(good, scales[k], chosen);

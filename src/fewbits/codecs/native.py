@@ -148,9 +148,10 @@ class SubScales(Search):
         most = 1 << (self.scale_bits - 1)
         d, scales = call.out(), call.out(self.subs, "int8")
         one = self.scale
-        descents = 1 if call.importance is None and one.high < 4 else 2  # a second gains 0.05 % of the error of Q3_K
+        rough = call.importance is None and one.high < 4  # more steps gain 0.2 % of the error of Q3_K
+        steps, near, descents = (10, NEAR_SCALES[:1], 1) if rough else (17, NEAR_SCALES, 2)
         squares = _native.fit_scales(*call, *_levels(one.low, one.high, one.table), one.parts(call), 4, 2, self.subs,
-                                     -most, most - 1, _steps(most), _near(NEAR_SCALES), descents, d, scales)
+                                     -most, most - 1, _steps(most)[:steps], _near(near), descents, d, scales)
         return {"d": d, "scales": scales}, squares
 
 
