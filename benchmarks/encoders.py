@@ -1,9 +1,9 @@
 """How fast weights are encoded, beside llama.cpp's own quantizers, and what is lost by it.
 
-One thread each, CPU nanoseconds a weight, the least of some rounds, float32 weights to the file's bytes; errors are
-relative to llama.cpp's, and to those of the reference search in Python (`fit` alone). Then whole recipes: what their
-types cost, by the weights of the model that each gets; and whole files, from the same F16 GGUF, the median of rounds.
-Importances are those of squared_error.py.
+One thread each, CPU nanoseconds a weight, the least of some rounds, float16 weights to the file's bytes; llama.cpp has
+them as float32 already, widening is not counted there. Errors are relative to llama.cpp's, and to those of the search
+in Python (`fit` alone). Then whole recipes: what their types cost, by the weights of the model that each gets;
+and whole files from the same F16 GGUF, the median of the rounds. Importances are those of squared_error.py.
 
     python benchmarks/encoders.py [--peer-python .peers/llama/bin/python] [--types Q4_K ...] [--rows 1024] [--rounds 3]
 """
@@ -139,7 +139,9 @@ def measure(peer: Peer, codec: Codec, path: Path, weighted: bool, most_rows: int
     for name, w in list(matrices(path, codec, most_rows))[::20]:
         importance = importances(name, w.shape[1]) if weighted else None
         scale: torch.Tensor | float = 1.0 if importance is None else importance
-        mine = [ours(codec, w, importance) for _ in range(rounds)]
+        half = w.half()
+        w = half.float()
+        mine = [ours(codec, half, importance) for _ in range(rounds)]
         theirs = [peer.quantize(codec, w, importance) for _ in range(rounds)]
         for i, tries in enumerate((mine, theirs)):
             seconds[i] += min(s for _, s in tries)

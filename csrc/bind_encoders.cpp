@@ -46,7 +46,7 @@ Source source(const Any3& a) {
 
 // How blocks of a codec are put together, as fewbits.codecs.native.packing finds it.
 struct Packer {
-    std::vector<Term> terms;
+    std::vector<Move> terms;
     std::vector<uint8_t> constant, order;  // order: codes by rank of their level, or none
     int raw;
 

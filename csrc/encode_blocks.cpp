@@ -52,7 +52,7 @@ void widen(const Source& from, const T* at, int width, float* to) {
 
 // The next bytes of a term's run, for all blocks. The mask drops what shifts bring in from other bytes.
 template <class T>
-int move_bits(const Packing& how, const Term& t, const uint8_t* from, ptrdiff_t count, uint8_t* to, int done) {
+int move_bits(const Packing& how, const Move& t, const uint8_t* from, ptrdiff_t count, uint8_t* to, int done) {
     T mask;
     std::memset(&mask, t.mask, sizeof mask);
     const int left = t.shift > 0 ? t.shift : 0, right = t.shift < 0 ? -t.shift : 0;
@@ -80,7 +80,7 @@ void widen(const Source& from, int width, ptrdiff_t first, ptrdiff_t last, float
 void join(const Packing& how, const uint8_t* raw, ptrdiff_t count, uint8_t* blocks) {
     for (ptrdiff_t u = 0; u < count; ++u) std::memcpy(blocks + u * how.bytes, how.constant, how.bytes);
     for (int i = 0; i < how.count; ++i) {
-        const Term& t = how.terms[i];
+        const Move& t = how.terms[i];
         int done = move_bits<Long>(how, t, raw, count, blocks, 0);
         done = move_bits<uint64_t>(how, t, raw, count, blocks, done);
         done = move_bits<uint32_t>(how, t, raw, count, blocks, done);

@@ -64,13 +64,13 @@ struct Grid {
 // How a block holds what is known of a unit, as `raw` bytes: its codes, float16 parameters, scales and minimums of
 // sub-blocks. Byte to + i gets the bits `mask` of byte from + i, shifted (left where shift > 0); each bit comes from one
 // place, and is flipped where `constant` has it.
-struct Term {
+struct Move {
     int from, to, run, shift;
     uint8_t mask;
 };
 
 struct Packing {
-    const Term* terms;
+    const Move* terms;
     const uint8_t* constant;
     int count, raw, bytes;
 };
