@@ -100,43 +100,6 @@ void probe(const Columns<WEIGHTED>& p, const V* s, const Level* level, V total, 
     }
 }
 
-template <int K, bool WEIGHTED, class Level>
-void scale_errors(const Columns<WEIGHTED>& p, const V* s, const Level& level, V total, V* out) {
-    V inverse[K], e[K];
-    for (int k = 0; k < K; ++k) inverse[k] = invert(s[k]), e[k] = V{};
-    for (int i = 0; i < p.count; ++i) {
-        const V x = p.x[i];
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) {
-            const V u = x * inverse[k], r = u - level(u);
-            e[k] += r * p.weighted(r, i);
-        }
-    }
-    for (int k = 0; k < K; ++k) out[k] = choose(s[k] == V{}, total, e[k] * square(s[k]));
-}
-
-struct Real {
-    V s, squares, least;
-};
-
-// The best scale after one step of least squares from every start.
-template <bool WEIGHTED, class Level>
-Real first_scale(const Columns<WEIGHTED>& p, const Level& level, const Starts& starts, V most, V total) {
-    Real best{V{}, V{}, all(INF)};
-    const Level levels[BATCH] = {level, level, level, level};
-    V s[BATCH];
-    Probe found[BATCH];
-    for (int at = 0; at < starts.count; at += BATCH) {
-        for (int k = 0; k < BATCH; ++k) s[k] = most * starts.scale[std::min(at + k, starts.count - 1)];
-        probe<BATCH>(p, s, levels, total, found);
-        for (const Probe& f : found) {
-            const I good = f.least < best.least;
-            best = {choose(good, f.better, best.s), choose(good, f.squares, best.squares), min(f.least, best.least)};
-        }
-    }
-    return best;
-}
-
 // The best scale, as `keep` rounds it; never worse than the first start.
 template <bool WEIGHTED, class Level, class Keep>
 V search_scale(const Columns<WEIGHTED>& p, const Level& level, const Starts& starts, V most, V total, Keep keep) {

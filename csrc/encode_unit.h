@@ -25,7 +25,7 @@ struct Columns {
 class Units {
 public:
     explicit Units(const Weights& weights)
-        : from_(weights), x_(new V[weights.width]), weight_(weights.importance.data ? new V[weights.width] : nullptr) {}
+        : from_(weights), x_(new V[weights.width]), weight_(weights.importance ? new V[weights.width] : nullptr) {}
     ~Units() {
         delete[] x_;
         delete[] weight_;
@@ -61,20 +61,17 @@ public:
     V kept(V s) const { return stored(s) / step_; }
 
 private:
-    void gather(const Cube& cube, ptrdiff_t first, V* to) const {
+    void gather(const float* from, ptrdiff_t first, V* to) const {
         const float* at[LANES];
-        for (int l = 0; l < LANES; ++l) {
-            const ptrdiff_t u = std::min(first + l, from_.total - 1);
-            at[l] = cube.data + (u / from_.units) * cube.row + (u % from_.units) * cube.unit;
-        }
+        for (int l = 0; l < LANES; ++l) at[l] = from + std::min(first + l, from_.total - 1) * from_.width;
         int c = 0;
-        for (; cube.column == 1 && c + LANES <= from_.width; c += LANES) {
+        for (; c + LANES <= from_.width; c += LANES) {
             for (int l = 0; l < LANES; ++l) std::memcpy(to + c + l, at[l] + c, sizeof(V));
             transpose(to + c);
         }
         float* out = reinterpret_cast<float*>(to);
         for (; c < from_.width; ++c)
-            for (int l = 0; l < LANES; ++l) out[c * LANES + l] = at[l][c * cube.column];
+            for (int l = 0; l < LANES; ++l) out[c * LANES + l] = at[l][c];
     }
 
     Weights from_;

@@ -1,6 +1,6 @@
 // Fits of scales to units of weights, and their nearest codes: one table a set of instructions.
 //
-// All counts, levels and starts come from Python. Nothing is checked here: encode_bind.cpp does that.
+// All counts, levels and starts come from Python. Nothing is checked here: bind_encoders.cpp does that.
 #pragma once
 
 #include <cstddef>
@@ -12,15 +12,17 @@ namespace fewbits {
 
 enum class Storage { float32, float16, bfloat16 };  // of scales in the file
 
-// float32 [rows, units, columns]; strides in elements, 0 where a dimension is repeated.
-struct Cube {
-    const float* data;
-    ptrdiff_t row, unit, column;
+// [rows, units, columns] of any of these types; strides in elements, 0 where a dimension is repeated.
+struct Source {
+    const void* data;
+    ptrdiff_t row, unit, column, units;  // units: of a row
+    Storage type;
 };
 
+// Units one after the other.
 struct Weights {
-    Cube w, importance;  // importance.data may be null
-    ptrdiff_t total, units;
+    const float *w, *importance;  // importance may be null
+    ptrdiff_t total;
     int width;
     Storage storage;
 };
@@ -59,25 +61,48 @@ struct Grid {
     int width, subs;
 };
 
-// Everything below treats the units first … last - 1; outputs are for all units, [total, …].
+// How a block holds what is known of a unit, as `raw` bytes: its codes, float16 parameters, scales and minimums of
+// sub-blocks. Byte to + i gets the bits `mask` of byte from + i, shifted (left where shift > 0); each bit comes from one
+// place, and is flipped where `constant` has it.
+struct Move {
+    int from, to, run, shift;
+    uint8_t mask;
+};
+
+struct Packing {
+    const Move* terms;
+    const uint8_t* constant;
+    int count, raw, bytes;
+};
+
+// Weighted sums of squares: of what decoded values differ by from the weights, and of these.
+struct Squares {
+    double off, whole;
+};
+
+// Outputs of fits are [total, …]; what has a range treats only the units first … last - 1.
 struct Encoders {
-    void (*scale)(const Weights&, const Levels&, const Starts&, ptrdiff_t first, ptrdiff_t last, float* scale);
-    void (*zero)(const Weights&, float top, const Starts&, ptrdiff_t first, ptrdiff_t last, float* scale, uint8_t* zero);
-    void (*line)(const Weights&, float top, const Starts&, ptrdiff_t first, ptrdiff_t last, float* d, float* m);
-    void (*scales)(const Weights&, const Levels&, const Starts&, const Subs&, ptrdiff_t first, ptrdiff_t last, float* d,
-                   int8_t* scales);
-    void (*lines)(const Weights&, float top, const Starts&, const Subs&, ptrdiff_t first, ptrdiff_t last, float* d,
-                  float* dmin, uint8_t* scales, uint8_t* mins);
+    void (*scale)(const Weights&, const Levels&, const Starts&, float* scale);
+    void (*zero)(const Weights&, float top, const Starts&, float* scale, uint8_t* zero);
+    void (*line)(const Weights&, float top, const Starts&, float* d, float* m);
+    void (*scales)(const Weights&, const Levels&, const Starts&, const Subs&, float* d, int8_t* scales);
+    void (*lines)(const Weights&, float top, const Starts&, const Subs&, float* d, float* dmin,
+                  uint8_t* scales, uint8_t* mins);
     // nearest codes of units w [total, width]: (w - offset) / scale + zero rounded to an integer; or the level's code,
     // by `order` of levels
     void (*codes)(const Grid&, const Levels&, const uint8_t* order, const float* w, ptrdiff_t first, ptrdiff_t last,
                   uint8_t* codes);
+    // the same for sub-blocks of 16 n columns without `zero` and factors, and what is lost; `rises` are needed
+    Squares (*measured)(const Grid&, const Levels&, const uint8_t* order, const float* w, const float* importance,
+                        ptrdiff_t count, uint8_t* codes);
     // and values of codes; with a table [256] its entries times the scale
     void (*values)(const Grid&, const float* table, const uint8_t* codes, ptrdiff_t first, ptrdiff_t last, float* w);
     // `bits` of each code: of every `parts * run` codes byte j holds those of j, j + run, j + 2 run …, lowest first
     void (*planes)(const uint8_t* codes, int bits, int parts, int run, ptrdiff_t first, ptrdiff_t last, uint8_t* bytes);
     void (*unplanes)(const uint8_t* bytes, int bits, int parts, int run, ptrdiff_t first, ptrdiff_t last,
                      uint8_t* codes);  // the inverse
+    void (*widen)(const Source&, int width, ptrdiff_t first, ptrdiff_t last, float* to);
+    void (*join)(const Packing&, const uint8_t* raw, ptrdiff_t count, uint8_t* blocks);
 };
 
 FEWBITS_TABLE(Encoders, encoders)

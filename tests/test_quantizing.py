@@ -104,7 +104,7 @@ def test_a_killed_run_resumes_and_ends_equal(tiny: Path, tmp_path: Path, english
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"calibration": english, "samples": 4, "length": 64}
     whole = fewbits.quantize(tiny, tmp_path / "whole", "int4-g32", **options).path
-    real, solve, puts, calls = Store.put, solvers.solve, [], []
+    real, solve, puts, calls = Store.put, solvers.solve_and_measure, [], []
 
     def dies_at_the_ninth(*args: object) -> object:
         puts.append(1)
@@ -117,7 +117,7 @@ def test_a_killed_run_resumes_and_ends_equal(tiny: Path, tmp_path: Path, english
         fewbits.quantize(tiny, tmp_path / "killed", "int4-g32", **options)
     assert not (tmp_path / "killed").exists()
     monkeypatch.setattr(Store, "put", lambda *args: (puts.append(1), real(*args))[1])
-    monkeypatch.setattr(solvers, "solve", lambda *args: (calls.append(1), solve(*args))[1])
+    monkeypatch.setattr(solvers, "solve_and_measure", lambda *args: (calls.append(1), solve(*args))[1])
     puts.clear()
     again = fewbits.quantize(tiny, tmp_path / "killed", "int4-g32", **options).path
     assert len(puts) == 14 - 8, "eight of fourteen matrices were kept"

@@ -21,6 +21,7 @@ _spec.loader.exec_module(registry)
 SEARCHED = (*ggml.TYPES, *kquants.TYPES, *iq4.TYPES, "int2", "int3", "int4", "int4-g32", "int8-g128", "int2-asym",
             "int3-g32-asym", "int4-asym", "int8-g64-asym", "int4-row", "int4-g16-sbf16", "int4-g48-asym-sf32", "int8",
             "nf4", "nf4-b32", "nf4-dq", "fp4", "fp4-dq")
+BLOCKS = (*ggml.TYPES, *kquants.TYPES, *iq4.TYPES)
 WORST = 1.008  # our error over the reference's: up to 1.004 (Q6_K) on weights of SmolLM2 and Gemma 3
 
 
@@ -89,6 +90,36 @@ def test_any_strides_and_threads(name, monkeypatch):
         monkeypatch.setattr(native, "threads", lambda count=threads: count)
         got = codec.fit(w, importance, state)
         assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_search_gives_the_bytes_of_its_parts(name, dtype, threads, instruction_set, monkeypatch):
+    monkeypatch.setattr(native, "threads", lambda: threads)
+    codec = registry.get(name)
+    w = registry.weights(codec, 33).to(dtype)
+    known = registry.importances(w.shape[1])
+    for matrix, importance in ((w, None), (w, known), (w.T.contiguous().T, known * torch.rand(33, 1)), (w[:0], None)):
+        params = fit_units(matrix.float(), codec, importance, None) if len(matrix) else {}
+        found = codec.search(matrix, importance)
+        if not len(matrix):
+            assert found is None
+            continue
+        codes = encode_units(matrix.float(), codec, params)
+        want = codec.pack(codes, params, tuple(w.shape))["blocks"]
+        assert torch.equal(found.planes["blocks"], want)
+        scale = 1 if importance is None else importance
+        off = ((w.float() - decode_units(codes, codec, params)).double().square() * scale).sum()
+        assert found.loss == pytest.approx(float(off / (w.double().square() * scale).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_counts_what_is_no_number(dtype):
+    x = torch.full((3, 5000), torch.finfo(dtype).max, dtype=dtype)
+    assert native.nonfinite(x) == 0
+    x[:, 1:4998] = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)[:, None]
+    assert native.nonfinite(x.T) == 3 * 4997
 
 
 @pytest.mark.parametrize("rows", [0, 1, 15, 17])
@@ -161,18 +192,27 @@ def test_the_reference_takes_what_the_extension_cannot():
 
 
 def _scale(**changes):
-    given = dict(w=torch.zeros(2, 3, 8), importance=None, storage=1, threads=1, low=-8.0, high=7.0,
-                 bounds=torch.zeros(0), rises=torch.zeros(0), parts=torch.ones(2), kept=4, rounds=2, positive=False,
-                 scale=torch.zeros(6, 1)) | changes
+    given = dict(w=torch.zeros(2, 3, 8), importance=None, storage=1, threads=1, packer=None, blocks=None, low=-8.0,
+                 high=7.0, bounds=torch.zeros(0), rises=torch.zeros(0), parts=torch.ones(2), kept=4, rounds=2,
+                 positive=False, scale=torch.zeros(6, 1)) | changes
     _native.fit_scale(*given.values())
 
 
 def _lines(**changes):
-    given = dict(w=torch.zeros(2, 3, 32), importance=None, storage=1, threads=1, top=15.0, parts=torch.ones(2),
-                 drops=torch.ones(2), kept=4, rounds=2, subs=4, most=63.0, steps=torch.ones(1), minima=1,
-                 near=torch.zeros(1, 2), descents=1, d=torch.zeros(6, 1), dmin=torch.zeros(6, 1),
+    given = dict(w=torch.zeros(2, 3, 32), importance=None, storage=1, threads=1, packer=None, blocks=None, top=15.0,
+                 parts=torch.ones(2), drops=torch.ones(2), kept=4, rounds=2, subs=4, most=63.0, steps=torch.ones(1),
+                 minima=1, near=torch.zeros(1, 2), descents=1, d=torch.zeros(6, 1), dmin=torch.zeros(6, 1),
                  scales=torch.zeros(6, 4, dtype=torch.uint8), mins=torch.zeros(6, 4, dtype=torch.uint8)) | changes
     _native.fit_lines(*given.values())
+
+
+def _packed(**changes):
+    """Eight codes and a float16 as they are."""
+    packer = dict(terms=torch.tensor([[0, 2, 16, 0, 255], [16, 0, 2, 0, 255]], dtype=torch.int32),
+                  constant=torch.zeros(18, dtype=torch.uint8), raw=18, order=torch.zeros(0, dtype=torch.uint8))
+    packer |= {k: changes.pop(k) for k in packer.keys() & changes.keys()}
+    _scale(**dict(w=torch.zeros(2, 3, 16), packer=_native.Packer(**packer),
+                  blocks=torch.zeros(6, 18, dtype=torch.uint8)) | changes)
 
 
 def _codes(**changes):
@@ -205,6 +245,12 @@ def _unplanes(**changes):
     (_scale, {"low": 7.0}), (_lines, {"subs": 5}), (_lines, {"subs": 32}), (_lines, {"minima": 5}),
     (_lines, {"most": 300.0}), (_lines, {"drops": torch.ones(3)}), (_lines, {"near": torch.zeros(1, 3)}),
     (_lines, {"mins": torch.zeros(6, 3, dtype=torch.uint8)}), (_lines, {"descents": 0}),
+    (_packed, {"blocks": None}), (_packed, {"packer": None}),
+    (_packed, {"blocks": torch.zeros(6, 17, dtype=torch.uint8)}),
+    (_packed, {"raw": 17}), (_packed, {"raw": 19}), (_packed, {"constant": torch.zeros(17, dtype=torch.uint8)}),
+    (_packed, {"terms": torch.tensor([[-1, 0, 1, 0, 1]], dtype=torch.int32)}), (_packed, {"storage": 0}),
+    (_packed, {"terms": torch.tensor([[0, 0, 1, 8, 1]], dtype=torch.int32)}), (_packed, {"w": torch.zeros(2, 3, 8)}),
+    (_packed, {"bounds": torch.zeros(1), "rises": torch.ones(1)}),
     (_codes, {"scale": torch.ones(2, 3)}), (_codes, {"scale": torch.ones(1, 2)}), (_codes, {"high": 256.0}),
     (_codes, {"zero": torch.ones(2, 1)}), (_codes, {"codes": torch.zeros(2, 7, dtype=torch.uint8)}),
     (_codes, {"bounds": torch.ones(3)})])

@@ -135,8 +135,8 @@ def test_a_killed_process_resumes_and_ends_equal(whole: Any, tiny: Path, tmp_pat
     run = subprocess.run([sys.executable, "-c", KILLED, tiny, out, english], env=os.environ | threads, timeout=300)
     assert run.returncode == -signal.SIGKILL and not out.exists()
     solved: list[int] = []
-    real = solvers.solve
-    monkeypatch.setattr(solvers, "solve", lambda *a: (solved.append(1), real(*a))[1])
+    real = solvers.solve_and_measure
+    monkeypatch.setattr(solvers, "solve_and_measure", lambda *a: (solved.append(1), real(*a))[1])
     fewbits.quantize(tiny, out, "int4-g32", calibration=english, **OPTIONS)
     assert weights(out) == weights(whole.path) and len(solved) == 8 - 5
 
@@ -218,7 +218,7 @@ def test_out_of_memory_is_one_line(tiny: Path, tmp_path: Path, english: Path, mo
     def fails(*_: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(solvers, "solve", fails)
+    monkeypatch.setattr(solvers, "solve_and_measure", fails)
     with pytest.raises(FewbitsError, match="out of memory; what was solved is kept in") as caught:
         fewbits.quantize(tiny, tmp_path / "out", "int4-g32", calibration=english, **OPTIONS)
     assert "the same command resumes" in (caught.value.hint or "")

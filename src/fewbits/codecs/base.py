@@ -39,6 +39,13 @@ class Rounding(NamedTuple):
     bounds: torch.Tensor | None = None  # [levels - 1]
 
 
+class Searched(NamedTuple):
+    """Planes, and by how much decoded values differ: the (weighted) sum of squares over that of the weights."""
+
+    planes: Planes
+    loss: float
+
+
 class Grid(Protocol):
     """The values that codes stand for, once the parameters are known. Column-wise: `[..., columns]`."""
 
@@ -117,6 +124,11 @@ class Codec:
         comes alone, in a call of its own.
         """
         raise NotImplementedError
+
+    def search(self, w: torch.Tensor, importance: torch.Tensor | None) -> Searched | None:
+        """What `fit`, the nearest codes and `pack` make of `w` `[rows, columns]` of any float dtype, in one go; None
+        where there is no such way."""
+        return None
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params,
               importance: torch.Tensor | None) -> Params:

@@ -8,10 +8,12 @@ i + 16 in the high nibble of byte i.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
+from fewbits import _native
 from fewbits.codecs import native, search
-from fewbits.codecs.base import Codec, Grid, Params, Planes, Shape
+from fewbits.codecs.base import Codec, Grid, Params, Planes, Searched, Shape
 from fewbits.codecs.grids import UniformGrid
 from fewbits.codecs.lines import fit_line
 from fewbits.codecs.packing import join_fields, pack_bits, split_fields, unpack_bits
@@ -41,6 +43,22 @@ class Blocks(Codec):
         rows, columns = self.matrix(shape)
         return {"blocks": ("uint8", (rows, columns // self.columns * self.block_bytes))}
 
+    @property
+    def description(self) -> native.Search | None:
+        """Of the search in `fit`, for the native extension; None where it has none."""
+        return None
+
+    def search(self, w: torch.Tensor, importance: torch.Tensor | None) -> Searched | None:
+        if self.description is None or not w.numel():
+            return None
+        units = w.unflatten(-1, (-1, self.columns))
+        known = None if importance is None else importance.unflatten(-1, (-1, self.columns))
+        found = self.description.pack(units, known, _packer(self), self.block_bytes)
+        if found is None:
+            return None
+        blocks, (off, whole) = found
+        return Searched({"blocks": blocks}, off / max(whole, 1e-30))
+
     def pack(self, codes: torch.Tensor, params: Params, shape: Shape) -> Planes:
         return {"blocks": self.join(codes.unflatten(-1, (-1, self.columns)), params).flatten(-2)}
 
@@ -55,6 +73,13 @@ class Blocks(Codec):
     def split(self, blocks: torch.Tensor) -> tuple[torch.Tensor, Params]:
         """The inverse of `join`."""
         raise NotImplementedError
+
+
+@cache
+def _packer(codec: Blocks) -> _native.Packer:
+    like = codec.fit(torch.zeros(1, codec.columns), None)
+    table = getattr(codec.grid(like, codec.columns), "table", None)
+    return native.packer(codec.join, codec.columns, codec.integer_bits, like, codec.integers, table)
 
 
 def join_halves(codes: torch.Tensor, run: int) -> torch.Tensor:
@@ -111,8 +136,11 @@ class Simple(Blocks):
         return 127 if self.bits == 8 else -self.zero
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
-        found = native.Line(1 << self.bits) if self.minimum else native.even("d", self.bits, self.plain)
-        return fit_pieces(self._fit, w, importance, torch.float16, search=found)
+        return fit_pieces(self._fit, w, importance, torch.float16, search=self.description)
+
+    @property
+    def description(self) -> native.Search:
+        return native.Line(1 << self.bits) if self.minimum else native.even("d", self.bits, self.plain)
 
     def _fit(self, p: Piece) -> Params:
         if self.minimum:

@@ -52,7 +52,11 @@ class IQ4_NL(Blocks):
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
         return fit_pieces(lambda p: {"d": p.stored(search_levels(p, table(), starts(p)))}, w, importance, torch.float16,
-                          search=natively())
+                          search=self.description)
+
+    @property
+    def description(self) -> native.Search:
+        return natively()
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         q = table().table.to(codes.device)[codes.int()]
@@ -87,7 +91,11 @@ class IQ4_XS(Blocks):
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
         return fit_pieces(lambda p: fit_level_scales(p, table(), starts(p)), w, importance, torch.float16, self.subs,
-                          search=native.SubScales(natively(), self.subs, 6))
+                          search=self.description)
+
+    @property
+    def description(self) -> native.Search:
+        return native.SubScales(natively(), self.subs, 6)
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         q = table().table.to(codes.device)[codes.int()]

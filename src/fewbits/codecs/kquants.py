@@ -51,7 +51,11 @@ class WithMinimum(_K):
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
         return fit_pieces(lambda p: fit_lines(p, self.bits, self.scale_bits), w, importance, torch.float16, self.subs,
-                          search=native.SubLines(1 << self.bits, self.subs, self.scale_bits))
+                          search=self.description)
+
+    @property
+    def description(self) -> native.Search:
+        return native.SubLines(1 << self.bits, self.subs, self.scale_bits)
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         more = [codes, params["d"], params["dmin"], params["scales"], params["mins"]]
@@ -114,7 +118,11 @@ class Symmetric(_K):
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Any = None) -> Params:
         return fit_pieces(lambda p: fit_scales(p, self.bits, self.scale_bits), w, importance, torch.float16, self.subs,
-                          search=native.SubScales(native.even("d", self.bits), self.subs, self.scale_bits))
+                          search=self.description)
+
+    @property
+    def description(self) -> native.Search:
+        return native.SubScales(native.even("d", self.bits), self.subs, self.scale_bits)
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, importance: torch.Tensor | None) -> Params:
         more = [codes.to(torch.int8) - self.middle, params["d"], params["scales"]]

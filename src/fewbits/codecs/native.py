@@ -7,6 +7,7 @@ description of their search to `fit_pieces`, which takes the reference where ten
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -27,7 +28,7 @@ def ratios(first: float, last: float, count: int) -> tuple[float, ...]:
 
 
 # as in `search`, chosen on weights of SmolLM2 and Gemma 3: by bits, parts of the plain scale
-SPREADS = {2: ratios(0.6, 1.6, 6), 3: ratios(0.7, 1.4, 6), 4: ratios(0.7, 1.4, 12), 5: ratios(0.7, 1.2, 16),
+SPREADS = {2: ratios(0.6, 1.6, 6), 3: ratios(0.8, 1.3, 4), 4: ratios(0.7, 1.4, 12), 5: ratios(0.7, 1.2, 16),
            6: ratios(0.7, 1.03, 16), 8: ratios(0.94, 1.01, 24)}
 WEIGHTED_SPREADS = {2: ratios(0.6, 2.2, 8), 3: ratios(0.6, 2.2, 8), 4: ratios(0.6, 2.1, 12), 5: ratios(0.65, 1.7, 16),
                     6: ratios(0.7, 1.1, 16), 8: ratios(0.88, 1.15, 32)}
@@ -44,12 +45,15 @@ NO_LEVELS: tuple[float, ...] = ()
 
 
 class _Call(NamedTuple):
-    """The first arguments of every search: weights and importances `[rows, units, columns]`, how scales are stored."""
+    """The first arguments of every search: weights and importances `[rows, units, columns]`, how scales are stored;
+    where blocks go, if they are wanted."""
 
     w: torch.Tensor
     importance: torch.Tensor | None
     storage: int
     threads: int
+    packer: _native.Packer | None = None
+    blocks: torch.Tensor | None = None
 
     def out(self, each: int = 1, dtype: str = "float32") -> torch.Tensor:
         return torch.empty(self.w.shape[0] * self.w.shape[1], each, dtype=getattr(torch, dtype))
@@ -61,16 +65,25 @@ class Search:
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, dtype: torch.dtype) -> dict[str, Any] | None:
         """Parameters `[..., k]` of the units `w` `[..., unit]`, scales in `dtype`; None where the extension cannot."""
-        if w.shape[-1] == 0 or not here(w) or not (importance is None or here(importance)):
+        if w.shape[-1] == 0 or not _takes(w, importance):
             return None
-        lead, known = w.shape[:-1], None
-        if importance is not None:
-            known = _cube(importance.detach().float().expand(w.shape))
-        call = _Call(_cube(w.detach().float()), known, STORAGE[str(dtype)], threads())
-        found = self._run(call)
+        lead = w.shape[:-1]
+        found, _ = self._run(_Call(_cube(w), _known(w, importance), STORAGE[str(dtype)], threads()))
         return {k: (p.to(dtype) if p.is_floating_point() else p).reshape(*lead, p.shape[-1]) for k, p in found.items()}
 
-    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+    def pack(self, w: torch.Tensor, importance: torch.Tensor | None, packer: _native.Packer,
+             block_bytes: int) -> tuple[torch.Tensor, tuple[float, float]] | None:
+        """Blocks `[rows, units * block_bytes]` of `w` `[rows, units, unit]` with float16 scales; the (weighted) squares
+        of what is lost, and those of `w`. None where the extension cannot."""
+        if not _takes(w, importance):
+            return None
+        blocks = torch.empty(w.shape[0], w.shape[1], block_bytes, dtype=torch.uint8)
+        known = _known(w, importance)
+        _, squares = self._run(_Call(w.detach(), known, STORAGE["torch.float16"], threads(), packer,
+                                     blocks.view(-1, block_bytes)))
+        return blocks.flatten(1), squares
+
+    def _run(self, call: _Call) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
         raise NotImplementedError
 
 
@@ -86,11 +99,11 @@ class Scale(Search):
     table: Levels | None = None
     positive: bool = False
 
-    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+    def _run(self, call: _Call) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
         found = call.out()
-        _native.fit_scale(*call, *_levels(self.low, self.high, self.table), self.parts(call), 4, 3, self.positive,
-                          found)
-        return {self.name: found}
+        squares = _native.fit_scale(*call, *_levels(self.low, self.high, self.table), self.parts(call), 4, 3,
+                                    self.positive, found)
+        return {self.name: found}, squares
 
     def parts(self, call: _Call) -> torch.Tensor:
         """The scales of the starts, in parts of the largest element."""
@@ -104,10 +117,10 @@ class Zero(Search):
     top: int
     shrinks: tuple[float, ...]
 
-    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+    def _run(self, call: _Call) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
         scale, zero = call.out(), call.out(dtype="uint8")
-        _native.fit_zero(*call, self.top, _floats(self.shrinks), 4, 3, scale, zero)
-        return {"scale": scale, "zero": zero}
+        squares = _native.fit_zero(*call[:4], self.top, _floats(self.shrinks), 4, 3, scale, zero)
+        return {"scale": scale, "zero": zero}, squares
 
 
 @dataclass(frozen=True)
@@ -116,11 +129,11 @@ class Line(Search):
 
     levels: int
 
-    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+    def _run(self, call: _Call) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
         d, m = call.out(), call.out()
         starts = _lines(self.levels, STRETCHES[self.levels], WEIGHTED_SHIFTS)
-        _native.fit_line(*call, self.levels - 1, *starts, 8, 3, d, m)
-        return {"d": d, "m": m}
+        squares = _native.fit_line(*call, self.levels - 1, *starts, 8, 3, d, m)
+        return {"d": d, "m": m}, squares
 
 
 @dataclass(frozen=True)
@@ -131,13 +144,15 @@ class SubScales(Search):
     subs: int
     scale_bits: int
 
-    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+    def _run(self, call: _Call) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
         most = 1 << (self.scale_bits - 1)
         d, scales = call.out(), call.out(self.subs, "int8")
         one = self.scale
-        _native.fit_scales(*call, *_levels(one.low, one.high, one.table), one.parts(call), 4, 2, self.subs, -most,
-                           most - 1, _steps(most), _near(NEAR_SCALES), 2, d, scales)
-        return {"d": d, "scales": scales}
+        rough = call.importance is None and one.high < 4  # more steps gain 0.2 % of the error of Q3_K
+        steps, near, descents = (10, NEAR_SCALES[:1], 1) if rough else (17, NEAR_SCALES, 2)
+        squares = _native.fit_scales(*call, *_levels(one.low, one.high, one.table), one.parts(call), 4, 2, self.subs,
+                                     -most, most - 1, _steps(most)[:steps], _near(near), descents, d, scales)
+        return {"d": d, "scales": scales}, squares
 
 
 @dataclass(frozen=True)
@@ -148,15 +163,15 @@ class SubLines(Search):
     subs: int
     scale_bits: int
 
-    def _run(self, call: _Call) -> dict[str, torch.Tensor]:
+    def _run(self, call: _Call) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
         most, weighted = (1 << self.scale_bits) - 1, call.importance is not None
         starts = (_lines(self.levels, WEIGHTED_SUB_STRETCHES[self.levels], WEIGHTED_SHIFTS) if weighted else
                   _lines(self.levels, SUB_STRETCHES[self.levels], SHIFTS))
         kept, rounds, minima, descents = (8, 3, 4, 3) if weighted or self.levels > 16 else (4, 3, 3, 2)
         d, dmin, scales, mins = call.out(), call.out(), call.out(self.subs, "uint8"), call.out(self.subs, "uint8")
-        _native.fit_lines(*call, self.levels - 1, *starts, kept, rounds, self.subs, most, _steps(most), minima,
-                          _near(NEAR_LINES), descents, d, dmin, scales, mins)
-        return {"d": d, "dmin": dmin, "scales": scales, "mins": mins}
+        squares = _native.fit_lines(*call, self.levels - 1, *starts, kept, rounds, self.subs, most, _steps(most),
+                                    minima, _near(NEAR_LINES), descents, d, dmin, scales, mins)
+        return {"d": d, "dmin": dmin, "scales": scales, "mins": mins}, squares
 
 
 @cache
@@ -170,6 +185,44 @@ def even(name: str, bits: int, plain: int = 0) -> Scale:
                                     if sign < 0 or part * middle > middle - 0.5))
 
     return Scale(name, -middle, middle - 1, (starts(SPREADS[bits]), starts(WEIGHTED_SPREADS[bits])))
+
+
+# blocks ---------------------------------------------------------------------------------------------------------------
+def packer(join: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor], columns: int, bits: int,
+           like: dict[str, torch.Tensor], integers: dict[str, tuple[int, int]], table: Levels | None) -> _native.Packer:
+    """How `join` lays out blocks, found by setting one bit after the other of what it is given: codes of `bits` bits,
+    then parameters `like` these, float16 or integers of a range."""
+    given = [("codes", columns, bits, 0, torch.uint8)]
+    for k, p in like.items():
+        low, high = integers.get(k, (0, 0xFFFF))
+        given.append((k, p.shape[-1], (high - low).bit_length(), low, p.dtype))
+    count = 1 + sum(n * each for _, n, each, _, _ in given)  # no bit, then one each
+    values, places, at, byte = {}, [], 1, 0
+    for k, n, each, low, dtype in given:
+        x = torch.zeros(count, n, dtype=torch.int32)
+        for i, bit in product(range(n), range(each)):
+            x[at, i] = 1 << bit
+            places.append((byte + (2 * i if each == 16 else i) + bit // 8, bit % 8))
+            at += 1
+        values[k] = x.to(torch.int16).view(torch.float16) if each == 16 else (x + low).to(dtype)
+        byte += n * (2 if each == 16 else 1)
+    blocks = join(values.pop("codes"), values)
+    constant = blocks[0].contiguous()
+    moved: dict[tuple[int, int, int], int] = {}  # from, to, shift: bits
+    for (source, bit), flips in zip(places, (blocks[1:] ^ constant).numpy(), strict=True):
+        (target,) = flips.nonzero()[0]
+        to_bit = int(flips[target]).bit_length() - 1
+        assert flips[target] == 1 << to_bit
+        key = (source, int(target), to_bit - bit)
+        moved[key] = moved.get(key, 0) | 1 << to_bit
+    terms: list[list[int]] = []  # from, to, run, shift, mask
+    for (source, target, shift), mask in sorted(moved.items(), key=lambda m: (m[0][2], m[1], m[0][1] - m[0][0], m[0])):
+        last = terms[-1] if terms else [-1] * 5
+        if last[3:] == [shift, mask] and (source, target) == (last[0] + last[2], last[1] + last[2]):
+            last[2] += 1
+        else:
+            terms.append([source, target, 1, shift, mask])
+    return _native.Packer(torch.tensor(terms, dtype=torch.int32), constant, byte, _codes_of(table)[1])
 
 
 # codes and values of a known grid, and bytes --------------------------------------------------------------------------
@@ -242,14 +295,28 @@ def unplanes(packed: torch.Tensor, bits: int, parts: int, run: int) -> torch.Ten
     return codes
 
 
+def nonfinite(x: torch.Tensor) -> int:
+    """How many values of `x`, of a float type that files hold, are NaN or infinite."""
+    return _native.nonfinite(x.detach().reshape(-1).contiguous(), threads())
+
+
 # arguments ------------------------------------------------------------------------------------------------------------
 def here(x: torch.Tensor) -> bool:
     """Whether `x` lies where the extension can compute with it."""
     return x.device.type == "cpu"
 
 
+def _takes(w: torch.Tensor, importance: torch.Tensor | None) -> bool:
+    return here(w) and (importance is None or here(importance))
+
+
+def _known(w: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor | None:
+    return None if importance is None else _cube(importance.float().expand(w.shape))
+
+
 def _cube(x: torch.Tensor) -> torch.Tensor:
-    """`[..., columns]` as `[rows, units, columns]`."""
+    """`[..., columns]` of a type that files hold as `[rows, units, columns]`."""
+    x = x.detach() if str(x.dtype) in STORAGE else x.detach().float()
     return x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
 
 

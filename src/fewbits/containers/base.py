@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
@@ -129,13 +131,23 @@ def compare(got: Checkpoint, meant: Checkpoint, progress: Progress | None = None
 
 def _equal(a: QTensor, b: QTensor) -> bool:
     same_planes = a.codec == b.codec and a.planes.keys() == b.planes.keys() and _same_order(a.order, b.order)
-    if same_planes and all(torch.equal(flat_bytes(a.planes[k]), flat_bytes(b.planes[k])) for k in a.planes):
+    if same_planes and all(_same_bytes(flat_bytes(a.planes[k]), flat_bytes(b.planes[k])) for k in a.planes):
         return True
     if len(a.shape) < 2 or not (a.codec.rows_apart(a.shape) and b.codec.rows_apart(b.shape)):
         return _same_values(a.dequantize(), b.dequantize())
     rows, step = a.codec.matrix(a.shape)[0], max(1, 2 * CHUNK // a.shape[-1])
     return all(_same_values(a.part(slice(i, i + step)).dequantize(), b.part(slice(i, i + step)).dequantize())
                for i in range(0, rows, step))
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """By eight, which is several times as fast as torch's comparison of bytes."""
+    if len(a) != len(b):
+        return False
+    whole = len(a) // 8 * 8
+    first, second = a.numpy(), b.numpy()
+    return (np.array_equal(first[:whole].view(np.int64), second[:whole].view(np.int64))
+            and np.array_equal(first[whole:], second[whole:]))
 
 
 def _same_order(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,9 @@ def _value(value: Value) -> bytes:
         return struct.pack("<I", IDS[value.type]) + struct.pack(FORMATS[value.type], value.value)
     head = struct.pack("<IIQ", ARRAY, IDS[value.items], len(value.value))
     if value.items == "STRING":
-        return head + b"".join(map(_string, value.value))
+        texts = list(map(str.encode, value.value))
+        lengths = map(struct.Struct("<Q").pack, map(len, texts))
+        return head + b"".join(chain.from_iterable(zip(lengths, texts, strict=True)))
     return head + np.asarray(value.value).astype(FORMATS[value.items], copy=False).tobytes()
 
 

@@ -15,6 +15,7 @@ from fewbits.calibration.sources import Calibration
 from fewbits.calibration.statistics import Diagonal, Known
 from fewbits.calibration.walk import Batches, Block, Walk
 from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.codecs import native
 from fewbits.codecs.base import Codec
 from fewbits.codecs.floats import F16, Float
 from fewbits.containers.base import Progress
@@ -23,7 +24,7 @@ from fewbits.jobs import estimating
 from fewbits.jobs.distributed import Ranks
 from fewbits.jobs.store import Store
 from fewbits.planning import available_bytes
-from fewbits.qtensor import CHUNK, QTensor
+from fewbits.qtensor import QTensor
 from fewbits.recipe import Choice, ModelFacts
 
 AHEAD = 4  # tensors outside of blocks that each rank solves before results are exchanged
@@ -196,9 +197,10 @@ class Job:
         solver = self._solver(names[0], statistics)
         solved = solvers.solve_together(weights, codec, solver, statistics)
         seconds = (time.monotonic() - began) / sum(w.numel() for w in weights)
-        for name, weight, q in zip(names, weights, solved, strict=True):
+        for name, weight, (q, loss) in zip(names, weights, solved, strict=True):
             if name not in self.records:
-                self._put(name, q, {"solver": solver, "error": solvers.loss(weight, q, statistics),
+                error = solvers.loss(weight, q, statistics) if loss is None else loss
+                self._put(name, q, {"solver": solver, "error": error,
                                     "error_of": "weights" if statistics is None else "outputs",
                                     "seconds": seconds * weight.numel()})
 
@@ -275,8 +277,7 @@ def _nonfinite(entry: Entry) -> int:
     """How many values of a float tensor are NaN or infinite."""
     if not isinstance(entry.codec, Float):
         return 0
-    flat = entry.load().planes["data"].reshape(-1)
-    return sum(int((~part.isfinite()).sum()) for part in flat.split(CHUNK))
+    return native.nonfinite(entry.load().planes["data"])
 
 
 def _converter(path: Path, entry: Entry, codec: Codec) -> Callable[[], QTensor]:

@@ -45,8 +45,7 @@ class Store:
         partial = file.with_suffix(".partial")
         partial.write_bytes(data)
         sync(partial)
-        os.replace(partial, file)
-        sync(file)  # the folder too: the name is on disk
+        os.replace(partial, file)  # a name that is lost with the power is one tensor to solve again
 
     def _file(self, name: str) -> Path:
         return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:24] + ".safetensors")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import NamedTuple
 
 from fewbits.calibration.statistics import Diagonal, Known, Statistics
 from fewbits.codecs.base import Codec, Params, Planes, Shape
@@ -34,6 +35,13 @@ def refuses(solver: str, codec: Codec, shape: tuple[int, ...]) -> str | None:
     return codec.check(shape) or (gptq_refuses(codec, shape) if solver in NEEDS_STATISTICS else None)
 
 
+class Solved(NamedTuple):
+    """What a solver made of a weight; and by `loss`, where that was found on the way."""
+
+    q: QTensor
+    loss: float | None = None
+
+
 def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Known | None = None) -> QTensor:
     """Quantize one weight `[..., out, in]` of any float dtype; of a stack of experts each has its own statistics.
 
@@ -42,6 +50,11 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Kno
     Raises:
         FewbitsError: the codec or the solver cannot take the shape, or statistics are missing.
     """
+    return solve_and_measure(w, codec, solver, statistics).q
+
+
+def solve_and_measure(w: torch.Tensor, codec: Codec, solver: str, statistics: Known | None) -> Solved:
+    """`solve`, and what is lost by it where the codec's search finds both in one go."""
     shape = tuple(w.shape)
     reason = refuses(solver, codec, shape)
     if reason:
@@ -52,17 +65,22 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Kno
         raise FewbitsError(f"solver {solver}: an importance matrix is only the diagonal of what it needs",
                            "take --solver search, or give a text with --calibration")
     if len(shape) > 2 and codec.stacks(shape) and (solver in NEEDS_STATISTICS or not codec.rows_apart(shape)):
-        return _stacked(codec, shape, [solve(part, codec, solver, statistics.expert(i) if statistics else None)
-                                       for i, part in enumerate(w.flatten(0, -3))])
+        return Solved(_stacked(codec, shape, [solve(part, codec, solver, statistics.expert(i) if statistics else None)
+                                              for i, part in enumerate(w.flatten(0, -3))]))
     rows, columns = codec.matrix(shape)
     matrix = w.reshape(rows, columns)
     if solver in NEEDS_STATISTICS:
         assert isinstance(statistics, Statistics)
-        return _with_moments(matrix, codec, shape, statistics, solver == "gptq-act-order")
+        return Solved(_with_moments(matrix, codec, shape, statistics, solver == "gptq-act-order"))
     importance = statistics.importance(shape, (rows, columns)) if statistics is not None else None
+    used = importance if solver == "search" else None
+    done = codec.search(matrix, used) if codec.settled else None
+    if done is not None:
+        measured = statistics is None or isinstance(statistics, Diagonal) and used is not None
+        return Solved(QTensor(codec, shape, done.planes), done.loss if measured else None)
     state = codec.begin(matrix, importance)
     if not codec.rows_apart(shape):
-        return QTensor.pack(codec, shape, *SOLVERS[solver](matrix.float(), codec, importance, state))
+        return Solved(QTensor.pack(codec, shape, *SOLVERS[solver](matrix.float(), codec, importance, state)))
 
     def pack_rows(at: int) -> Planes:
         part = matrix[at:at + step].float()
@@ -73,20 +91,20 @@ def solve(w: torch.Tensor, codec: Codec, solver: str = "search", statistics: Kno
     step = max(1, PART // max(1, columns))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         parts = list(pool.map(pack_rows, range(0, rows, step)))
-    return QTensor(codec, shape, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
+    return Solved(QTensor(codec, shape, {k: torch.cat([p[k] for p in parts]) for k in parts[0]}))
 
 
-def solve_together(weights: list[torch.Tensor], codec: Codec, solver: str, statistics: Known | None) -> list[QTensor]:
+def solve_together(weights: list[torch.Tensor], codec: Codec, solver: str, statistics: Known | None) -> list[Solved]:
     """Weights that read the same, each as by `solve`. GPTQ, whose loop over columns costs little more for many rows
     than for few, takes those that are matrices as one."""
     as_one = solver in NEEDS_STATISTICS and len(weights) > 1 and all(
         w.ndim == 2 and codec.rows_apart(tuple(w.shape)) for w in weights)
     if not as_one:
-        return [solve(w, codec, solver, statistics) for w in weights]
-    whole, parts, at = solve(torch.cat(weights), codec, solver, statistics), list[QTensor](), 0
+        return [solve_and_measure(w, codec, solver, statistics) for w in weights]
+    whole, parts, at = solve_and_measure(torch.cat(weights), codec, solver, statistics).q, list[Solved](), 0
     for w in weights:
         part, at = whole.part(slice(at, at + len(w))), at + len(w)
-        parts.append(replace(part, planes={k: p.clone() for k, p in part.planes.items()}))
+        parts.append(Solved(replace(part, planes={k: p.clone() for k, p in part.planes.items()})))
     return parts
 
 
