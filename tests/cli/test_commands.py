@@ -113,7 +113,7 @@ def test_interrupt_is_exit_130(fewbits: Run, tiny: Path, tmp_path: Path, monkeyp
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(solvers, "solve", stop)
+    monkeypatch.setattr(solvers, "solve_together", stop)
     code, _, err = fewbits("quantize", tiny, "-o", tmp_path / "q", "--to", "nf4")
     assert code == 130 and "resumes" in err and not (tmp_path / "q").exists()
 

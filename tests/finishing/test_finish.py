@@ -87,7 +87,7 @@ def test_another_level_takes_what_is_solved(tiny: Path, english: Path, tmp_path:
 
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny, tmp_path / "a", english, progress=kill)
-    monkeypatch.setattr(solvers, "solve", None)
+    monkeypatch.setattr(solvers, "solve_together", None)
     again = quantize(tiny, tmp_path / "a", english, finish="off").path
     monkeypatch.undo()
     assert (again / "model.safetensors").read_bytes() == (

@@ -25,8 +25,7 @@ struct Given {
         for (long i = 0; i < importance.size(); ++i) importance[i] = random.uniform() + 0.1f;
     }
     Weights weights() const {
-        return {{w.data(), width, width, 1}, {weighted ? importance.data() : nullptr, width, width, 1}, UNITS, 1, width,
-                Storage::float32};
+        return {w.data(), weighted ? importance.data() : nullptr, UNITS, width, Storage::float32};
     }
     // Error of `count` columns of a unit, each the nearest of scale * (low … high) + offset.
     double error(long unit, int first, int count, double scale, double offset, double low, double high) const {
@@ -55,7 +54,7 @@ void test_scale(const std::string& set, const Given& given) {
     starts[0] = -1.0f / 8;
     Buffer<float> scale(UNITS);
     encoders_of(current()).scale(given.weights(), {-8, 7, 0, nullptr, nullptr},
-                                 {starts.data(), nullptr, (int)starts.size(), 4, 3, false}, 0, UNITS, scale.data());
+                                 {starts.data(), nullptr, (int)starts.size(), 4, 3, false}, scale.data());
     double ours = 0, best = 0;
     for (long u = 0; u < UNITS; ++u) {
         ours += given.error(u, 0, WIDTH, scale[u], 0, -8, 7);
@@ -74,8 +73,8 @@ void test_zero(const std::string& set, const Given& given) {
     const std::vector<float> starts = parts(0.7f, 1.05f, 12);
     Buffer<float> scale(UNITS);
     Buffer<uint8_t> zero(UNITS);
-    encoders_of(current()).zero(given.weights(), 15, {starts.data(), nullptr, (int)starts.size(), 4, 3, false}, 0,
-                                UNITS, scale.data(), zero.data());
+    encoders_of(current()).zero(given.weights(), 15, {starts.data(), nullptr, (int)starts.size(), 4, 3, false},
+                                scale.data(), zero.data());
     double ours = 0, best = 0;
     for (long u = 0; u < UNITS; ++u) {
         ours += given.error(u, 0, WIDTH, scale[u], 0, -zero[u], 15 - zero[u]);
@@ -104,7 +103,7 @@ struct LineStarts {
 void test_line(const std::string& set, const Given& given) {
     const LineStarts starts;
     Buffer<float> d(UNITS), m(UNITS);
-    encoders_of(current()).line(given.weights(), 15, starts.get(), 0, UNITS, d.data(), m.data());
+    encoders_of(current()).line(given.weights(), 15, starts.get(), d.data(), m.data());
     double ours = 0, best = 0;
     for (long u = 0; u < UNITS; ++u) {
         ours += given.error(u, 0, WIDTH, d[u], m[u], 0, 15);
@@ -131,7 +130,7 @@ void test_scales(const std::string& set, const Given& given) {
     Buffer<int8_t> scales(UNITS * SUBS);
     encoders_of(current()).scales(given.weights(), {-4, 3, 0, nullptr, nullptr},
                                   {starts.data(), nullptr, (int)starts.size(), 4, 2, false},
-                                  {SUBS, -32, 31, STEPS.data(), (int)STEPS.size(), 1, NEAR.data(), 3, 2}, 0, UNITS,
+                                  {SUBS, -32, 31, STEPS.data(), (int)STEPS.size(), 1, NEAR.data(), 3, 2},
                                   d.data(), scales.data());
     double ours = 0, plain = 0;
     for (long u = 0; u < UNITS; ++u) {
@@ -156,7 +155,7 @@ void test_lines(const std::string& set, const Given& given) {
     Buffer<float> d(UNITS), dmin(UNITS);
     Buffer<uint8_t> scales(UNITS * SUBS), mins(UNITS * SUBS);
     encoders_of(current()).lines(given.weights(), 15, starts.get(),
-                                 {SUBS, 0, 63, steps.data(), (int)steps.size(), 3, NEAR.data(), 5, 2}, 0, UNITS,
+                                 {SUBS, 0, 63, steps.data(), (int)steps.size(), 3, NEAR.data(), 5, 2},
                                  d.data(), dmin.data(), scales.data(), mins.data());
     double ours = 0, plain = 0;
     for (long u = 0; u < UNITS; ++u) {

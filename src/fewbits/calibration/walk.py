@@ -64,7 +64,7 @@ class Walk:
         self.lists = block_lists(self.model)
         self._outside = self._names_outside()
         if len(self.lists) > 1:
-            self._load(self._outside)
+            self.load_outside()
             self.lists = self._in_order()
         self._ends: list[list[Stream]] = []  # what each list walked puts out
 
@@ -90,7 +90,7 @@ class Walk:
         from fewbits.runtime.passes import Passes
 
         index = 0
-        self._load(self._outside)
+        self.load_outside()
         for at, (prefix, modules) in enumerate(self.lists):
             streams = [self._enter(at, which) for which in range(1 + self.drift)]  # this model's, the original's
             if at == len(self.lists) - 1:
@@ -117,6 +117,10 @@ class Walk:
         decoder = getattr(self.model.config, "is_encoder_decoder", False) and "decoder." in prefix
         mask = self.batches[number].get("decoder_attention_mask" if decoder else "attention_mask")
         return None if mask is None or mask.ndim != 2 or bool(mask.all()) else mask.reshape(-1).bool()
+
+    def load_outside(self) -> None:
+        """The weights that lie in no block; the walk needs them only where it enters a list of blocks."""
+        self._load(self._outside)
 
     # loading --------------------------------------------------------------------------------------------------------
     def _load(self, names: list[str]) -> None:

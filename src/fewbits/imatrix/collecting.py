@@ -94,6 +94,7 @@ def _of_block(walk: Walk, block: Block) -> dict[str, Sums]:
 
 def _of_head(walk: Walk) -> _Adding:
     """What the output head reads, after the walk: the model from its last block's outputs on."""
+    walk.load_outside()
     head: Any = walk.model.get_output_embeddings()
     found, outputs = _Adding(1, head.weight.shape[-1]), iter(walk.inputs)
 
