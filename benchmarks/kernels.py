@@ -151,7 +151,8 @@ def main() -> None:
         one[name, shape] = seconds if count == 1 else one.get((name, shape), math.nan)
         rates = nbytes / seconds / 1e9, 2 * count * math.prod(shape) / seconds / 1e9
         table.append((name, "x".join(map(str, shape)), count, seconds * 1e3, seconds / one[name, shape], rates[0],
-                      rates[0] / read, rates[1], rates[1] / dots, theirs * 1e3, theirs / seconds))
+                      rates[0] / read, rates[1], rates[1] / dots,
+                      *(("-", "-") if math.isnan(theirs) else (theirs * 1e3, theirs / seconds))))
     show(f"Products on the CPU, {args.threads} thread(s), {_native.current()}; it reads {read:.1f} GB/s and does "
          f"{dots:.0f} Gop/s of dot products",
          ("type", "shape", "rows", "ms", "x 1 row", "GB/s", "of the read", "Gop/s", "of the dots", "peer's ms",
