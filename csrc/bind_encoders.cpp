@@ -343,7 +343,8 @@ void planes(Packed codes, int threads, int bits, int parts, int run, Array<uint8
     const uint8_t* from = codes.data();
     uint8_t* to = packed.data();
     const Encoders& use = encoders_of(current());
-    share(count, step_of(parts * run), threads, [&](ptrdiff_t a, ptrdiff_t b) { use.planes(from, bits, parts, run, a, b, to); });
+    share(count, step_of(parts * run), threads,
+          [&](ptrdiff_t a, ptrdiff_t b) { use.planes(from, bits, parts, run, a, b, to); });
 }
 
 void unplanes(Packed packed, int threads, int bits, int parts, int run, Array<uint8_t, 1> codes) {

@@ -152,8 +152,9 @@ void bind_products(nb::module_& m) {
     nb::class_<Held>(m, "Weight")
         .def("__init__", [](Held* self, long rows, long columns, int bits, int zero, int sub, int group,
                             float factor, const std::string& scaling, const std::string& scale,
-                            const std::vector<float>& values, const std::vector<int>& levels, Bytes codes, Bytes scales, std::optional<Bytes> mins,
-                            std::optional<Bytes> subscales, std::optional<Bytes> submins) {
+                            const std::vector<float>& values, const std::vector<int>& levels, Bytes codes,
+                            Bytes scales, std::optional<Bytes> mins, std::optional<Bytes> subscales,
+                            std::optional<Bytes> submins) {
             new (self) Held(hold(rows, columns, bits, zero, sub, group, factor, scaling, scale, values, levels, codes,
                                  scales, mins, subscales, submins));
         }, nb::kw_only(), nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("zero"), nb::arg("sub"),

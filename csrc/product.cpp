@@ -127,7 +127,8 @@ void product(const std::vector<Term>& terms, const Rounded& x, int threads) {
         if (found == prepared.end()) {
             Memory memory = allocate(bytes_of_corrections(w, a));
             const Corrections c = corrections_at(memory.get(), w, a);
-            spread(threads, a, [&](long panel, long first, long last) { kernels.correct(w, a, c, panel, first, last); });
+            spread(threads, a,
+                   [&](long panel, long first, long last) { kernels.correct(w, a, c, panel, first, last); });
             prepared.push_back({w.zero, w.sub, w.offsets(), std::move(memory), c});
             found = prepared.end() - 1;
         }

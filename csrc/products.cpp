@@ -294,7 +294,7 @@ static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, F32* su
         for (int t = 0; t < TILES; ++t) sums[p * TILES + t] = y[p][t];
 }
 
-// Choosing among instances ----------------------------------------------------------------------------------------------
+// Choosing among instances --------------------------------------------------------------------------------------------
 
 using Few = void (*)(const Weight&, const Activations&, const Corrections&, long, F32*);
 using Unpack = void (*)(const Weight&, const long*, long, long, const Unpacked&);
@@ -367,7 +367,7 @@ static Many many_of(const Weight& w, int width) {
     return many_of<true>(w, width);
 }
 
-// Whole products --------------------------------------------------------------------------------------------------------
+// Whole products ------------------------------------------------------------------------------------------------------
 
 INLINE void put(const Weight& w, const F32& sums, long tile, const float* bias, float* row) {
     const long first = tile * TILE, count = w.rows - first < TILE ? w.rows - first : TILE;

@@ -59,7 +59,8 @@ struct Activations {
     int32_t* sums;   // [panels][blocks][2][width], of the codes of 16 columns
 };
 
-// What a weight's zero meets, where the integer sums start; or its offsets, sums of activations. [panels][sub-blocks][width]
+// [panels][sub-blocks][width] of what a weight's zero meets, where integer sums start, or its offsets, sums of
+// activations.
 struct Corrections {
     int32_t* starts;
     float* sums;
