@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from arch.models import ROPE, SMALL, VOCAB, directory, tiny
 
 import fewbits
 from fewbits import _native, codecs, containers
@@ -18,16 +17,18 @@ from fewbits.qtensor import QTensor
 from fewbits.runtime import decoder
 from fewbits.runtime.decoder import Decoder
 from fewbits.solvers import solve
+from tests.arch.models import ROPE, SMALL, VOCAB, directory, tiny
 
 WINDOW = {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 1}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+ODD = {"hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 1, "intermediate_size": 77}
 MODELS: dict[str, transformers.PreTrainedConfig] = {
     "llama": transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
-    "llama-odd": transformers.LlamaConfig(**(SMALL | {"num_attention_heads": 6, "num_key_value_heads": 1}), head_dim=10,
-                                          tie_word_embeddings=True, rope_parameters=LINEAR),
+    "llama-odd": transformers.LlamaConfig(**(SMALL | ODD), head_dim=10, tie_word_embeddings=True,
+                                          rope_parameters=LINEAR),
     "mistral": transformers.MistralConfig(**SMALL, sliding_window=None, head_dim=32),
     "mistral-window": transformers.MistralConfig(**SMALL, sliding_window=24),
     "qwen2": transformers.Qwen2Config(**SMALL, rope_parameters=ROPE),

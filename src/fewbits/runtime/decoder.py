@@ -167,13 +167,12 @@ def compile(checkpoint: Checkpoint) -> Decoder:
     inverse, factor = _rotations(checkpoint, s)
     head = getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
     widths = Widths(s.hidden_size, s.intermediate_size, s.num_attention_heads, s.num_key_value_heads, head)
-    weights = _Weights(checkpoint)
     try:
         plan = _native.Plan(widths=widths.buffers(), layers=s.num_hidden_layers, heads=widths.heads,
                             kv_heads=widths.kv_heads, head=head, half=len(inverse), scale=head ** -0.5)
     except ValueError as error:
         raise FewbitsError(f"{checkpoint.path}: {error}") from None
-    _write(plan, family, s, weights)
+    _write(plan, family, s, _Weights(checkpoint))
     return Decoder(plan, s.vocab_size, s.max_position_embeddings, inverse, factor)
 
 
