@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,13 +93,16 @@ def test_threads_change_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(made.logits(TOKENS), logits)
 
 
-@pytest.mark.parametrize("codec", ["F16", "BF16"])
+HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("codec", HALVES)
 def test_floats_are_multiplied_as_they_are_stored(codec: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QTensor, "dequantize", _only_vectors(QTensor.dequantize))
     checkpoint = containers.open(path)
     for name, entry in checkpoint.entries.items():
         if len(entry.shape) == 2:
-            data = {"data": entry.load().planes["data"].to(getattr(codecs.get(codec), "dtype"))}
+            data = {"data": entry.load().planes["data"].to(HALVES[codec])}
             q = QTensor(codecs.get(codec), entry.shape, data)
             checkpoint.entries[name] = replace(entry, codec=q.codec, load=lambda q=q: q)
     logits = decoder.compile(checkpoint).logits(TOKENS)
@@ -126,11 +130,23 @@ def test_few_bits(codec: str, tmp_path: Path) -> None:
         if len(entry.shape) == 2:
             q = solve(entry.load().dequantize(), codecs.get(codec))
             checkpoint.entries[name] = replace(entry, codec=q.codec, load=lambda q=q: q)
+    made = decoder.compile(checkpoint)
+    logits = made.logits(TOKENS)
+    assert nmse(logits, reference(fewbits.load(checkpoint))) <= 1e-3  # measured: 3e-4
+    sequence = made.sequence(len(TOKENS))
+    assert nmse(torch.cat([sequence.append([token]) for token in TOKENS]), logits) <= 1e-3
+
+
+def test_orders_of_columns_are_decoded(path: Path) -> None:
+    checkpoint = containers.open(path)
+    for name, entry in checkpoint.entries.items():
+        if "_proj.weight" in name:
+            q, order = entry.load(), torch.randperm(entry.shape[1])
+            stored = solve(q.dequantize()[:, order], codecs.get("int4-g32"))
+            q = replace(stored, order=order)
+            checkpoint.entries[name] = replace(entry, codec=q.codec, load=lambda q=q: q)
     logits = decoder.compile(checkpoint).logits(TOKENS)
-    assert nmse(logits, reference(fewbits.load(checkpoint))) <= LIMITS[codec]
-
-
-LIMITS = {"Q8_0": 1e-3, "Q4_K": 1e-3, "int8": 1e-3}
+    assert nmse(logits, reference(fewbits.load(checkpoint, kernel="decode"))) <= 1e-6
 
 
 def test_long_prompts_and_prefixes(tmp_path: Path) -> None:
@@ -147,6 +163,15 @@ def test_long_prompts_and_prefixes(tmp_path: Path) -> None:
     other = made.sequence(1100)  # beside it
     assert nmse(other.append(tokens[:600]), want[599:600]) <= 1e-6
     assert len(sequence) == 1100
+
+
+def test_sequences_in_threads_of_their_own(path: Path) -> None:
+    made = compiled(path)
+    prompts = [TOKENS[i:i + 40] for i in range(0, 60, 10)]
+    want = [made.logits(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for got, right in zip(pool.map(made.logits, prompts * 4), want * 4, strict=True):
+            assert torch.equal(got, right)
 
 
 def test_stories(shared: Callable[[str], Path]) -> None:
@@ -192,6 +217,7 @@ def test_what_cannot_be_compiled(path: Path) -> None:
             rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     refused(r"mlp.*_proj.weight is \[.*\], the configuration wants \[", intermediate_size=100)
     refused("heads of queries are a multiple of those of keys", num_key_value_heads=4)
+    refused("no native decoder for LlamaForSequenceClassification", architectures=["LlamaForSequenceClassification"])
     refused("model.layers.2.*is missing", num_hidden_layers=3)
 
 

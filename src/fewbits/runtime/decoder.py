@@ -172,7 +172,7 @@ def compile(checkpoint: Checkpoint) -> Decoder:
                             kv_heads=widths.kv_heads, head=head, half=len(inverse), scale=head ** -0.5)
     except ValueError as error:
         raise FewbitsError(f"{checkpoint.path}: {error}") from None
-    _write(plan, family, s, _Weights(checkpoint))
+    _write(plan, family, s, _Weights(checkpoint, s))
     return Decoder(plan, s.vocab_size, s.max_position_embeddings, inverse, factor)
 
 
@@ -227,11 +227,13 @@ def _rotations(checkpoint: Checkpoint, s: Any) -> tuple[torch.Tensor, float]:
 class _Weights:
     """Tensors of a checkpoint, checked against what the family's table says, prepared once each."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, s: Settings):
         self.checkpoint = checkpoint
         family = arch.lookup(checkpoint.config)
-        assert family is not None, "every model type of FAMILIES has an architecture"
-        config = arch.complete(family, checkpoint.config, checkpoint.entries)
+        if family is None:
+            raise FewbitsError(f"{checkpoint.path}: no native decoder for {checkpoint.architecture}",
+                               "there are models with a language head; fewbits.load() runs others")
+        config = arch.complete(family, s.to_dict(), checkpoint.entries)
         for t in arch.tensors(family, config):
             entry = checkpoint.entries.get(t.hf)
             if entry is None:
