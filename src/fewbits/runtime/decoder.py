@@ -120,11 +120,15 @@ class Tokens:
         ids = torch.tensor(list(tokens), dtype=torch.int64)
         self._check(ids)
         wanted = 1 if last_only else len(ids)
-        out = torch.empty(wanted, self.decoder.vocabulary)
-        for at in range(0, len(ids), _native.MOST_TOKENS):
-            part = ids[at:at + _native.MOST_TOKENS]
-            begin, end = (max(0, i - (len(ids) - wanted)) for i in (at, at + len(part)))
-            self._native.append(part, out[begin:end], threads())
+        out, before = torch.empty(wanted, self.decoder.vocabulary), len(self)
+        try:
+            for at in range(0, len(ids), _native.MOST_TOKENS):
+                part = ids[at:at + _native.MOST_TOKENS]
+                begin, end = (max(0, i - (len(ids) - wanted)) for i in (at, at + len(part)))
+                self._native.append(part, out[begin:end], threads())
+        except BaseException:  # an interrupt between two parts
+            self._native.truncate(before)
+            raise
         return out
 
     def truncate(self, length: int) -> None:
