@@ -72,9 +72,12 @@ void test_attention(const Steps& steps, long width, long length, long window, in
     Buffer<uint16_t> keys(room * width), values(room * lined(width));
     keys.fill(0x7e00), values.fill(0);  // beyond the last position: not a number
     const Head head{width, keys.data(), values.data()};
-    for (long p = 0; p < length; ++p)
-        steps.keep(head, p, normals(random, width).data(), normals(random, width).data());
+    for (long p = 0; p < length; ++p) {
+        const Buffer<float> key = normals(random, width), value = normals(random, width);
+        steps.keep(head, p, key.data(), value.data());
+    }
     const Buffer<float> x = normals(random, count * width);
+    const float scale = 1 / sqrtf((float)width);
     Buffer<float> out(count * width);
     out.fill(7);
     std::vector<Query> queries;
@@ -83,7 +86,7 @@ void test_attention(const Steps& steps, long width, long length, long window, in
         queries.push_back({x.data() + r * width, window && last >= window ? last - window + 1 : 0, last,
                            out.data() + r * width});
     }
-    steps.attend(head, queries.data(), count, 0.5f);
+    steps.attend(head, queries.data(), count, scale);
     Error error;
     for (const Query& q : queries) {
         std::vector<double> scores, sums(width);
@@ -92,7 +95,7 @@ void test_attention(const Steps& steps, long width, long length, long window, in
             double score = 0;
             for (long c = 0; c < width; ++c)
                 score += q.x[c] * value_of(keys[(p / LINE * width + c) * LINE + p % LINE]);
-            scores.push_back(exp(score / 2)), total += scores.back();
+            scores.push_back(exp(score * scale)), total += scores.back();
         }
         for (long c = 0; c < width; ++c) {
             for (long p = q.first; p <= q.last; ++p)

@@ -204,7 +204,7 @@ def test_stories(recipe: str | None, limit: float, shared: Callable[[str], Path]
     with torch.inference_mode():
         want = fewbits.load(path)(input_ids=torch.tensor([tokens])).logits[0]
     error = nmse(compiled(path).logits(tokens), want)
-    assert error <= limit
+    assert error <= limit  # measured: 3e-5 with rounded activations
 
 
 def test_errors(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
