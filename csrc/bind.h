@@ -3,12 +3,16 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <string>
 
+#include "floats.h"
 #include "pool.h"
+#include "weight.h"
 
 namespace nb = nanobind;
 
@@ -31,8 +35,20 @@ inline void check_threads(int threads) {
             std::to_string(threads) + " threads: 1 to " + std::to_string(MOST_THREADS));
 }
 
+// A weight and the arrays that it points into.
+struct Held {
+    Weight weight;
+    Bytes codes, scales;
+    std::optional<Bytes> mins, subscales, submins;
+};
+struct HeldFloats {
+    FloatWeight weight;
+    Bytes values;
+};
+
 void bind_columns(nb::module_& m);
 void bind_products(nb::module_& m);
 void bind_encoders(nb::module_& m);
+void bind_decoder(nb::module_& m);
 
 }  // namespace fewbits

@@ -1,11 +1,7 @@
 #include "bind.h"
 
-#include <nanobind/stl/optional.h>
-
 #include <algorithm>
-#include <optional>
 
-#include "floats.h"
 #include "layout.h"
 #include "product.h"
 #include "products.h"
@@ -14,13 +10,6 @@ namespace fewbits {
 namespace {
 
 constexpr long MOST = 1L << 40;  // of any count: products of two still fit
-
-// A weight and the arrays that it points into.
-struct Held {
-    Weight weight;
-    Bytes codes, scales;
-    std::optional<Bytes> mins, subscales, submins;
-};
 
 template <class Kind>
 Kind named(const std::vector<const char*>& names, const std::string& name, const char* what) {
@@ -124,16 +113,20 @@ void multiply_grouped(const std::vector<const Held*>& weights, const std::vector
     grouped(shares, x.data(), out.data(), threads);
 }
 
+FloatWeight floats(const Bytes& values, const std::string& kind, long rows, long columns) {
+    const Scale scale = named<Scale>(SCALES, kind, "scale");
+    require(scale != Scale::e8m0, "weights are f16, bf16 or f32");
+    require(0 <= rows && rows < MOST && 0 <= columns && columns < MOST, "rows or columns out of range");
+    require((long)values.nbytes() == rows * columns * SCALE_BYTES[(int)scale],
+            "the weight has " + std::to_string(values.nbytes()) + " bytes, not those of " + std::to_string(rows) +
+                " x " + std::to_string(columns));
+    return {rows, columns, scale, values.data()};
+}
+
 void multiply_floats(Bytes values, const std::string& kind, Array<const float, 2> x, Out out,
                      std::optional<Array<const float, 1>> bias, int threads) {
     check_threads(threads);
-    const Scale scale = named<Scale>(SCALES, kind, "scale");
-    require(scale != Scale::e8m0, "weights are f16, bf16 or f32");
-    const FloatWeight w{(long)out.shape(1), (long)x.shape(1), scale, values.data()};
-    require(w.rows < MOST && w.columns < MOST, "rows or columns out of range");
-    require((long)values.nbytes() == w.rows * w.columns * SCALE_BYTES[(int)scale],
-            "the weight has " + std::to_string(values.nbytes()) + " bytes, not those of " + std::to_string(w.rows) +
-                " x " + std::to_string(w.columns));
+    const FloatWeight w = floats(values, kind, (long)out.shape(1), (long)x.shape(1));
     require(x.shape(0) == out.shape(0), "the result's shape");
     require(!bias || (long)bias->shape(0) == w.rows, "the bias's shape");
     nb::gil_scoped_release release;
@@ -175,6 +168,10 @@ void bind_products(nb::module_& m) {
             nb::gil_scoped_release release;
             columns(w.weight, ids.data(), (long)ids.shape(0), out.data(), threads);
         }, array("ids"), array("out"), nb::arg("threads"));
+    nb::class_<HeldFloats>(m, "Floats")
+        .def("__init__", [](HeldFloats* self, Bytes values, const std::string& kind, long rows, long columns) {
+            new (self) HeldFloats{floats(values, kind, rows, columns), values};
+        }, array("values"), nb::arg("kind"), nb::arg("rows"), nb::arg("columns"));
     nb::class_<Rounded>(m, "Rounded")
         .def("__init__", [](Rounded* self, Array<const float, 2> x, int threads) {
             check_threads(threads);

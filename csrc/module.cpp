@@ -38,4 +38,5 @@ NB_MODULE(_native, m) {
     }, nb::arg("rounds"), nb::arg("threads"));
     bind_products(m);
     bind_encoders(m);
+    bind_decoder(m);
 }

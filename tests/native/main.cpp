@@ -26,6 +26,7 @@ int main(int count, char** arguments) {
             test_products(set);
             test_floats(set);
             test_encoders(set);
+            test_steps(set);
         } else {
             check(false, "no usable set of kernels is called " + set);
         }

@@ -20,6 +20,23 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+VERSION = f"is not known to transformers {transformers.__version__}"
+
+
+def settings(config: dict[str, Any], source: str | Path = "config.json") -> transformers.PreTrainedConfig:
+    """A config.json as Transformers reads it, what it leaves out filled in.
+
+    Raises:
+        FewbitsError: Transformers doesn't know the model type; `source` is named.
+    """
+    try:
+        return transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
+    except (KeyError, TypeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise FewbitsError(f"{source}: model_type {config.get('model_type')!r} {VERSION}: {first}",
+                           "a newer transformers may; models with code of their own are not run") from None
+
+
 def empty_model(config: dict[str, Any], source: str | Path = "config.json") -> transformers.PreTrainedModel:
     """The model of a config.json, its parameters without memory; buffers are real. In evaluation mode.
 
@@ -30,19 +47,13 @@ def empty_model(config: dict[str, Any], source: str | Path = "config.json") -> t
 
     named = config.get("architectures") or []
     kind: Any = getattr(transformers, named[0], None) if named else transformers.AutoModel
-    version = f"is not known to transformers {transformers.__version__}"
-    try:
-        settings = transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
-    except (KeyError, TypeError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise FewbitsError(f"{source}: model_type {config.get('model_type')!r} {version}: {first}",
-                           "a newer transformers may; models with code of their own are not run") from None
+    found = settings(config, source)
     if kind is None:
-        raise FewbitsError(f"{source}: architecture {named[0]!r} {version}",
+        raise FewbitsError(f"{source}: architecture {named[0]!r} {VERSION}",
                            "without its model class nobody knows which tensors are linear layers")
-    settings.dtype = torch.float32
+    found.dtype = torch.float32
     with init_empty_weights(include_buffers=False):
-        model = kind.from_config(settings) if kind is transformers.AutoModel else kind(settings)
+        model = kind.from_config(found) if kind is transformers.AutoModel else kind(found)
     return model.eval()
 
 

@@ -1,0 +1,196 @@
+// Plans of decoders, built a step at a time: every buffer and weight is checked as its step is added, so that a call has
+// only its tokens to check.
+#include "bind.h"
+#include "decoder.h"
+
+namespace fewbits {
+namespace {
+
+using Vector = Array<const float, 1>;
+
+class HeldPlan {
+public:
+    HeldPlan(const Sizes& sizes, const std::vector<long>& widths) : plan(sizes, widths) {
+        require(1 <= sizes.kv_heads && sizes.kv_heads <= sizes.heads && sizes.heads < 1 << 16 &&
+                    sizes.heads % sizes.kv_heads == 0, "heads of queries are a multiple of those of keys");
+        require(1 <= sizes.head && sizes.head <= WIDEST_HEAD, "heads are 1 to " + std::to_string(WIDEST_HEAD) + " wide");
+        require(0 <= sizes.half && 2 * sizes.half <= sizes.head, "rotated columns of a head");
+        require(0 <= sizes.layers && sizes.layers < 1 << 16, "the number of layers");
+        require(!widths.empty(), "a plan has buffers");
+        for (long width : widths) require(1 <= width && width < 1L << 24, "a buffer's width");
+    }
+
+    void embed(nb::object table, int out) {
+        require(!vocabulary_, "a plan begins with one table of tokens");
+        const Matrix m = matrix(table);
+        same(m.columns(), width(out), "the table's columns");
+        vocabulary_ = m.rows();
+        weights_.push_back(table);
+        plan.steps.push_back(Embed{m, out});
+    }
+
+    void norm(int in, int out, Vector weight, float epsilon) {
+        const long run = (long)weight.shape(0);
+        require(run > 0 && width(in) % run == 0, "the norm's width");
+        same(width(in), width(out), "the norm's result");
+        vectors_.push_back(weight);
+        plan.steps.push_back(Norm{in, out, weight.data(), run, epsilon});
+    }
+
+    void multiply(int in, const std::vector<nb::object>& matrices, const std::vector<std::optional<Vector>>& biases,
+                  const std::vector<int>& outs) {
+        require(!matrices.empty() && matrices.size() == biases.size() && matrices.size() == outs.size(),
+                "a bias and a result for every weight");
+        Multiply step{in, {}};
+        for (size_t i = 0; i < matrices.size(); ++i) {
+            const Matrix m = matrix(matrices[i]);
+            require(outs[i] != in, "a product cannot overwrite its input");
+            same(m.columns(), width(in), "the weight's columns");
+            if (outs[i] == RESULT) require(!result_, "a plan has one result"), result_ = m.rows();
+            else same(m.rows(), width(outs[i]), "the weight's rows");
+            if (biases[i]) same((long)biases[i]->shape(0), m.rows(), "the bias's shape");
+            step.parts.push_back({m, biases[i] ? biases[i]->data() : nullptr, outs[i]});
+        }
+        weights_.insert(weights_.end(), matrices.begin(), matrices.end());
+        for (const auto& bias : biases)
+            if (bias) vectors_.push_back(*bias);
+        plan.steps.push_back(step);
+    }
+
+    void rotate(int buffer) {
+        require(width(buffer) % plan.sizes.head == 0, "rotated buffers hold whole heads");
+        plan.steps.push_back(Rotate{buffer});
+    }
+
+    void attend(int queries, int keys, int values, int out, long layer, long window) {
+        const Sizes& z = plan.sizes;
+        require(0 <= layer && layer < z.layers && 0 <= window, "the layer or the window");
+        require(!narrow_, "every token has its keys and values");
+        same(width(queries), z.heads * z.head, "the queries' width");
+        same(width(out), z.heads * z.head, "the attention's result");
+        same(width(keys), z.kv_heads * z.head, "the keys' width");
+        same(width(values), z.kv_heads * z.head, "the values' width");
+        plan.steps.push_back(Attend{queries, keys, values, out, layer, window});
+    }
+
+    void gate(int gate, int up, int out) {
+        same(width(gate), width(up), "the gate's width");
+        same(width(gate), width(out), "the gate's result");
+        plan.steps.push_back(Gate{gate, up, out});
+    }
+
+    void add(int in, int out) {
+        same(width(in), width(out), "what is added");
+        plan.steps.push_back(Add{in, out});
+    }
+
+    void narrow() {
+        require(!narrow_, "a plan narrows once");
+        narrow_ = true;
+        plan.steps.push_back(Narrow{});
+    }
+
+    void check_call(const Cache& cache, const Array<const int64_t, 1>& tokens, const Array<float, 2>& out) const {
+        const long count = (long)tokens.shape(0), wanted = (long)out.shape(0);
+        require(vocabulary_ && result_ && narrow_, "a plan embeds tokens, narrows and has a result");
+        require(1 <= count && count <= Plan::MOST_TOKENS, "1 to " + std::to_string(Plan::MOST_TOKENS) + " tokens a call");
+        require(wanted <= count && (long)out.shape(1) == result_, "the result's shape");
+        require(count <= cache.capacity - cache.length, "more tokens than the cache has room for");
+        for (long i = 0; i < count; ++i)
+            require(0 <= tokens.data()[i] && tokens.data()[i] < vocabulary_,
+                    "token " + std::to_string(tokens.data()[i]) + " is not in 0 … " + std::to_string(vocabulary_ - 1));
+    }
+
+    Plan plan;
+
+private:
+    long width(int buffer) const {
+        require(0 <= buffer && buffer < (int)plan.widths.size(), "no buffer " + std::to_string(buffer));
+        return plan.widths[buffer];
+    }
+
+    static void same(long found, long wanted, const char* what) {
+        require(found == wanted, std::string(what) + ": " + std::to_string(found) + ", not " + std::to_string(wanted));
+    }
+
+    static Matrix matrix(nb::handle of) {
+        if (nb::isinstance<Held>(of)) return {&nb::cast<const Held&>(of).weight, {}};
+        require(nb::isinstance<HeldFloats>(of), "a weight is a Weight or Floats");
+        return {nullptr, nb::cast<const HeldFloats&>(of).weight};
+    }
+
+    std::vector<nb::object> weights_;  // what steps point into
+    std::vector<Vector> vectors_;
+    long vocabulary_ = 0, result_ = 0;
+    bool narrow_ = false;
+};
+
+// A sequence of tokens that a plan runs through. Calls on one plan wait for each other.
+struct HeldCache {
+    HeldPlan& plan;
+    nb::object kept;  // the same
+    Array<const float, 2> cos, sin;
+    Cache cache;
+};
+
+void append(HeldCache& self, Array<const int64_t, 1> tokens, Array<float, 2> out, int threads) {
+    check_threads(threads);
+    std::unique_lock<std::mutex> alone(self.plan.plan.busy, std::defer_lock);
+    {
+        nb::gil_scoped_release release;  // the call that is waited for may need it at its end
+        alone.lock();
+    }
+    self.plan.check_call(self.cache, tokens, out);
+    nb::gil_scoped_release release;
+    run(self.plan.plan, self.cache, tokens.data(), (long)tokens.shape(0), (long)out.shape(0), out.data(), threads);
+}
+
+void truncate(HeldCache& self, long length) {
+    nb::gil_scoped_release release;
+    std::lock_guard<std::mutex> alone(self.plan.plan.busy);
+    if (length < 0 || length > self.cache.length)
+        throw nb::value_error("a sequence is truncated to no more tokens than it has");
+    self.cache.length = length;
+}
+
+}  // namespace
+
+void bind_decoder(nb::module_& m) {
+    m.attr("RESULT") = RESULT;
+    m.attr("MOST_TOKENS") = Plan::MOST_TOKENS;
+    nb::class_<HeldPlan>(m, "Plan")
+        .def("__init__", [](HeldPlan* self, const std::vector<long>& widths, long layers, long heads, long kv_heads,
+                            long head, long half, float scale) {
+            new (self) HeldPlan(Sizes{layers, heads, kv_heads, head, half, scale}, widths);
+        }, nb::kw_only(), nb::arg("widths"), nb::arg("layers"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head"),
+           nb::arg("half"), nb::arg("scale"))
+        .def("embed", &HeldPlan::embed, nb::arg("table"), nb::arg("out"))
+        .def("norm", &HeldPlan::norm, nb::arg("x"), nb::arg("out"), array("weight"), nb::arg("epsilon"))
+        .def("multiply", &HeldPlan::multiply, nb::arg("x"), nb::arg("weights"), array("biases"), nb::arg("outs"))
+        .def("rotate", &HeldPlan::rotate, nb::arg("x"))
+        .def("attend", &HeldPlan::attend, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("out"),
+             nb::arg("layer"), nb::arg("window"))
+        .def("gate", &HeldPlan::gate, nb::arg("gate"), nb::arg("up"), nb::arg("out"))
+        .def("add", &HeldPlan::add, nb::arg("x"), nb::arg("to"))
+        .def("narrow", &HeldPlan::narrow)
+        .def("cache_bytes", [](const HeldPlan& p, long capacity) {
+            require(1 <= capacity && capacity < 1L << 30, "a cache has 1 to 2^30 positions");
+            return Cache::bytes(p.plan.sizes, capacity);
+        }, nb::arg("capacity"));
+    nb::class_<HeldCache>(m, "Cache")
+        .def("__init__", [](HeldCache* self, nb::object plan, Array<const float, 2> cos, Array<const float, 2> sin) {
+            HeldPlan& held = nb::cast<HeldPlan&>(plan);
+            const long capacity = (long)cos.shape(0);
+            require(1 <= capacity && capacity < 1L << 30, "a cache has 1 to 2^30 positions");
+            require(cos.shape(0) == sin.shape(0) && cos.shape(1) == sin.shape(1) &&
+                        (long)cos.shape(1) == held.plan.sizes.half, "the rotations' shape");
+            new (self) HeldCache{held, plan, cos, sin, Cache(held.plan.sizes, capacity)};
+            self->cache.cos = cos.data(), self->cache.sin = sin.data();
+        }, nb::arg("plan"), array("cos"), array("sin"))
+        .def_prop_ro("length", [](const HeldCache& s) { return s.cache.length; })
+        .def_prop_ro("capacity", [](const HeldCache& s) { return s.cache.capacity; })
+        .def("append", append, array("tokens"), array("out"), nb::arg("threads"))
+        .def("truncate", truncate, nb::arg("length"));
+}
+
+}  // namespace fewbits

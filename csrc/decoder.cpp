@@ -1,0 +1,166 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <new>
+
+#include "pool.h"
+#include "product.h"
+
+namespace fewbits {
+namespace {
+
+constexpr long CHUNK = 16;   // tokens of a head that a thread takes at a time
+constexpr long FEW = 16384;  // values of a buffer that are not worth sharing out
+
+// What is the same for every step of a call.
+class Call {
+public:
+    Call(Plan& plan, Cache& cache, const int64_t* tokens, long count, long wanted, float* out, int threads)
+        : plan_(plan), cache_(cache), tokens_(tokens), count_(count), wanted_(wanted), out_(out), threads_(threads),
+          steps_(steps_of(current())) {}
+
+    long rows() const { return count_ - first_; }
+
+    void operator()(const Embed& s) {
+        if (s.table.packed) return fewbits::rows(*s.table.packed, tokens_, count_, at(s.out), threads_);
+        const FloatWeight& w = s.table.floats;
+        const long bytes = w.columns * (w.kind == Scale::f32 ? 4 : 2);
+        each_row(w.columns, [&](long i) {
+            steps_.widen(w.kind, w.values + tokens_[i] * bytes, w.columns, at(s.out) + i * w.columns);
+        });
+    }
+
+    void operator()(const Norm& s) {
+        const long width = plan_.widths[s.in], runs = width / s.width;
+        each_row(width, [&](long i) {
+            for (long k = i * runs; k < (i + 1) * runs; ++k)
+                steps_.norm(at(s.in) + k * s.width, s.weight, s.width, s.epsilon, at(s.out) + k * s.width);
+        });
+    }
+
+    void operator()(const Multiply& s) {
+        std::vector<Term> terms;
+        for (const Multiply::Part& p : s.parts)
+            if (p.matrix.packed) terms.push_back({p.matrix.packed, at(p.out), p.bias});
+            else product(p.matrix.floats, at(s.in), rows(), at(p.out), p.bias, threads_);
+        if (terms.empty()) return;
+        product(terms, Rounded(at(s.in), rows(), plan_.widths[s.in], threads_), threads_);
+    }
+
+    void operator()(const Rotate& s) {
+        const Sizes& z = plan_.sizes;
+        const long width = plan_.widths[s.buffer];
+        each_row(width, [&](long i) {
+            const long position = (cache_.length + first_ + i) * z.half;
+            for (long c = 0; c < width; c += z.head)
+                steps_.rotate(at(s.buffer) + i * width + c, cache_.cos + position, cache_.sin + position, z.half);
+        });
+    }
+
+    void operator()(const Attend& s) {
+        const Sizes& z = plan_.sizes;
+        const long together = z.heads / z.kv_heads, chunks = (count_ + CHUNK - 1) / CHUNK;
+        parallel(threads_, z.kv_heads, [&](long h) {
+            const Head head = cache_.head(s.layer, h);
+            for (long i = 0; i < count_; ++i) {
+                const long column = (i * z.kv_heads + h) * z.head;
+                steps_.keep(head, cache_.length + i, at(s.keys) + column, at(s.values) + column);
+            }
+        });
+        parallel(threads_, z.kv_heads * chunks, [&](long part) {
+            const long h = part % z.kv_heads, chunk = chunks - 1 - part / z.kv_heads;  // the longest first
+            const Head head = cache_.head(s.layer, h);
+            Query queries[QUERIES];
+            int found = 0;
+            const long last = std::min(count_, (chunk + 1) * CHUNK);
+            for (long i = chunk * CHUNK; i < last; ++i)
+                for (long k = 0; k < together; ++k) {
+                    const long column = (i * z.heads + h * together + k) * z.head, position = cache_.length + i;
+                    queries[found++] = {at(s.queries) + column,
+                                        s.window ? std::max(0L, position - s.window + 1) : 0, position,
+                                        at(s.out) + column};
+                    if (found < QUERIES && (i + 1 < last || k + 1 < together)) continue;
+                    steps_.attend(head, queries, found, z.scale);
+                    found = 0;
+                }
+        });
+    }
+
+    void operator()(const Gate& s) {
+        const long width = plan_.widths[s.out];
+        each_row(width, [&](long i) {
+            steps_.gate(at(s.gate) + i * width, at(s.up) + i * width, width, at(s.out) + i * width);
+        });
+    }
+
+    void operator()(const Add& s) {
+        const long width = plan_.widths[s.out];
+        each_row(width, [&](long i) { steps_.add(at(s.in) + i * width, width, at(s.out) + i * width); });
+    }
+
+    void operator()(const Narrow&) { first_ = count_ - wanted_; }
+
+private:
+    float* at(int buffer) {
+        return buffer == RESULT ? out_ : plan_.room(buffer, count_) + first_ * plan_.widths[buffer];
+    }
+
+    template <class Work>
+    void each_row(long width, Work&& work) {
+        parallel(rows() * width > FEW ? threads_ : 1, rows(), [&](long i) { work(i); });
+    }
+
+    Plan& plan_;
+    Cache& cache_;
+    const int64_t* tokens_;
+    const long count_, wanted_;
+    float* const out_;
+    const int threads_;
+    const Steps& steps_;
+    long first_ = 0;  // token that buffers begin with
+};
+
+}  // namespace
+
+float* Plan::room(int buffer, long tokens) {
+    long all = 0;
+    for (long width : widths) all += lined(width);
+    if (tokens > tokens_) {
+        tokens_ = 0;
+        memory_.reset((float*)aligned_alloc(64, all * tokens * sizeof(float)));
+        if (!memory_) throw std::bad_alloc();
+        tokens_ = tokens;
+    }
+    float* at = memory_.get();
+    for (int i = 0; i < buffer; ++i) at += lined(widths[i]) * tokens;
+    return at;
+}
+
+long Cache::bytes(const Sizes& z, long capacity) {
+    return z.layers * z.kv_heads * lined(capacity) * (z.head + lined(z.head)) * (long)sizeof(uint16_t);
+}
+
+// fresh pages are zeros that take no memory before they are written
+Cache::Cache(const Sizes& sizes, long capacity)
+    : sizes(sizes), capacity(capacity), memory_(calloc(bytes(sizes, capacity) + 64, 1), free) {
+    if (!memory_) throw std::bad_alloc();
+}
+
+Head Cache::head(long layer, long head) const {
+    const long number = layer * sizes.kv_heads + head, keys = lined(capacity) * sizes.head;
+    uint16_t* at = (uint16_t*)(((uintptr_t)memory_.get() + 63) & ~(uintptr_t)63);
+    at += number * (keys + lined(capacity) * lined(sizes.head));
+    return {sizes.head, at, at + keys};
+}
+
+void run(Plan& plan, Cache& cache, const int64_t* tokens, long count, long wanted, float* out, int threads) {
+    plan.room(0, count);  // before threads need it
+    Call call(plan, cache, tokens, count, wanted, out, threads);
+    for (const Step& step : plan.steps) {
+        std::visit(call, step);
+        if (!call.rows()) break;
+    }
+    cache.length += count;
+}
+
+}  // namespace fewbits

@@ -1,0 +1,108 @@
+// A decoder-only transformer as a list of steps over buffers of float32, and the cache of one sequence.
+// docs/concepts/decoder.md draws both.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <memory>
+#include <mutex>
+#include <variant>
+#include <vector>
+
+#include "floats.h"
+#include "steps.h"
+#include "weight.h"
+
+namespace fewbits {
+
+// A weight of either kind; what it points to lives as long as the plan.
+struct Matrix {
+    const Weight* packed;  // or null: `floats`
+    FloatWeight floats;
+    long rows() const { return packed ? packed->rows : floats.rows; }
+    long columns() const { return packed ? packed->columns : floats.columns; }
+};
+
+// Steps. `in`, `out` … are numbers of buffers [tokens, width].
+constexpr int RESULT = -1;  // what the caller gets, in place of a buffer
+
+struct Embed {
+    Matrix table;
+    int out;
+};
+struct Norm {  // of every run of `width` columns
+    int in, out;
+    const float* weight;
+    long width;
+    float epsilon;
+};
+struct Multiply {
+    struct Part {
+        Matrix matrix;
+        const float* bias;  // or null
+        int out;
+    };
+    int in;
+    std::vector<Part> parts;
+};
+struct Rotate {
+    int buffer;
+};
+struct Attend {  // keeps keys and values first
+    int queries, keys, values, out;
+    long layer, window;  // positions that are seen, or 0: all
+};
+struct Gate {
+    int gate, up, out;
+};
+struct Add {
+    int in, out;
+};
+struct Narrow {};  // from here on only tokens whose result is wanted
+
+using Step = std::variant<Embed, Norm, Multiply, Rotate, Attend, Gate, Add, Narrow>;
+
+struct Sizes {
+    long layers, heads, kv_heads, head;  // `head`: columns of one
+    long half;                           // pairs of columns that are rotated
+    float scale;                         // of scores
+};
+
+class Plan {
+public:
+    static constexpr long MOST_TOKENS = 512;  // in a call
+
+    Plan(const Sizes& sizes, const std::vector<long>& widths) : sizes(sizes), widths(widths) {}
+    float* room(int buffer, long tokens);  // where it lies in a call with so many
+
+    const Sizes sizes;
+    const std::vector<long> widths;
+    std::vector<Step> steps;
+    std::mutex busy;  // one call at a time
+
+private:
+    std::unique_ptr<float, void (*)(void*)> memory_{nullptr, free};
+    long tokens_ = 0;
+};
+
+// Keys and values of up to `capacity` positions, and the rotations [capacity, half].
+class Cache {
+public:
+    static long bytes(const Sizes& sizes, long capacity);
+    Cache(const Sizes& sizes, long capacity);  // throws std::bad_alloc
+    Head head(long layer, long head) const;
+
+    const Sizes sizes;
+    const long capacity;
+    const float *cos = nullptr, *sin = nullptr;
+    long length = 0;  // positions that are filled
+
+private:
+    std::unique_ptr<void, void (*)(void*)> memory_;
+};
+
+// Appends `count` tokens, at most MOST_TOKENS; `out` gets the result of the last `wanted` ones. Arguments were checked.
+void run(Plan& plan, Cache& cache, const int64_t* tokens, long count, long wanted, float* out, int threads);
+
+}  // namespace fewbits

@@ -1,0 +1,270 @@
+"""Decoder-only transformers that native code runs: a table of families, and the list of steps that one compiles to.
+
+A token costs one native call, whatever the number of layers; docs/concepts/decoder.md has the steps and the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from fewbits import _native, arch
+from fewbits.checkpoint import Checkpoint
+from fewbits.errors import FewbitsError
+from fewbits.instructions import threads
+from fewbits.planning import available_bytes
+from fewbits.qtensor import QTensor
+from fewbits.runtime.build import settings
+from fewbits.runtime.cpu import Native
+from fewbits.runtime.dispatch import choose
+from fewbits.runtime.interleaved import SCALES
+from fewbits.runtime.reference import _Weight
+
+Settings = transformers.PreTrainedConfig
+CPU = torch.device("cpu")
+ROPES = ("linear", "yarn", "llama3")  # scaled once for all positions; besides "default"
+LAYER = "model.layers.{i}."
+
+
+def _by_layer(s: Settings) -> list[int]:
+    return [s.sliding_window if kind == "sliding_attention" else 0 for kind in s.layer_types]
+
+
+def _everywhere(s: Settings) -> list[int]:
+    return [s.sliding_window or 0] * s.num_hidden_layers
+
+
+def _nowhere(s: Settings) -> list[int]:
+    return [0] * s.num_hidden_layers
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model type does beside what all of them do: norms before, SwiGLU, rotary positions, grouped queries."""
+
+    windows: Callable[[Settings], list[int]] = _nowhere  # positions that each layer sees, 0: all
+    head_norms: bool = False  # of every head's queries and keys
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(windows=_everywhere),
+    "qwen2": Family(windows=_by_layer),
+    "qwen3": Family(windows=_by_layer, head_norms=True),
+}
+
+# buffers of a call, [tokens, width] each, and what their widths are
+HIDDEN, NORMED, QUERIES, KEYS, VALUES, SEEN, GATE, UP = range(8)
+
+
+@dataclass(frozen=True)
+class Widths:
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head: int
+
+    def buffers(self) -> list[int]:
+        queries, keys = self.heads * self.head, self.kv_heads * self.head
+        return [self.hidden, self.hidden, queries, keys, keys, queries, self.inner, self.inner]
+
+
+class Decoder:
+    """A compiled model. Weights are held once; every sequence has a cache of its own."""
+
+    def __init__(self, plan: _native.Plan, vocabulary: int, context: int, inverse: torch.Tensor, factor: float):
+        self.plan, self.vocabulary, self.context = plan, vocabulary, context
+        self._inverse, self._factor = inverse, factor
+
+    def logits(self, tokens: Sequence[int], last_only: bool = False) -> torch.Tensor:
+        """Logits `[tokens, vocabulary]`, float32; of the last token alone, `[1, vocabulary]`, if `last_only`."""
+        return self.sequence(max(1, len(tokens))).append(tokens, last_only)
+
+    def sequence(self, capacity: int | None = None) -> Tokens:
+        """An empty sequence with room for `capacity` tokens, by default for the model's whole context.
+
+        Raises:
+            FewbitsError: more than the model's context, or its cache does not fit into the free memory.
+        """
+        capacity = self.context if capacity is None else capacity
+        if not 1 <= capacity <= self.context:
+            raise FewbitsError(f"room for {capacity} tokens, the model's context is 1 to {self.context}")
+        needed, free = self.plan.cache_bytes(capacity), available_bytes()
+        if needed > free:
+            raise FewbitsError(f"the cache of {capacity} tokens takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB "
+                               "are free", "ask for fewer tokens")
+        turns = torch.arange(capacity).float()[:, None] * self._inverse  # [positions, pairs]
+        return Tokens(self, _native.Cache(self.plan, turns.cos() * self._factor, turns.sin() * self._factor))
+
+
+class Tokens:
+    """A sequence of tokens and the keys and values of all of them."""
+
+    def __init__(self, decoder: Decoder, native: _native.Cache):
+        self.decoder, self._native = decoder, native
+
+    def __len__(self) -> int:
+        return self._native.length
+
+    def append(self, tokens: Sequence[int], last_only: bool = True) -> torch.Tensor:
+        """Logits after the last of `tokens`, `[1, vocabulary]`; after each of them unless `last_only`.
+
+        Raises:
+            FewbitsError: no tokens, more than there is room for, or one that the vocabulary lacks; nothing was added.
+        """
+        ids = torch.tensor(list(tokens), dtype=torch.int64)
+        self._check(ids)
+        wanted = 1 if last_only else len(ids)
+        out, before = torch.empty(wanted, self.decoder.vocabulary), len(self)
+        try:
+            for at in range(0, len(ids), _native.MOST_TOKENS):
+                part = ids[at:at + _native.MOST_TOKENS]
+                begin, end = (max(0, i - (len(ids) - wanted)) for i in (at, at + len(part)))
+                self._native.append(part, out[begin:end], threads())
+        except BaseException:  # an interrupt between two parts
+            self._native.truncate(before)
+            raise
+        return out
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens.
+
+        Raises:
+            FewbitsError: there are fewer.
+        """
+        if not 0 <= length <= len(self):
+            raise FewbitsError(f"a sequence of {len(self)} tokens cannot be cut to {length}")
+        self._native.truncate(length)
+
+    def _check(self, ids: torch.Tensor) -> None:
+        if not len(ids):
+            raise FewbitsError("no tokens to append")
+        if len(self) + len(ids) > self._native.capacity:
+            before = f" after {len(self)}" if len(self) else ""
+            raise FewbitsError(f"prompt of {len(ids)} tokens{before}, context {self._native.capacity}",
+                               "shorten the prompt or make room for more tokens")
+        for wrong in ids[(ids < 0) | (ids >= self.decoder.vocabulary)].tolist()[:1]:
+            raise FewbitsError(f"token {wrong} is not in the vocabulary of {self.decoder.vocabulary}")
+
+
+def compile(checkpoint: Checkpoint) -> Decoder:
+    """The steps of a checkpoint's model, its weights prepared for the native kernels.
+
+    Matrices that no native kernel multiplies (orders of columns, `int8`, codebooks) are decoded to float32 once.
+
+    Raises:
+        FewbitsError: a model type, activation or rotary scaling that is not supported; tensors missing or misshapen.
+    """
+    kind = checkpoint.config.get("model_type")
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        raise FewbitsError(f"{checkpoint.path}: no native decoder for model type {kind!r}",
+                           f"there are {', '.join(FAMILIES)}; fewbits.load() runs others")
+    s: Any = settings(checkpoint.config, checkpoint.path)
+    if s.hidden_act != "silu":
+        raise FewbitsError(f"{checkpoint.path}: no native decoder for hidden_act {s.hidden_act!r}", "there is silu")
+    inverse, factor = _rotations(checkpoint, s)
+    head = getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
+    widths = Widths(s.hidden_size, s.intermediate_size, s.num_attention_heads, s.num_key_value_heads, head)
+    try:
+        plan = _native.Plan(widths=widths.buffers(), layers=s.num_hidden_layers, heads=widths.heads,
+                            kv_heads=widths.kv_heads, head=head, half=len(inverse), scale=head ** -0.5)
+    except ValueError as error:
+        raise FewbitsError(f"{checkpoint.path}: {error}") from None
+    _write(plan, family, s, _Weights(checkpoint, s))
+    return Decoder(plan, s.vocab_size, s.max_position_embeddings, inverse, factor)
+
+
+def _write(plan: _native.Plan, family: Family, s: Any, weights: _Weights) -> None:
+    def norm(name: str, x: int, out: int) -> None:
+        plan.norm(x, out, weights.vector(name + ".weight"), s.rms_norm_eps)
+
+    def multiply(x: int, parts: dict[str, int]) -> None:
+        plan.multiply(x, [weights.matrix(name + ".weight") for name in parts],
+                      [weights.bias(name + ".bias") for name in parts], list(parts.values()))
+
+    plan.embed(weights.matrix("model.embed_tokens.weight"), HIDDEN)
+    for i, window in enumerate(family.windows(s)):
+        at = LAYER.format(i=i)
+        attention, mlp = at + "self_attn.", at + "mlp."
+        norm(at + "input_layernorm", HIDDEN, NORMED)
+        multiply(NORMED, {attention + "q_proj": QUERIES, attention + "k_proj": KEYS, attention + "v_proj": VALUES})
+        for part, buffer in ("q", QUERIES), ("k", KEYS):
+            if family.head_norms:
+                norm(f"{attention}{part}_norm", buffer, buffer)
+            plan.rotate(buffer)
+        plan.attend(QUERIES, KEYS, VALUES, SEEN, i, window)
+        if i == s.num_hidden_layers - 1:
+            plan.narrow()
+        multiply(SEEN, {attention + "o_proj": NORMED})
+        plan.add(NORMED, HIDDEN)
+        norm(at + "post_attention_layernorm", HIDDEN, NORMED)
+        multiply(NORMED, {mlp + "gate_proj": GATE, mlp + "up_proj": UP})
+        plan.gate(GATE, UP, GATE)
+        multiply(GATE, {mlp + "down_proj": NORMED})
+        plan.add(NORMED, HIDDEN)
+    norm("model.norm", HIDDEN, HIDDEN)
+    tied = "lm_head.weight" not in weights.checkpoint.entries
+    multiply(HIDDEN, {"model.embed_tokens" if tied else "lm_head": _native.RESULT})
+
+
+def _rotations(checkpoint: Checkpoint, s: Any) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies `[pairs]` and the factor of cosines and sines, as Transformers has them."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    kind = s.rope_parameters["rope_type"]
+    if kind == "default":
+        return LlamaRotaryEmbedding.compute_default_rope_parameters(s)
+    if kind not in ROPES:
+        raise FewbitsError(f"{checkpoint.path}: no native decoder for rope type {kind!r}",
+                           f"there are default, {', '.join(ROPES)}; fewbits.load() runs others")
+    inverse, factor = ROPE_INIT_FUNCTIONS[kind](s, CPU)
+    return inverse, float(factor)
+
+
+class _Weights:
+    """Tensors of a checkpoint, checked against what the family's table says, prepared once each."""
+
+    def __init__(self, checkpoint: Checkpoint, s: Settings):
+        self.checkpoint = checkpoint
+        family = arch.lookup(checkpoint.config)
+        if family is None:
+            raise FewbitsError(f"{checkpoint.path}: no native decoder for {checkpoint.architecture}",
+                               "there are models with a language head; fewbits.load() runs others")
+        config = arch.complete(family, s.to_dict(), checkpoint.entries)
+        for t in arch.tensors(family, config):
+            entry = checkpoint.entries.get(t.hf)
+            if entry is None:
+                raise FewbitsError(f"{checkpoint.path}: {t.hf} is missing")
+            if tuple(entry.shape) != t.shape(config):
+                raise FewbitsError(f"{checkpoint.path}: {t.hf} is {list(entry.shape)}, the configuration wants "
+                                   f"{list(t.shape(config))}")
+        self._made: dict[str, _native.Weight | _native.Floats] = {}
+
+    def matrix(self, name: str) -> _native.Weight | _native.Floats:
+        if name not in self._made:
+            self._made[name] = _prepare(self.checkpoint.entries[name].load())
+        return self._made[name]
+
+    def vector(self, name: str) -> torch.Tensor:
+        return self.checkpoint.entries[name].load().dequantize(torch.float32)
+
+    def bias(self, name: str) -> torch.Tensor | None:
+        return self.vector(name) if name in self.checkpoint.entries else None
+
+
+def _prepare(q: QTensor) -> _native.Weight | _native.Floats:
+    ordered, outliers = q.order is not None, q.codec.family == "int8"
+    without = ("decode", "native") if ordered or outliers else ("decode",)
+    prepared = choose(q, CPU, without=without).prepare(q, torch.float32)
+    if isinstance(prepared, Native):
+        return prepared.matrices[0].weight
+    assert isinstance(prepared, _Weight)
+    data = prepared.weight()
+    return _native.Floats(data.contiguous().view(torch.uint8), SCALES[data.dtype], *q.shape)
