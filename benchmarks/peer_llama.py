@@ -2,6 +2,7 @@
 
     python peer_llama.py quantize JOB.json    model, out, ftype, imatrix (.npz: tensor -> mean squares), pure, embedding
     python peer_llama.py logits JOB.json      model, tokens (lists of equal length), out (.npy, float32)
+    python peer_llama.py speed JOB.json       model, threads, prompt, before, decoded (counts of tokens), found (.json)
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,34 @@ def logits(job: dict[str, Any]) -> int:
     return 0
 
 
+def speed(job: dict[str, Any]) -> int:
+    """Seconds of a prompt, and of decoding after a few tokens; the better of flash attention and not."""
+    tokens = [i % 1000 + 100 for i in range(job["prompt"])]
+    best: dict[str, float] = {}
+    for flash in (False, True):
+        model = llama_cpp.Llama(job["model"], n_ctx=job["prompt"] + job["decoded"], n_batch=job["prompt"],
+                                n_threads=job["threads"], n_threads_batch=job["threads"], flash_attn=flash,
+                                logits_all=False, verbose=False)
+        model.eval(tokens[:job["before"]])
+        model.reset()
+        start = time.perf_counter()
+        model.eval(tokens)
+        found = {"prompt": time.perf_counter() - start}
+        model.reset()
+        model.eval(tokens[:job["before"]])
+        vocabulary, token = model.n_vocab(), 1
+        start = time.perf_counter()
+        for _ in range(job["decoded"]):
+            model.eval([token])
+            logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+            token = int(np.ctypeslib.as_array(logits, (vocabulary,)).argmax())
+        found["decode"] = time.perf_counter() - start
+        best = {k: min(v, best.get(k, v)) for k, v in found.items()}
+    Path(job["found"]).write_text(json.dumps(best))
+    return 0
+
+
 if __name__ == "__main__":
     llama_cpp.llama_log_set(quiet := llama_cpp.llama_log_callback(lambda level, text, data: None), None)
-    sys.exit({"quantize": quantize, "logits": logits}[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text())))
+    modes = {"quantize": quantize, "logits": logits, "speed": speed}
+    sys.exit(modes[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text())))

@@ -1,0 +1,91 @@
+"""The native decoder beside llama.cpp on the same GGUF files: tokens a second of decoding, and of a prompt.
+
+    python benchmarks/cpu.py [--types Q4_K_M Q8_0 …] [--model smollm2-135m] [--threads 2] [--rounds 3]
+
+Prompt: 512 tokens at once, in a sequence that is empty. Decoding: 128 tokens after 8, one after the other, the most
+likely taken. Each side runs in a process of its own, in turns, after a warm-up; medians of the rounds. llama.cpp keeps
+its defaults but for the number of threads; it has flash attention on and off, the better counts.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from baselines import Peers, f16_gguf
+from common import ROOT, parser, show
+
+import fewbits
+from fewbits import containers
+from fewbits.cli.common import quiet_libraries
+from fewbits.runtime import decoder
+
+TYPES = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0", "Q3_K_M", "Q2_K")
+PROMPT, BEFORE, DECODED = 512, 8, 128
+
+
+def ours(file: Path) -> dict[str, float]:
+    """Seconds of the prompt and of decoding, in this process."""
+    model = decoder.compile(containers.open(file))
+    tokens = [i % 1000 + 100 for i in range(PROMPT)]
+    model.sequence(PROMPT).append(tokens[:BEFORE])  # once before the clock runs
+    start = time.perf_counter()
+    model.sequence(PROMPT).append(tokens)
+    prompt = time.perf_counter() - start
+    sequence = model.sequence(BEFORE + DECODED)
+    logits = sequence.append(tokens[:BEFORE])
+    start = time.perf_counter()
+    for _ in range(DECODED):
+        logits = sequence.append([int(logits.argmax())])
+    return {"prompt": prompt, "decode": time.perf_counter() - start}
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.add_argument("--peers", type=Path, default=ROOT / ".peers")
+    p.add_argument("--model", default="smollm2-135m", help="a folder of --models")
+    p.add_argument("--types", nargs="*", default=TYPES)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--one", type=Path, help="one run of ours, in this process")
+    args = p.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(args.threads)
+    if args.one:
+        print(json.dumps(ours(args.one)))
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    peers, rows = Peers(args.peers.absolute(), args.work.absolute()), []
+    source = f16_gguf(args.models / args.model, args.work)
+    for name in args.types:
+        file = args.work / f"{args.model}-{name}-plain.gguf"
+        if not file.exists():
+            fewbits.quantize(source, file, name, calibration="none", finish="off")
+        taken: dict[str, list[float]] = {"prompt": [], "decode": [], "their prompt": [], "their decode": []}
+        for _ in range(args.rounds):
+            ran = subprocess.run([sys.executable, __file__, "--one", str(file), "--threads", str(args.threads)],
+                                 capture_output=True, text=True, check=True)
+            for what, seconds in json.loads(ran.stdout.splitlines()[-1]).items():
+                taken[what].append(seconds)
+            found = args.work / "speed.json"
+            peers.run("llama", "peer_llama.py", "speed", job={
+                "model": str(file), "threads": args.threads, "prompt": PROMPT, "before": BEFORE, "decoded": DECODED,
+                "found": str(found)})
+            for what, seconds in json.loads(found.read_text()).items():
+                taken[f"their {what}"].append(seconds)
+        prompt, decode, their_prompt, their_decode = (median(taken[k]) for k in taken)
+        rows.append((name, DECODED / decode, DECODED / their_decode, their_decode / decode,
+                     file.stat().st_size * DECODED / decode / 1e9,
+                     PROMPT / prompt, PROMPT / their_prompt, their_prompt / prompt))
+        print(*(f"{v:.4g}" if isinstance(v, float) else v for v in rows[-1]), flush=True)
+    show(f"{args.model} on the CPU, {args.threads} thread(s): tokens a second",
+         ("type", "decode", "llama.cpp", "x", "GB/s", f"prompt {PROMPT}", "llama.cpp", "x"), rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
