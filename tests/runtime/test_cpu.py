@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,14 +23,6 @@ NAMES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
          "nf4-dq", "fp4", "int8"]
 ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 13, 40)
 PRODUCT, ROUNDED_ALIKE = 5e-4, 1e-6  # normalised mean squared errors
-
-
-@pytest.fixture(params=_native.usable())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.current()
-    _native.use(request.param)
-    yield request.param
-    _native.use(before)
 
 
 def prepared(name: str, rows: int = 40, columns: int = 512) -> tuple[QTensor, Native]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -38,14 +38,6 @@ MODELS: dict[str, transformers.PreTrainedConfig] = {
     "qwen3-tied": transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
 }
 TOKENS = torch.randint(VOCAB, (100,), generator=torch.Generator().manual_seed(1)).tolist()
-
-
-@pytest.fixture(params=_native.usable())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.current()
-    _native.use(request.param)
-    yield request.param
-    _native.use(before)
 
 
 @pytest.fixture(scope="module")

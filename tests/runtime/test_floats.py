@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,14 +13,6 @@ from fewbits.runtime.dispatch import choose
 
 CPU = torch.device("cpu")
 KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@pytest.fixture(params=_native.usable())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.current()
-    _native.use(request.param)
-    yield request.param
-    _native.use(before)
 
 
 def weight(name: str, rows: int, columns: int) -> QTensor:

@@ -86,18 +86,19 @@ def inverse_factor(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for share in DAMPING:
         moment.diagonal().copy_(diagonal + share * mean)
         for dtype in dict.fromkeys((moment.dtype, torch.float64)):
-            upper = _inverse_factor(moment.to(dtype))
+            upper = _inverse_factor(moment, dtype)
             if upper is not None:
-                return moment, upper.to(moment.dtype)
+                return moment, upper
     raise FewbitsError(f"second moment of {len(moment)} inputs is not positive definite at any damping",
                        "use more calibration text")
 
 
-def _inverse_factor(h: torch.Tensor) -> torch.Tensor | None:
+def _inverse_factor(h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """In the type of `h`, computed in `dtype`; None where that fails."""
     # backwards H = L L^T, so forwards H = V V^T with V upper triangular, and the inverse is U^T U with U = 1/V
-    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(h.to(dtype).flip(0, 1))
     if failed:
         return None
     lower = lower.flip(0, 1)
-    upper = torch.linalg.solve_triangular(lower, torch.eye(len(h), dtype=h.dtype), upper=True)
+    upper = torch.linalg.solve_triangular(lower, torch.eye(len(h), dtype=dtype), upper=True).to(h.dtype)
     return upper if bool(upper.isfinite().all()) else None
