@@ -16,7 +16,7 @@ namespace fewbits::FEWBITS_ISA {
 #if defined(__AVX512F__)
 constexpr int TILES = 2;  // 24 of 32 registers hold sums of 2 tiles and 6 rows, as integers and as floats
 constexpr int FEW[] = {1, 2, 3, 4, 6, 8, 12, 16};  // 24 hold a record of codes and sums of 16 rows
-constexpr int WIDTHS[] = {3, 4, 5, 6};
+constexpr int WIDTHS[] = {5, 6};  // more rows than 16 need no narrower panels
 #else
 constexpr int TILES = 1;
 constexpr int FEW[] = {1, 2, 3, 4};
@@ -344,11 +344,12 @@ static bool knows(const Weight& w) { return find(w) != nullptr; }
 template <int SUB, bool OFFSETS, bool WIDE>
 static Many many_of(int width) {
     switch (width) {
-        case 3: return many<SUB, OFFSETS, WIDE, 3>;
-        case 4: return many<SUB, OFFSETS, WIDE, 4>;
 #if defined(__AVX512F__)
         case 5: return many<SUB, OFFSETS, WIDE, 5>;
         case 6: return many<SUB, OFFSETS, WIDE, 6>;
+#else
+        case 3: return many<SUB, OFFSETS, WIDE, 3>;
+        case 4: return many<SUB, OFFSETS, WIDE, 4>;
 #endif
     }
     return nullptr;

@@ -21,7 +21,7 @@ NAMES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
          "TQ1_0", "TQ2_0", "Q1_0", "int2-g64", "int3-g64", "int4-g128", "int8-g128", "int4-row", "int2-g64-asym",
          "int3-g64-asym", "int4-g32-asym", "int8-g128-asym", "int4-g128-sbf16", "int4-g128-sf32", "nf4", "nf4-b128",
          "nf4-dq", "fp4", "int8"]
-ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 13, 40)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 13, 20, 40)  # every width of panels, on every set of instructions
 PRODUCT, ROUNDED_ALIKE = 5e-4, 1e-6  # normalised mean squared errors
 
 
