@@ -21,7 +21,7 @@ from fewbits.qtensor import QTensor
 from fewbits.runtime.build import settings
 from fewbits.runtime.cpu import Native
 from fewbits.runtime.dispatch import choose
-from fewbits.runtime.interleaved import SCALES
+from fewbits.runtime.interleaved import scale_name
 from fewbits.runtime.reference import _Weight
 
 Settings = transformers.PreTrainedConfig
@@ -267,4 +267,4 @@ def _prepare(q: QTensor) -> _native.Weight | _native.Floats:
         return prepared.matrices[0].weight
     assert isinstance(prepared, _Weight)
     data = prepared.weight()
-    return _native.Floats(data.contiguous().view(torch.uint8), SCALES[data.dtype], *q.shape)
+    return _native.Floats(data.contiguous().view(torch.uint8), scale_name(data.dtype), *q.shape)
