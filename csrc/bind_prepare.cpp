@@ -21,6 +21,9 @@ Values values(const std::vector<Field>& fields, int minus) {
     return found;
 }
 
+using Index = std::optional<Array<const int64_t, 1>>;
+using Plane = std::optional<Array<uint8_t, 1>>;
+
 // Rows of several arrays, one after the other.
 struct Rows {
     std::vector<const uint8_t*> begins;
@@ -35,8 +38,7 @@ struct Rows {
     }
 };
 
-Rows rows_of(const std::vector<Bytes>& data, const std::optional<Array<const int64_t, 1>>& index, long row_bytes,
-             long rows) {
+Rows rows_of(const std::vector<Bytes>& data, const Index& index, long row_bytes, long rows) {
     Rows found{{}, {}, row_bytes, index ? index->data() : nullptr};
     long total = 0;
     for (const Bytes& part : data) {
@@ -52,7 +54,7 @@ Rows rows_of(const std::vector<Bytes>& data, const std::optional<Array<const int
     return found;
 }
 
-uint8_t* plane(const std::optional<Array<uint8_t, 1>>& array, long bytes, bool needed, const char* name) {
+uint8_t* plane(const Plane& array, long bytes, bool needed, const char* name) {
     require(array.has_value() == needed, std::string(name) + (needed ? " are missing" : " have no use here"));
     if (!needed) return nullptr;
     require((long)array->nbytes() == bytes, std::string(name) + " have " + std::to_string(array->nbytes()) +
@@ -60,15 +62,14 @@ uint8_t* plane(const std::optional<Array<uint8_t, 1>>& array, long bytes, bool n
     return array->data();
 }
 
-using Plane = std::optional<Array<uint8_t, 1>>;
-
-void prepare_planes(const Unpacking& u, const std::vector<Bytes>& data, const std::optional<Array<const int64_t, 1>>& index,
-                    long rows, long columns, const Plane& codes, const Plane& scales, const Plane& mins,
-                    const Plane& subscales, const Plane& submins, int threads) {
+void prepare_planes(const Unpacking& u, const std::vector<Bytes>& data, const Index& index, long rows, long columns,
+                    const Plane& codes, const Plane& scales, const Plane& mins, const Plane& subscales,
+                    const Plane& submins, int threads) {
     const BlockLayout& l = u.layout;
     check_threads(threads);
     require(0 <= rows && rows < MOST && 0 < columns && columns < MOST, "rows or columns out of range");
-    require(columns % l.columns == 0, std::to_string(columns) + " columns are no blocks of " + std::to_string(l.columns));
+    require(columns % l.columns == 0,
+            std::to_string(columns) + " columns are no blocks of " + std::to_string(l.columns));
     const long blocks = columns / l.columns, entries = (rows + TILE - 1) / TILE * TILE * blocks;
     const Planes planes{plane(codes, entries * l.columns / 8 * l.bits, true, "codes"),
                         plane(scales, entries * l.scale_bytes, true, "scales"),
@@ -85,9 +86,10 @@ void prepare_planes(const Unpacking& u, const std::vector<Bytes>& data, const st
 
 void bind_prepare(nb::module_& m) {
     nb::class_<Unpacking>(m, "Blocks")
-        .def("__init__", [](Unpacking* self, int bytes, int columns, int bits, int scale_bytes, int scale_at, int min_at,
-                            const std::vector<Field>& codes, int codes_minus, const std::vector<Field>& subscales,
-                            int subscales_minus, const std::vector<Field>& submins) {
+        .def("__init__", [](Unpacking* self, int bytes, int columns, int bits, int scale_bytes, int scale_at,
+                            int min_at, const std::vector<Field>& codes, int codes_minus,
+                            const std::vector<Field>& subscales, int subscales_minus,
+                            const std::vector<Field>& submins) {
             new (self) Unpacking(BlockLayout{bytes, columns, bits, scale_bytes, scale_at, min_at,
                                              values(codes, codes_minus), values(subscales, subscales_minus),
                                              values(submins, 0)});

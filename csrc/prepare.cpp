@@ -18,7 +18,8 @@ void check(const Bits& b, int bytes, int count) {
     require(0 <= b.first && 0 < b.count && b.first <= count - b.count && b.first % 4 == 0 && b.count % 4 == 0,
             "values of a block come in fours");
     require(1 <= b.bits && b.bits <= 8 && 0 <= b.to && b.to + b.bits <= 8, "values are bytes");
-    require(1 <= b.each && b.each <= 8 && 0 <= b.shift && b.shift < 8 && 1 <= b.run && b.run <= count, "bits of a byte");
+    require(1 <= b.each && b.each <= 8 && 0 <= b.shift && b.shift < 8, "bits of a byte");
+    require(1 <= b.run && b.run <= count, "a run of values");
     if (b.digits) require(b.each <= 5 && b.run % 4 == 0 && !b.shift && !b.to, "a byte has at most five digits");
     else require(b.shift + b.each * b.bits <= 8, "a byte has eight bits");
     require(b.run % 4 == 0 || (b.run == 1 && b.each % 2 == 0 && b.each * b.bits == 8), "runs are of 1 or fours");

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 
 from fewbits import _native
-from fewbits.codecs.base import Codec, units
+from fewbits.codecs.base import ITEM_BYTES, Codec, units
 from fewbits.codecs.ggml import Blocks
 from fewbits.instructions import threads
 from fewbits.runtime.interleaved import BLOCK, TILE, form
@@ -53,7 +53,7 @@ class Fields:
     minimum: int | None = None
     subscales: tuple[Bits, ...] = ()
     submins: tuple[Bits, ...] = ()
-    scale_bytes: int = 2
+    kind: str = "float16"  # of scale and minimum
     codes_minus: int = 0
     subscales_minus: int = 0
 
@@ -91,7 +91,7 @@ FIELDS: dict[str, Fields] = {
     "Q6_K": Fields((_halves(0, 64), _plane(128, 2, to=4)), scale=208, subscales=(Bits(192, 8, 16),)),
     "IQ4_NL": Fields((_halves(2, 16),), scale=0),
     "IQ4_XS": Fields((_halves(8, 16),), scale=0, subscales=(_stream(4, 4), _stream(2, 2, to=4)), subscales_minus=32),
-    "MXFP4": Fields((_halves(1, 16),), scale=0, scale_bytes=1),
+    "MXFP4": Fields((_halves(1, 16),), scale=0, kind="uint8"),
     "TQ1_0": Fields((Bits(0, 2, 32, 5, count=160, digits=True), Bits(32, 2, 16, 5, first=160, count=80, digits=True),
                      Bits(48, 2, 4, 4, first=240, count=16, digits=True)), scale=52),
     "TQ2_0": Fields((_plane(0, 2),), scale=64),
@@ -107,7 +107,7 @@ def natively(codec: Codec) -> _native.Blocks | None:
         return None
     subs = codec.columns // f.sub
     return _native.Blocks(
-        bytes=codec.block_bytes, columns=codec.columns, bits=f.bits, scale_bytes=fields.scale_bytes,
+        bytes=codec.block_bytes, columns=codec.columns, bits=f.bits, scale_bytes=ITEM_BYTES[fields.kind],
         scale_at=fields.scale, min_at=-1 if fields.minimum is None else fields.minimum,
         codes=[b.numbers(codec.columns) for b in fields.codes], codes_minus=fields.codes_minus,
         subscales=[b.numbers(subs) for b in fields.subscales], subscales_minus=fields.subscales_minus,
@@ -122,9 +122,10 @@ def planes(codec: Codec, data: Sequence[np.ndarray], rows: int, columns: int,
     assert blocks is not None and f is not None
     entries = units(rows, TILE) * TILE * units(columns, codec.unit(columns))
     subs = units(rows, TILE) * TILE * units(columns, f.sub)
-    sizes = {"codes": units(rows, TILE) * units(columns, BLOCK) * 64 * f.bits, "scales": entries * fields.scale_bytes}
+    sizes = {"codes": units(rows, TILE) * units(columns, BLOCK) * 64 * f.bits,
+             "scales": entries * ITEM_BYTES[fields.kind]}
     if fields.minimum is not None:
-        sizes["mins"] = entries * fields.scale_bytes
+        sizes["mins"] = sizes["scales"]
     sizes |= {name: subs for name in ("subscales", "submins") if getattr(fields, name)}
     found = empty(sizes)
     _native.prepare(blocks, data, index, rows, columns, threads=threads(),

@@ -111,9 +111,9 @@ class Native:
         rows, columns = self.shape[-2:]
         if blocks.natively(q.codec) is not None:
             data = q.planes["blocks"][index * rows:(index + 1) * rows].contiguous().numpy()
-            found = {name: torch.from_numpy(plane) for name, plane in blocks.planes(q.codec, [data], rows, columns).items()}
-            kind = torch.uint8 if blocks.FIELDS[q.codec.name].scale_bytes == 1 else torch.float16
-            return Matrix(f, rows, columns, q.codec.unit(columns), kind, found)
+            found = blocks.planes(q.codec, [data], rows, columns)
+            return Matrix(f, rows, columns, q.codec.unit(columns), getattr(torch, blocks.FIELDS[q.codec.name].kind),
+                          {name: torch.from_numpy(plane) for name, plane in found.items()})
         planes = _Planes(f, rows, columns)
         stored = QTensor(q.codec, q.shape, q.planes)
         if not q.codec.rows_apart(q.shape):  # nested absmax: one tensor, not a stack
