@@ -14,7 +14,6 @@ public:
         require(1 <= sizes.kv_heads && sizes.kv_heads <= sizes.heads && sizes.heads < 1 << 16 &&
                     sizes.heads % sizes.kv_heads == 0, "heads of queries are a multiple of those of keys");
         require(1 <= sizes.head && sizes.head <= WIDEST_HEAD, "heads are 1 to " + std::to_string(WIDEST_HEAD) + " wide");
-        require(0 <= sizes.half && 2 * sizes.half <= sizes.head, "rotated columns of a head");
         require(0 <= sizes.layers && sizes.layers < 1 << 16, "the number of layers");
         require(!widths.empty(), "a plan has buffers");
         for (long width : widths) require(1 <= width && width < 1L << 24, "a buffer's width");
@@ -57,9 +56,16 @@ public:
         plan.steps.push_back(step);
     }
 
-    void rotate(int buffer) {
+    int rotation(const std::vector<float>& frequencies, float factor) {
+        require(2 * (long)frequencies.size() <= plan.sizes.head, "rotated columns of a head");
+        plan.rotations.push_back({frequencies, factor});
+        return (int)plan.rotations.size() - 1;
+    }
+
+    void rotate(int buffer, int rotation) {
         require(width(buffer) % plan.sizes.head == 0, "rotated buffers hold whole heads");
-        plan.steps.push_back(Rotate{buffer});
+        require(0 <= rotation && rotation < (int)plan.rotations.size(), "no rotation " + std::to_string(rotation));
+        plan.steps.push_back(Rotate{buffer, rotation});
     }
 
     void attend(int queries, int keys, int values, int out, long layer, long window) {
@@ -129,7 +135,6 @@ private:
 struct HeldCache {
     HeldPlan& plan;
     nb::object kept;  // the same
-    Array<const float, 2> cos, sin;
     Cache cache;
 };
 
@@ -160,14 +165,15 @@ void bind_decoder(nb::module_& m) {
     m.attr("MOST_TOKENS") = Plan::MOST_TOKENS;
     nb::class_<HeldPlan>(m, "Plan")
         .def("__init__", [](HeldPlan* self, const std::vector<long>& widths, long layers, long heads, long kv_heads,
-                            long head, long half, float scale) {
-            new (self) HeldPlan(Sizes{layers, heads, kv_heads, head, half, scale}, widths);
+                            long head, float scale) {
+            new (self) HeldPlan(Sizes{layers, heads, kv_heads, head, scale}, widths);
         }, nb::kw_only(), nb::arg("widths"), nb::arg("layers"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head"),
-           nb::arg("half"), nb::arg("scale"))
+           nb::arg("scale"))
         .def("embed", &HeldPlan::embed, nb::arg("table"), nb::arg("out"))
         .def("norm", &HeldPlan::norm, nb::arg("x"), nb::arg("out"), array("weight"), nb::arg("epsilon"))
         .def("multiply", &HeldPlan::multiply, nb::arg("x"), nb::arg("weights"), array("biases"), nb::arg("outs"))
-        .def("rotate", &HeldPlan::rotate, nb::arg("x"))
+        .def("rotation", &HeldPlan::rotation, nb::arg("frequencies"), nb::arg("factor"))
+        .def("rotate", &HeldPlan::rotate, nb::arg("x"), nb::arg("rotation"))
         .def("attend", &HeldPlan::attend, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("out"),
              nb::arg("layer"), nb::arg("window"))
         .def("gate", &HeldPlan::gate, nb::arg("gate"), nb::arg("up"), nb::arg("out"))
@@ -178,15 +184,11 @@ void bind_decoder(nb::module_& m) {
             return Cache::bytes(p.plan.sizes, capacity);
         }, nb::arg("capacity"));
     nb::class_<HeldCache>(m, "Cache")
-        .def("__init__", [](HeldCache* self, nb::object plan, Array<const float, 2> cos, Array<const float, 2> sin) {
+        .def("__init__", [](HeldCache* self, nb::object plan, long capacity) {
             HeldPlan& held = nb::cast<HeldPlan&>(plan);
-            const long capacity = (long)cos.shape(0);
             require(1 <= capacity && capacity < 1L << 30, "a cache has 1 to 2^30 positions");
-            require(cos.shape(0) == sin.shape(0) && cos.shape(1) == sin.shape(1) &&
-                        (long)cos.shape(1) == held.plan.sizes.half, "the rotations' shape");
-            new (self) HeldCache{held, plan, cos, sin, Cache(held.plan.sizes, capacity)};
-            self->cache.cos = cos.data(), self->cache.sin = sin.data();
-        }, nb::arg("plan"), array("cos"), array("sin"))
+            new (self) HeldCache{held, plan, Cache(held.plan.sizes, capacity)};
+        }, nb::arg("plan"), nb::arg("capacity"))
         .def_prop_ro("length", [](const HeldCache& s) { return s.cache.length; })
         .def_prop_ro("capacity", [](const HeldCache& s) { return s.cache.capacity; })
         .def("append", append, array("tokens"), array("out"), nb::arg("threads"))

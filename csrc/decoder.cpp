@@ -1,5 +1,7 @@
 #include "decoder.h"
 
+#include <math.h>
+
 #include <algorithm>
 #include <new>
 
@@ -17,7 +19,9 @@ class Call {
 public:
     Call(Plan& plan, Cache& cache, const int64_t* tokens, long count, long wanted, float* out, int threads)
         : plan_(plan), cache_(cache), tokens_(tokens), count_(count), wanted_(wanted), out_(out), threads_(threads),
-          steps_(steps_of(current())) {}
+          steps_(steps_of(current())), attention_(attention_of(current())) {
+        for (const Rotation& r : plan.rotations) turns_.push_back(turns_of(r));
+    }
 
     long rows() const { return count_ - first_; }
 
@@ -48,12 +52,12 @@ public:
     }
 
     void operator()(const Rotate& s) {
-        const Sizes& z = plan_.sizes;
-        const long width = plan_.widths[s.buffer];
+        const long width = plan_.widths[s.buffer], half = (long)plan_.rotations[s.rotation].frequencies.size();
+        const float* turns = turns_[s.rotation].data() + first_ * 2 * half;
         each_row(width, [&](long i) {
-            const long position = (cache_.length + first_ + i) * z.half;
-            for (long c = 0; c < width; c += z.head)
-                steps_.rotate(at(s.buffer) + i * width + c, cache_.cos + position, cache_.sin + position, z.half);
+            const float* cos = turns + i * 2 * half;
+            for (long c = 0; c < width; c += plan_.sizes.head)
+                steps_.rotate(at(s.buffer) + i * width + c, cos, cos + half, half);
         });
     }
 
@@ -64,7 +68,7 @@ public:
             const Head head = cache_.head(s.layer, h);
             for (long i = 0; i < count_; ++i) {
                 const long column = (i * z.kv_heads + h) * z.head;
-                steps_.keep(head, cache_.length + i, at(s.keys) + column, at(s.values) + column);
+                attention_.keep(head, cache_.length + i, at(s.keys) + column, at(s.values) + column);
             }
         });
         parallel(threads_, z.kv_heads * chunks, [&](long part) {
@@ -80,7 +84,7 @@ public:
                                         s.window ? std::max(0L, position - s.window + 1) : 0, position,
                                         at(s.out) + column};
                     if (found < QUERIES && (i + 1 < last || k + 1 < together)) continue;
-                    steps_.attend(head, queries, found, z.scale);
+                    attention_.attend(head, queries, found, z.scale);
                     found = 0;
                 }
         });
@@ -101,6 +105,19 @@ public:
     void operator()(const Narrow&) { first_ = count_ - wanted_; }
 
 private:
+    // [tokens, 2, half]: cosines and sines; angles are float32, as Transformers computes them
+    std::vector<float> turns_of(const Rotation& r) const {
+        const long half = (long)r.frequencies.size();
+        std::vector<float> turns(count_ * 2 * half);
+        for (long i = 0; i < count_; ++i)
+            for (long k = 0; k < half; ++k) {
+                const double angle = (float)(cache_.length + i) * r.frequencies[k];
+                turns[2 * i * half + k] = (float)::cos(angle) * r.factor;
+                turns[(2 * i + 1) * half + k] = (float)::sin(angle) * r.factor;
+            }
+        return turns;
+    }
+
     float* at(int buffer) {
         return buffer == RESULT ? out_ : plan_.room(buffer, count_) + first_ * plan_.widths[buffer];
     }
@@ -117,6 +134,8 @@ private:
     float* const out_;
     const int threads_;
     const Steps& steps_;
+    const Attention& attention_;
+    std::vector<std::vector<float>> turns_;  // by rotation
     long first_ = 0;  // token that buffers begin with
 };
 
@@ -134,23 +153,6 @@ float* Plan::room(int buffer, long tokens) {
     float* at = memory_.get();
     for (int i = 0; i < buffer; ++i) at += lined(widths[i]) * tokens;
     return at;
-}
-
-long Cache::bytes(const Sizes& z, long capacity) {
-    return z.layers * z.kv_heads * lined(capacity) * (z.head + lined(z.head)) * (long)sizeof(uint16_t);
-}
-
-// fresh pages are zeros that take no memory before they are written
-Cache::Cache(const Sizes& sizes, long capacity)
-    : sizes(sizes), capacity(capacity), memory_(calloc(bytes(sizes, capacity) + 64, 1), free) {
-    if (!memory_) throw std::bad_alloc();
-}
-
-Head Cache::head(long layer, long head) const {
-    const long number = layer * sizes.kv_heads + head, keys = lined(capacity) * sizes.head;
-    uint16_t* at = (uint16_t*)(((uintptr_t)memory_.get() + 63) & ~(uintptr_t)63);
-    at += number * (keys + lined(capacity) * lined(sizes.head));
-    return {sizes.head, at, at + keys};
 }
 
 void run(Plan& plan, Cache& cache, const int64_t* tokens, long count, long wanted, float* out, int threads) {

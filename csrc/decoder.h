@@ -1,4 +1,4 @@
-// A decoder-only transformer as a list of steps over buffers of float32, and the cache of one sequence.
+// A decoder-only transformer as a list of steps over buffers of float32.
 // docs/concepts/decoder.md draws both.
 #pragma once
 
@@ -10,6 +10,7 @@
 #include <variant>
 #include <vector>
 
+#include "cache.h"
 #include "floats.h"
 #include "steps.h"
 #include "weight.h"
@@ -46,8 +47,8 @@ struct Multiply {
     int in;
     std::vector<Part> parts;
 };
-struct Rotate {
-    int buffer;
+struct Rotate {  // of every head, pairs of columns i, i + half by the position times a frequency
+    int buffer, rotation;
 };
 struct Attend {  // keeps keys and values first
     int queries, keys, values, out;
@@ -63,10 +64,9 @@ struct Narrow {};  // from here on only tokens whose result is wanted
 
 using Step = std::variant<Embed, Norm, Multiply, Rotate, Attend, Gate, Add, Narrow>;
 
-struct Sizes {
-    long layers, heads, kv_heads, head;  // `head`: columns of one
-    long half;                           // pairs of columns that are rotated
-    float scale;                         // of scores
+struct Rotation {
+    std::vector<float> frequencies;  // half of the columns that are rotated
+    float factor;                    // of cosines and sines
 };
 
 class Plan {
@@ -79,27 +79,12 @@ public:
     const Sizes sizes;
     const std::vector<long> widths;
     std::vector<Step> steps;
+    std::vector<Rotation> rotations;
     std::mutex busy;  // one call at a time
 
 private:
     std::unique_ptr<float, void (*)(void*)> memory_{nullptr, free};
     long tokens_ = 0;
-};
-
-// Keys and values of up to `capacity` positions, and the rotations [capacity, half].
-class Cache {
-public:
-    static long bytes(const Sizes& sizes, long capacity);
-    Cache(const Sizes& sizes, long capacity);  // throws std::bad_alloc
-    Head head(long layer, long head) const;
-
-    const Sizes sizes;
-    const long capacity;
-    const float *cos = nullptr, *sin = nullptr;
-    long length = 0;  // positions that are filled
-
-private:
-    std::unique_ptr<void, void (*)(void*)> memory_;
 };
 
 // Appends `count` tokens, at most MOST_TOKENS; `out` gets the result of the last `wanted` ones. Arguments were checked.
