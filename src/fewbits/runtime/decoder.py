@@ -14,7 +14,7 @@ import transformers
 
 from fewbits import _native, arch
 from fewbits.checkpoint import Checkpoint
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, Unsupported
 from fewbits.qtensor import QTensor
 from fewbits.runtime.build import settings
 from fewbits.runtime.cpu import Native
@@ -84,11 +84,11 @@ def compile(checkpoint: Checkpoint) -> Decoder:
     kind = checkpoint.config.get("model_type")
     family = FAMILIES.get(str(kind))
     if family is None:
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for model type {kind!r}",
+        raise Unsupported(f"{checkpoint.path}: no native decoder for model type {kind!r}",
                            f"there are {', '.join(FAMILIES)}; fewbits.load() runs others")
     s: Any = settings(checkpoint.config, checkpoint.path)
     if s.hidden_act != "silu":
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for hidden_act {s.hidden_act!r}", "there is silu")
+        raise Unsupported(f"{checkpoint.path}: no native decoder for hidden_act {s.hidden_act!r}", "there is silu")
     inverse, factor = _rotations(checkpoint, s)
     head = getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
     widths = Widths(s.hidden_size, s.intermediate_size, s.num_attention_heads, s.num_key_value_heads, head)
@@ -144,7 +144,7 @@ def _rotations(checkpoint: Checkpoint, s: Any) -> tuple[torch.Tensor, float]:
     if kind == "default":
         return LlamaRotaryEmbedding.compute_default_rope_parameters(s)
     if kind not in ROPES:
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for rope type {kind!r}",
+        raise Unsupported(f"{checkpoint.path}: no native decoder for rope type {kind!r}",
                            f"there are default, {', '.join(ROPES)}; fewbits.load() runs others")
     inverse, factor = ROPE_INIT_FUNCTIONS[kind](s, CPU)
     return inverse, float(factor)
@@ -157,7 +157,7 @@ class _Weights:
         self.checkpoint = checkpoint
         family = arch.lookup(checkpoint.config)
         if family is None:
-            raise FewbitsError(f"{checkpoint.path}: no native decoder for {checkpoint.architecture}",
+            raise Unsupported(f"{checkpoint.path}: no native decoder for {checkpoint.architecture}",
                                "there are models with a language head; fewbits.load() runs others")
         config = arch.complete(family, s.to_dict(), checkpoint.entries)
         for t in arch.tensors(family, config):

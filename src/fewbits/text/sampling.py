@@ -11,6 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -102,6 +103,13 @@ class Sampler:
         sums = weights.cumsum()
         at = min(int(np.searchsorted(sums, self._random.random() * sums[-1], "right")), len(sums) - 1)
         return int(tokens[at]) if tokens is not None else at
+
+    def ahead(self) -> Sampler:
+        """A sampler that draws what this one will, from the logits of another model."""
+        other = copy(self)
+        other._random = random.Random()
+        other._random.setstate(self._random.getstate())
+        return other
 
     def _penalize(self, logits: Logits, before: Sequence[int]) -> None:
         s = self.sampling
