@@ -17,3 +17,7 @@ class Unsupported(FewbitsError):
 
 class Elsewhere(FewbitsError):
     """Another process of the same call failed, and says why."""
+
+
+class Unsupported(FewbitsError):
+    """One of several ways to do it does not know how: another may."""
