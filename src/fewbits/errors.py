@@ -11,10 +11,6 @@ class FewbitsError(ValueError):
         self.hint = hint
 
 
-class Unsupported(FewbitsError):
-    """The native decoder does not compute such a model; Transformers may."""
-
-
 class Elsewhere(FewbitsError):
     """Another process of the same call failed, and says why."""
 
