@@ -117,7 +117,7 @@ def _write(plan: _native.Plan, family: Family, s: Any, weights: _Weights, rotati
             if family.head_norms:
                 norm(f"{attention}{part}_norm", buffer, buffer)
             plan.rotate(buffer, rotation)
-        plan.attend(QUERIES, KEYS, VALUES, SEEN, i, window)
+        plan.attend(QUERIES, KEYS, VALUES, SEEN, i, window, 0.0)
         if i == s.num_hidden_layers - 1:
             plan.narrow()
         multiply(SEEN, {attention + "o_proj": NORMED})
