@@ -1,4 +1,4 @@
-// A decoder-only transformer as a list of steps over buffers of float32, and the cache of one sequence.
+// A decoder-only transformer as a list of steps over buffers of float32.
 // docs/concepts/decoder.md draws both.
 #pragma once
 
@@ -10,6 +10,7 @@
 #include <variant>
 #include <vector>
 
+#include "cache.h"
 #include "floats.h"
 #include "steps.h"
 #include "weight.h"
@@ -46,12 +47,13 @@ struct Multiply {
     int in;
     std::vector<Part> parts;
 };
-struct Rotate {
-    int buffer;
+struct Rotate {  // of every head, pairs of columns i, i + half by the position times a frequency
+    int buffer, rotation;
 };
 struct Attend {  // keeps keys and values first
     int queries, keys, values, out;
     long layer, window;  // positions that are seen, or 0: all
+    float cap;           // of scores, or 0: none
 };
 struct Gate {
     int gate, up, out;
@@ -63,10 +65,9 @@ struct Narrow {};  // from here on only tokens whose result is wanted
 
 using Step = std::variant<Embed, Norm, Multiply, Rotate, Attend, Gate, Add, Narrow>;
 
-struct Sizes {
-    long layers, heads, kv_heads, head;  // `head`: columns of one
-    long half;                           // pairs of columns that are rotated
-    float scale;                         // of scores
+struct Rotation {
+    std::vector<float> frequencies;  // half of the columns that are rotated
+    float factor;                    // of cosines and sines
 };
 
 class Plan {
@@ -79,6 +80,7 @@ public:
     const Sizes sizes;
     const std::vector<long> widths;
     std::vector<Step> steps;
+    std::vector<Rotation> rotations;
     std::mutex busy;  // one call at a time
 
 private:
@@ -86,23 +88,14 @@ private:
     long tokens_ = 0;
 };
 
-// Keys and values of up to `capacity` positions, and the rotations [capacity, half].
-class Cache {
-public:
-    static long bytes(const Sizes& sizes, long capacity);
-    Cache(const Sizes& sizes, long capacity);  // throws std::bad_alloc
-    Head head(long layer, long head) const;
-
-    const Sizes sizes;
-    const long capacity;
-    const float *cos = nullptr, *sin = nullptr;
-    long length = 0;  // positions that are filled
-
-private:
-    std::unique_ptr<void, void (*)(void*)> memory_;
+// What a call appends to one sequence, and of how many of its last tokens the result is wanted.
+struct Piece {
+    Cache* cache;
+    long count, wanted;
 };
 
-// Appends `count` tokens, at most MOST_TOKENS; `out` gets the result of the last `wanted` ones. Arguments were checked.
-void run(Plan& plan, Cache& cache, const int64_t* tokens, long count, long wanted, float* out, int threads);
+// Appends the tokens of all pieces, one after the other and at most MOST_TOKENS; `out` gets the wanted results in that
+// order. Arguments were checked: no cache is there twice.
+void run(Plan& plan, const std::vector<Piece>& pieces, const int64_t* tokens, float* out, int threads);
 
 }  // namespace fewbits

@@ -5,7 +5,7 @@ A token costs one native call, whatever the number of layers; docs/concepts/deco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,10 @@ import transformers
 
 from fewbits import _native, arch
 from fewbits.checkpoint import Checkpoint
-from fewbits.errors import FewbitsError
-from fewbits.instructions import threads
-from fewbits.planning import available_bytes
+from fewbits.errors import FewbitsError, Unsupported
 from fewbits.runtime import weights
 from fewbits.runtime.build import settings
+from fewbits.runtime.sequences import Decoder
 
 Settings = transformers.PreTrainedConfig
 CPU = torch.device("cpu")
@@ -71,84 +70,6 @@ class Widths:
         return [self.hidden, self.hidden, queries, keys, keys, queries, self.inner, self.inner]
 
 
-class Decoder:
-    """A compiled model. Weights are held once; every sequence has a cache of its own."""
-
-    def __init__(self, plan: _native.Plan, vocabulary: int, context: int, inverse: torch.Tensor, factor: float):
-        self.plan, self.vocabulary, self.context = plan, vocabulary, context
-        self._inverse, self._factor = inverse, factor
-
-    def logits(self, tokens: Sequence[int], last_only: bool = False) -> torch.Tensor:
-        """Logits `[tokens, vocabulary]`, float32; of the last token alone, `[1, vocabulary]`, if `last_only`."""
-        return self.sequence(max(1, len(tokens))).append(tokens, last_only)
-
-    def sequence(self, capacity: int | None = None) -> Tokens:
-        """An empty sequence with room for `capacity` tokens, by default for the model's whole context.
-
-        Raises:
-            FewbitsError: more than the model's context, or its cache does not fit into the free memory.
-        """
-        capacity = self.context if capacity is None else capacity
-        if not 1 <= capacity <= self.context:
-            raise FewbitsError(f"room for {capacity} tokens, the model's context is 1 to {self.context}")
-        needed, free = self.plan.cache_bytes(capacity), available_bytes()
-        if needed > free:
-            raise FewbitsError(f"the cache of {capacity} tokens takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB "
-                               "are free", "ask for fewer tokens")
-        turns = torch.arange(capacity).float()[:, None] * self._inverse  # [positions, pairs]
-        return Tokens(self, _native.Cache(self.plan, turns.cos() * self._factor, turns.sin() * self._factor))
-
-
-class Tokens:
-    """A sequence of tokens and the keys and values of all of them."""
-
-    def __init__(self, decoder: Decoder, native: _native.Cache):
-        self.decoder, self._native = decoder, native
-
-    def __len__(self) -> int:
-        return self._native.length
-
-    def append(self, tokens: Sequence[int], last_only: bool = True) -> torch.Tensor:
-        """Logits after the last of `tokens`, `[1, vocabulary]`; after each of them unless `last_only`.
-
-        Raises:
-            FewbitsError: no tokens, more than there is room for, or one that the vocabulary lacks; nothing was added.
-        """
-        ids = torch.tensor(list(tokens), dtype=torch.int64)
-        self._check(ids)
-        wanted = 1 if last_only else len(ids)
-        out, before = torch.empty(wanted, self.decoder.vocabulary), len(self)
-        try:
-            for at in range(0, len(ids), _native.MOST_TOKENS):
-                part = ids[at:at + _native.MOST_TOKENS]
-                begin, end = (max(0, i - (len(ids) - wanted)) for i in (at, at + len(part)))
-                self._native.append(part, out[begin:end], threads())
-        except BaseException:  # an interrupt between two parts
-            self._native.truncate(before)
-            raise
-        return out
-
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens.
-
-        Raises:
-            FewbitsError: there are fewer.
-        """
-        if not 0 <= length <= len(self):
-            raise FewbitsError(f"a sequence of {len(self)} tokens cannot be cut to {length}")
-        self._native.truncate(length)
-
-    def _check(self, ids: torch.Tensor) -> None:
-        if not len(ids):
-            raise FewbitsError("no tokens to append")
-        if len(self) + len(ids) > self._native.capacity:
-            before = f" after {len(self)}" if len(self) else ""
-            raise FewbitsError(f"prompt of {len(ids)} tokens{before}, context {self._native.capacity}",
-                               "shorten the prompt or make room for more tokens")
-        for wrong in ids[(ids < 0) | (ids >= self.decoder.vocabulary)].tolist()[:1]:
-            raise FewbitsError(f"token {wrong} is not in the vocabulary of {self.decoder.vocabulary}")
-
-
 def compile(checkpoint: Checkpoint) -> Decoder:
     """The steps of a checkpoint's model, its weights prepared for the native kernels.
 
@@ -160,24 +81,25 @@ def compile(checkpoint: Checkpoint) -> Decoder:
     kind = checkpoint.config.get("model_type")
     family = FAMILIES.get(str(kind))
     if family is None:
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for model type {kind!r}",
+        raise Unsupported(f"{checkpoint.path}: no native decoder for model type {kind!r}",
                            f"there are {', '.join(FAMILIES)}; fewbits.load() runs others")
     s: Any = settings(checkpoint.config, checkpoint.path)
     if s.hidden_act != "silu":
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for hidden_act {s.hidden_act!r}", "there is silu")
+        raise Unsupported(f"{checkpoint.path}: no native decoder for hidden_act {s.hidden_act!r}", "there is silu")
     inverse, factor = _rotations(checkpoint, s)
     head = getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
     widths = Widths(s.hidden_size, s.intermediate_size, s.num_attention_heads, s.num_key_value_heads, head)
     try:
         plan = _native.Plan(widths=widths.buffers(), layers=s.num_hidden_layers, heads=widths.heads,
-                            kv_heads=widths.kv_heads, head=head, half=len(inverse), scale=head ** -0.5)
+                            kv_heads=widths.kv_heads, head=head, scale=head ** -0.5)
+        rotation = plan.rotation(inverse.tolist(), factor)
     except ValueError as error:
         raise FewbitsError(f"{checkpoint.path}: {error}") from None
-    _write(plan, family, s, _Weights(checkpoint, s))
-    return Decoder(plan, s.vocab_size, s.max_position_embeddings, inverse, factor)
+    _write(plan, family, s, _Weights(checkpoint, s), rotation)
+    return Decoder(plan, s.vocab_size, s.max_position_embeddings)
 
 
-def _write(plan: _native.Plan, family: Family, s: Any, weights: _Weights) -> None:
+def _write(plan: _native.Plan, family: Family, s: Any, weights: _Weights, rotation: int) -> None:
     def norm(name: str, x: int, out: int) -> None:
         plan.norm(x, out, weights.vector(name + ".weight"), s.rms_norm_eps)
 
@@ -194,8 +116,8 @@ def _write(plan: _native.Plan, family: Family, s: Any, weights: _Weights) -> Non
         for part, buffer in ("q", QUERIES), ("k", KEYS):
             if family.head_norms:
                 norm(f"{attention}{part}_norm", buffer, buffer)
-            plan.rotate(buffer)
-        plan.attend(QUERIES, KEYS, VALUES, SEEN, i, window)
+            plan.rotate(buffer, rotation)
+        plan.attend(QUERIES, KEYS, VALUES, SEEN, i, window, 0.0)
         if i == s.num_hidden_layers - 1:
             plan.narrow()
         multiply(SEEN, {attention + "o_proj": NORMED})
@@ -219,7 +141,7 @@ def _rotations(checkpoint: Checkpoint, s: Any) -> tuple[torch.Tensor, float]:
     if kind == "default":
         return LlamaRotaryEmbedding.compute_default_rope_parameters(s)
     if kind not in ROPES:
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for rope type {kind!r}",
+        raise Unsupported(f"{checkpoint.path}: no native decoder for rope type {kind!r}",
                            f"there are default, {', '.join(ROPES)}; fewbits.load() runs others")
     inverse, factor = ROPE_INIT_FUNCTIONS[kind](s, CPU)
     return inverse, float(factor)
@@ -232,7 +154,7 @@ class _Weights:
         self.checkpoint = checkpoint
         family = arch.lookup(checkpoint.config)
         if family is None:
-            raise FewbitsError(f"{checkpoint.path}: no native decoder for {checkpoint.architecture}",
+            raise Unsupported(f"{checkpoint.path}: no native decoder for {checkpoint.architecture}",
                                "there are models with a language head; fewbits.load() runs others")
         config = arch.complete(family, s.to_dict(), checkpoint.entries)
         for t in arch.tensors(family, config):
