@@ -16,7 +16,8 @@ from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.floats import Float
 from fewbits.containers.gguf import Gguf
 from fewbits.qtensor import QTensor
-from fewbits.runtime import decoder, weights
+from fewbits.runtime import decoder, interleaved, weights
+from fewbits.runtime.cpu import Native
 from fewbits.solvers import solve
 from tests.arch.models import MODELS, SMALL, directory, tiny
 
@@ -87,13 +88,33 @@ def test_rows_of_a_fused_matrix(codec: str) -> None:
     torch.testing.assert_close(decoded(found, (23, 256)), q.dequantize()[torch.from_numpy(index)], rtol=1e-6, atol=1e-7)
 
 
-def test_blocks_that_cross_rows_and_orders_are_decoded() -> None:
-    odd = solve(torch.randn(6, 96), codecs.get("nf4"), "nearest")
-    ordered = solve(torch.randn(6, 64), codecs.get("int4-g32"), "nearest")
-    ordered = QTensor(ordered.codec, ordered.shape, ordered.planes, torch.randperm(64))
-    for q in (odd, ordered):
+def test_what_has_no_native_form_is_decoded() -> None:
+    crossing = solve(torch.randn(6, 96), codecs.get("nf4"), "nearest")
+    q = solve(torch.randn(6, 64), codecs.get("int4-g32"), "nearest")
+    ordered = QTensor(q.codec, q.shape, q.planes, torch.stack([torch.randperm(64) for _ in range(6)]))
+    for q in (crossing, ordered):
         for rows in (None, np.array([5, 0])):
             assert isinstance(weights.matrix(entry_of(q), rows), _native.Floats)
+
+
+def test_experts_with_orders_of_columns_are_decoded() -> None:
+    q = solve(torch.randn(2, 6, 64), codecs.get("int4-g32"), "nearest")
+    q = QTensor(q.codec, q.shape, q.planes, torch.stack([torch.randperm(64) for _ in range(2)]))
+    assert {type(w) for w in weights.matrices(entry_of(q))} == {_native.Floats}
+
+
+def test_orders_are_for_decoders() -> None:
+    q = solve(torch.randn(6, 64), codecs.get("int4-g32"), "nearest")
+    ordered = weights.matrix(entry_of(QTensor(q.codec, q.shape, q.planes, torch.randperm(64))))
+    fine = weights.matrix(entry_of(solve(torch.randn(6, 64), codecs.get("int8"), "nearest")))
+    for weight in (ordered, fine):
+        assert isinstance(weight, _native.Weight)
+        with pytest.raises(ValueError, match="are for plans of decoders"):
+            _native.multiply([weight], _native.Rounded(torch.randn(1, 64), 1), [torch.empty(1, 6)], [None], 1)
+    for wrong in ([0] * 63, [0] * 63 + [64], [0] * 63 + [-1]):
+        with pytest.raises(ValueError, match="columns|column -?\\d+ of 64"):
+            planes = Native(q, torch.float32).matrices[0]
+            interleaved.weight(planes.form, 6, 64, 32, "f16", planes.planes, np.array(wrong, np.int32))
 
 
 def test_experts_that_no_file_holds_in_order() -> None:
