@@ -155,6 +155,12 @@ INLINE Cursor cursor(const Activations& a, const Corrections& c, int parts, long
     return {(const int32_t*)a.codes + at * 8, a.scales + at, a.shifts + at, c.sums + at * parts, c.starts + at * parts};
 }
 
+// Whether a sum over QUADS quads is to be settled after quad `q`.
+template <int RUN, int QUADS>
+constexpr bool ends(int q) {
+    return (q + 1) % (RUN && RUN < QUADS ? RUN : QUADS) == 0;
+}
+
 // sums[p] of LANES rows with P rows of activations, as codes come out of the records
 template <class Codes, Scaling KIND, int SUB, int P>
 INLINE void few_lanes(const Weight& w, const Activations& a, const Corrections& c, long tile, int lane,
@@ -184,19 +190,21 @@ INLINE void few_lanes(const Weight& w, const Activations& a, const Corrections& 
                 Scales::part(group, w, tile, b, part, lane, scale, offset);
 #pragma GCC unroll 16
                 for (int first = 0; first < P; first += CHAINS) {
-                    I32 sum[CHAINS];
+                    Sum<Codes::RUN> sum[CHAINS];
 #pragma GCC unroll 4
                     for (int i = 0; i < CHAINS; ++i)
-                        sum[i] = spread(Scales::OFFSETS ? MAGIC : x.starts[part * P + first + i]);
+                        sum[i] = Sum<Codes::RUN>::from(spread(Scales::OFFSETS ? MAGIC : x.starts[part * P + first + i]));
 #pragma GCC unroll 8
                     for (int q = part * QUADS; q < (part + 1) * QUADS; ++q)
 #pragma GCC unroll 4
-                        for (int i = 0; i < CHAINS; ++i)
-                            sum[i] = dot_word<Codes::WIDE>(sum[i], code[q], &x.codes[q * P + first + i]);
+                        for (int i = 0; i < CHAINS; ++i) {
+                            sum[i].add(code[q], &x.codes[q * P + first + i]);
+                            if (ends<Codes::RUN, QUADS>(q)) sum[i].settle();
+                        }
 #pragma GCC unroll 4
                     for (int i = 0; i < CHAINS; ++i) {
                         const int p = first + i;
-                        y[p] = fma(scaled(sum[i], spread(x.scales[p]), spread(x.shifts[p])), scale, y[p]);
+                        y[p] = fma(scaled(sum[i].all, spread(x.scales[p]), spread(x.shifts[p])), scale, y[p]);
                         if (Scales::OFFSETS) y[p] = fma(spread(x.sums[part * P + p]), offset, y[p]);
                     }
                 }
@@ -261,7 +269,7 @@ struct Ahead {
 };
 
 // sums[p][t] += product of P rows with LANES rows of TILES unpacked tiles
-template <int SUB, bool OFFSETS, bool WIDE, int P>
+template <int SUB, bool OFFSETS, int RUN, int P>
 INLINE void many_lanes(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, int lane, float (*sums)[TILE]) {
     constexpr int SUBS = BLOCK / SUB, QUADS = SUB / 4;
     const uint8_t* codes = w.codes + 4 * lane;
@@ -273,11 +281,11 @@ INLINE void many_lanes(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, i
         for (int t = 0; t < TILES; ++t) y[p][t] = load<F32>(sums[p * TILES + t] + lane);
     for (long sub = 0; sub < blocks * SUBS; ++sub) {
         if (lane == 0) ahead.fetch();
-        I32 sum[P][TILES];
+        Sum<RUN> sum[P][TILES];
 #pragma GCC unroll 6
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-            for (int t = 0; t < TILES; ++t) sum[p][t] = spread(OFFSETS ? MAGIC : x.starts[p]);
+            for (int t = 0; t < TILES; ++t) sum[p][t] = Sum<RUN>::from(spread(OFFSETS ? MAGIC : x.starts[p]));
 #pragma GCC unroll 8
         for (int q = 0; q < QUADS; ++q) {
             U8 code[TILES];
@@ -287,7 +295,10 @@ INLINE void many_lanes(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, i
             for (int p = 0; p < P; ++p) {
                 const I32 four = spread(x.codes[p]);
 #pragma GCC unroll 2
-                for (int t = 0; t < TILES; ++t) sum[p][t] = dot<WIDE>(sum[p][t], code[t], four);
+                for (int t = 0; t < TILES; ++t) {
+                    sum[p][t].add(code[t], four);
+                    if (ends<RUN, QUADS>(q)) sum[p][t].settle();
+                }
             }
             codes += 64 * TILES, x.codes += P;
         }
@@ -296,7 +307,7 @@ INLINE void many_lanes(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, i
             const F32 factor = spread(x.scales[p]), shift = spread(x.shifts[p]);
 #pragma GCC unroll 2
             for (int t = 0; t < TILES; ++t) {
-                y[p][t] = fma(scaled(sum[p][t], factor, shift), load<F32>(scales + t * TILE), y[p][t]);
+                y[p][t] = fma(scaled(sum[p][t].all, factor, shift), load<F32>(scales + t * TILE), y[p][t]);
                 if (OFFSETS) y[p][t] = fma(spread(x.sums[p]), load<F32>(offsets + t * TILE), y[p][t]);
             }
         }
@@ -310,12 +321,12 @@ INLINE void many_lanes(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, i
         for (int t = 0; t < TILES; ++t) store(sums[p * TILES + t] + lane, y[p][t]);
 }
 
-template <int SUB, bool OFFSETS, bool WIDE, int P>
+template <int SUB, bool OFFSETS, int RUN, int P>
 static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, float (*sums)[TILE]) {
-    many_lanes<SUB, OFFSETS, WIDE, P>(w, x, blocks, ahead, 0, sums);
+    many_lanes<SUB, OFFSETS, RUN, P>(w, x, blocks, ahead, 0, sums);
 #pragma GCC unroll 1
     for (int lane = LANES; lane < TILE; lane += LANES)
-        many_lanes<SUB, OFFSETS, WIDE, P>(w, x, blocks, ahead, lane, sums);
+        many_lanes<SUB, OFFSETS, RUN, P>(w, x, blocks, ahead, lane, sums);
 }
 
 // Choosing among instances --------------------------------------------------------------------------------------------
@@ -365,31 +376,35 @@ static const Instances* find(const Weight& w) {
 
 static bool knows(const Weight& w) { return find(w) != nullptr; }
 
-template <int SUB, bool OFFSETS, bool WIDE>
+template <int SUB, bool OFFSETS, int RUN>
 static Many many_of(int width) {
     switch (width) {
 #if defined(__AVX512F__)
-        case 5: return many<SUB, OFFSETS, WIDE, 5>;
-        case 6: return many<SUB, OFFSETS, WIDE, 6>;
+        case 5: return many<SUB, OFFSETS, RUN, 5>;
+        case 6: return many<SUB, OFFSETS, RUN, 6>;
 #else
-        case 3: return many<SUB, OFFSETS, WIDE, 3>;
-        case 4: return many<SUB, OFFSETS, WIDE, 4>;
+        case 3: return many<SUB, OFFSETS, RUN, 3>;
+        case 4: return many<SUB, OFFSETS, RUN, 4>;
 #endif
     }
     return nullptr;
 }
 
-template <bool WIDE>
+template <int RUN>
 static Many many_of(const Weight& w, int width) {
-    if (w.sub == 16) return w.offsets() ? many_of<16, true, WIDE>(width) : many_of<16, false, WIDE>(width);
-    return w.offsets() ? many_of<32, true, WIDE>(width) : many_of<32, false, WIDE>(width);
+    if (w.sub == 16) return w.offsets() ? many_of<16, true, RUN>(width) : many_of<16, false, RUN>(width);
+    return w.offsets() ? many_of<32, true, RUN>(width) : many_of<32, false, RUN>(width);
 }
 
 static Many many_of(const Weight& w, int width) {
-#if !defined(__AVX512F__)  // which takes one instruction for either
-    if (w.bits != 8 && !w.table) return many_of<false>(w, width);
+#if !defined(__AVX512F__)  // which takes one instruction whatever the codes are
+    switch (run_of(w.bits, w.table)) {
+        case 2: return many_of<2>(w, width);
+        case 4: return many_of<4>(w, width);
+        case 8: return many_of<8>(w, width);
+    }
 #endif
-    return many_of<true>(w, width);
+    return many_of<0>(w, width);
 }
 
 }  // namespace reg

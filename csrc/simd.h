@@ -356,11 +356,43 @@ using FEWBITS_ISA::U8, FEWBITS_ISA::U16, FEWBITS_ISA::I32, FEWBITS_ISA::F32;
 
 constexpr int LANES = sizeof(F32) / sizeof(float), PARTS = 64 / sizeof(F32);
 
-#if !defined(__AVX512F__)
-template <bool WIDE>
-INLINE I32 dot_word(I32 acc, U8 w, const int32_t* x) {
-    return dot<WIDE>(acc, w, spread(*x));
-}
+// A sum of products, four bytes of unsigned w times signed x a lane. RUN says how small w is: so many products fit into 16
+// bits (0: w may be 128 or more), after as many it is to be settled.
+template <int RUN>
+struct Sum {
+    I32 all;
+
+    INLINE Sum from(I32 start) { return {start}; }
+    __attribute__((always_inline)) void add(U8 w, I32 x) { all = dot<RUN == 0>(all, w, x); }
+    __attribute__((always_inline)) void add(U8 w, const int32_t* x) {
+#if defined(__AVX512F__)
+        all = dot_word<RUN == 0>(all, w, x);
+#else
+        add(w, spread(*x));
+#endif
+    }
+    __attribute__((always_inline)) void settle() {}
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <int RUN>
+struct Pairs {
+    I32 all;
+    __m256i pairs;
+
+    INLINE Pairs from(I32 start) { return {start, _mm256_setzero_si256()}; }
+    __attribute__((always_inline)) void add(U8 w, I32 x) {
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+    }
+    __attribute__((always_inline)) void add(U8 w, const int32_t* x) { add(w, spread(*x)); }
+    __attribute__((always_inline)) void settle() {
+        all = (I32)_mm256_add_epi32((__m256i)all, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        pairs = _mm256_setzero_si256();
+    }
+};
+template <> struct Sum<2> : Pairs<2> { INLINE Sum from(I32 start) { return {Pairs<2>::from(start)}; } };
+template <> struct Sum<4> : Pairs<4> { INLINE Sum from(I32 start) { return {Pairs<4>::from(start)}; } };
+template <> struct Sum<8> : Pairs<8> { INLINE Sum from(I32 start) { return {Pairs<8>::from(start)}; } };
 #endif
 
 }  // namespace reg

@@ -29,10 +29,13 @@ INLINE void plane(const uint8_t* record, U8* w) {
 #undef ONE
 }
 
+// How many products of four codes with bytes fit into 16 bits; 0: codes may be 128 or more.
+constexpr int run_of(int bits, bool table) { return table || bits == 8 ? 0 : bits == 6 ? 2 : bits == 5 ? 4 : 8; }
+
 // A record: planes of 4, 2 and 1 bits, lowest bits first, as many as BITS needs; or 8 bits.
 template <int BITS, bool TABLE>
 struct Codes {
-    static constexpr bool WIDE = BITS == 8 || TABLE;  // codes may be 128 or more
+    static constexpr int RUN = run_of(BITS, TABLE);
     static constexpr int BYTES = 64 * BITS;
 
     INLINE void unpack(const uint8_t* record, U8 table, U8* w) {
