@@ -126,6 +126,7 @@ static void quantize(const float* x, const Activations& all, long panel, long fi
 
 static void correct(const Weight& w, const Activations& a, const Corrections& to, long panel, long first, long last) {
     const long width = a.width, parts = BLOCK / w.sub;
+    const int zero = w.zero - (reg::run_of(w.bits, w.table, w.offsets()) == 0 ? reg::Sum<0>::BASE : 0);
     for (long b = panel * a.blocks + first; b < panel * a.blocks + last; ++b)
         for (int part = 0; part < parts; ++part) {
             const int32_t* sums = a.sums + (b * 2 + part) * width;
@@ -134,7 +135,7 @@ static void correct(const Weight& w, const Activations& a, const Corrections& to
             for (int p = 0; p < width; ++p) {
                 const int32_t sum = parts == 2 ? sums[p] : sums[p] + sums[width + p];
                 if (w.offsets()) to.sums[at + p] = scales[p] * (float)sum;
-                else to.starts[at + p] = MAGIC - w.zero * sum;
+                else to.starts[at + p] = MAGIC - zero * sum;
             }
         }
 }
@@ -166,7 +167,8 @@ template <class Codes, Scaling KIND, int SUB, int P>
 INLINE void few_lanes(const Weight& w, const Activations& a, const Corrections& c, long tile, int lane,
                       float (*sums)[TILE]) {
     using Scales = Scales<KIND, SUB>;
-    constexpr int PARTS = Scales::PARTS, QUADS = SUB / 4, CHAINS = P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1;
+    constexpr int PARTS = Scales::PARTS, QUADS = SUB / 4, CHAINS = P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1,
+                  RUN = Codes::run(Scales::OFFSETS);
     const U8 table = table_of(w);
     Cursor x = cursor(a, c, PARTS, 0, 0);
     const uint8_t* record = w.codes + tile * w.blocks * Codes::BYTES + 4 * lane;
@@ -190,16 +192,16 @@ INLINE void few_lanes(const Weight& w, const Activations& a, const Corrections& 
                 Scales::part(group, w, tile, b, part, lane, scale, offset);
 #pragma GCC unroll 16
                 for (int first = 0; first < P; first += CHAINS) {
-                    Sum<Codes::RUN> sum[CHAINS];
+                    Sum<RUN> sum[CHAINS];
 #pragma GCC unroll 4
                     for (int i = 0; i < CHAINS; ++i)
-                        sum[i] = Sum<Codes::RUN>::from(spread(Scales::OFFSETS ? MAGIC : x.starts[part * P + first + i]));
+                        sum[i] = Sum<RUN>::from(spread(Scales::OFFSETS ? MAGIC : x.starts[part * P + first + i]));
 #pragma GCC unroll 8
                     for (int q = part * QUADS; q < (part + 1) * QUADS; ++q)
 #pragma GCC unroll 4
                         for (int i = 0; i < CHAINS; ++i) {
                             sum[i].add(code[q], &x.codes[q * P + first + i]);
-                            if (ends<Codes::RUN, QUADS>(q)) sum[i].settle();
+                            if (ends<RUN, QUADS>(q)) sum[i].settle();
                         }
 #pragma GCC unroll 4
                     for (int i = 0; i < CHAINS; ++i) {
@@ -398,7 +400,8 @@ static Many many_of(const Weight& w, int width) {
 
 static Many many_of(const Weight& w, int width) {
 #if !defined(__AVX512F__)  // which takes one instruction whatever the codes are
-    switch (run_of(w.bits, w.table)) {
+    switch (run_of(w.bits, w.table, w.offsets())) {
+        case 1: return many_of<1>(w, width);
         case 2: return many_of<2>(w, width);
         case 4: return many_of<4>(w, width);
         case 8: return many_of<8>(w, width);

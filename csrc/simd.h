@@ -357,16 +357,17 @@ using FEWBITS_ISA::U8, FEWBITS_ISA::U16, FEWBITS_ISA::I32, FEWBITS_ISA::F32;
 constexpr int LANES = sizeof(F32) / sizeof(float), PARTS = 64 / sizeof(F32);
 
 // A sum of products, four bytes of unsigned w times signed x a lane. RUN says how small w is: so many products fit into 16
-// bits (0: w may be 128 or more), after as many it is to be settled.
+// bits, after as many it is to be settled; 1: w may be 128 or more; 0: it may, and BASE is taken from it.
 template <int RUN>
 struct Sum {
+    static constexpr int BASE = 0;
     I32 all;
 
     INLINE Sum from(I32 start) { return {start}; }
-    __attribute__((always_inline)) void add(U8 w, I32 x) { all = dot<RUN == 0>(all, w, x); }
+    __attribute__((always_inline)) void add(U8 w, I32 x) { all = dot<(RUN < 2)>(all, w, x); }
     __attribute__((always_inline)) void add(U8 w, const int32_t* x) {
 #if defined(__AVX512F__)
-        all = dot_word<RUN == 0>(all, w, x);
+        all = dot_word<(RUN < 2)>(all, w, x);
 #else
         add(w, spread(*x));
 #endif
@@ -375,8 +376,23 @@ struct Sum {
 };
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+struct Sum<0> {
+    static constexpr int BASE = 128;
+    I32 all;
+
+    INLINE Sum from(I32 start) { return {start}; }
+    __attribute__((always_inline)) void add(U8 w, I32 x) {  // the size of w - 128, and its sign on x
+        const __m256i level = (__m256i)(w ^ bytes(128)), signed_x = _mm256_sign_epi8((__m256i)x, level);
+        all = (I32)dot_half((__m256i)all, _mm256_abs_epi8(level), signed_x);
+    }
+    __attribute__((always_inline)) void add(U8 w, const int32_t* x) { add(w, spread(*x)); }
+    __attribute__((always_inline)) void settle() {}
+};
+
 template <int RUN>
 struct Pairs {
+    static constexpr int BASE = 0;
     I32 all;
     __m256i pairs;
 

@@ -29,14 +29,17 @@ INLINE void plane(const uint8_t* record, U8* w) {
 #undef ONE
 }
 
-// How many products of four codes with bytes fit into 16 bits; 0: codes may be 128 or more.
-constexpr int run_of(int bits, bool table) { return table || bits == 8 ? 0 : bits == 6 ? 2 : bits == 5 ? 4 : 8; }
+// How many products of four codes with bytes fit into 16 bits. Codes that may be 128 or more have 0, but 1 with offsets,
+// which are those of the codes as they are.
+constexpr int run_of(int bits, bool table, bool offsets) {
+    return table || bits == 8 ? offsets : bits == 6 ? 2 : bits == 5 ? 4 : 8;
+}
 
 // A record: planes of 4, 2 and 1 bits, lowest bits first, as many as BITS needs; or 8 bits.
 template <int BITS, bool TABLE>
 struct Codes {
-    static constexpr int RUN = run_of(BITS, TABLE);
     static constexpr int BYTES = 64 * BITS;
+    static constexpr int run(bool offsets) { return run_of(BITS, TABLE, offsets); }
 
     INLINE void unpack(const uint8_t* record, U8 table, U8* w) {
         if constexpr (BITS == 8) {
