@@ -19,7 +19,7 @@ from fewbits.text.grammar import Grammar
 from fewbits.text.guessing import MOST, Draft, Guesser, Lookup, common
 from fewbits.text.sampling import Sampler, Sampling, logprobs
 from fewbits.text.streaming import Stream
-from fewbits.text.tokenizer import Tokenizer, tokenizer
+from fewbits.text.tokenizer import tokenizer
 
 Ended = Literal["stop", "stop string", "length", "context", "interrupted"]
 ROOM = 4096  # tokens that a conversation has room for at first
@@ -154,14 +154,22 @@ class Session:
     def begin(self, ids: list[int], room: int) -> tuple[Any, int]:
         """The sequence, cut to what it has in common with `ids`, and how many tokens that is."""
         if self._sequence is None or self._room < room:
-            self._room = min(self.context, max(room, 2 * self._room, ROOM if self._sequence is not None else 0))
-            kind = {} if self.cache == "f16" else {"cache": self.cache}
             self._sequence = None  # gives its memory back first
-            self._sequence = self.model.sequence(self._room, **kind)
+            self._sequence, self._room = self._made(room)
         same = min(common(self._tokens, ids[:-1]), len(self._sequence))
         self._sequence.truncate(same)
         self._tokens = ids
         return self._sequence, same
+
+
+    def _made(self, room: int) -> tuple[Any, int]:
+        """A sequence with room for a conversation, if there is memory, but at least for `room` tokens."""
+        kind = {} if self.cache == "f16" else {"cache": self.cache}
+        most = min(self.context, max(room, 2 * self._room, ROOM))
+        try:
+            return self.model.sequence(most, **kind), most
+        except FewbitsError:
+            return self.model.sequence(room, **kind), room
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""Answers of a given form: a JSON schema, a regular expression, a Lark or GBNF grammar. llguidance computes the masks."""
+"""Answers of a form: a JSON schema, a regular expression, a Lark or GBNF grammar. llguidance computes the masks."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Lookup:
 
 
 class Draft:
-    """What a smaller model with the same tokens would say, drawn with the random numbers that the larger one will use."""
+    """What a smaller model with the same tokens would say, drawn with the random numbers that come next."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, of: Tokenizer, context: int):
         """Guesses of `model`, for a model with the tokenizer `of`, in a context of so many tokens.

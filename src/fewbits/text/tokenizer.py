@@ -41,22 +41,25 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of a text; with those that open and close every text, where the model has such, if `special`."""
-        return list(self.core.encode(text, add_special_tokens=special).ids)
+        try:
+            return list(self.core.encode(text, add_special_tokens=special).ids)
+        except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, or a byte of an argument that is no text
+            raise FewbitsError("the text is not valid Unicode") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return str(self.core.decode(tokens, skip_special_tokens=True))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
-                    **values: Any) -> list[int]:
-        """Tokens of a conversation in the model's chat template, and of what opens an answer.
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> list[int]:
+        """Tokens of a conversation in the model's chat template, and of what opens an answer; `values` (tools …) are
+        what the template may ask for besides.
 
         Raises:
             FewbitsError: there is no template, or it refuses the conversation.
         """
         if self.templates is None:
             raise FewbitsError("the model has no chat template", "use fewbits run --raw")
-        text = self.templates.render(messages, tools=tools, **self.special, **values)
+        text = self.templates.render(messages, **{**self.special, **values})
         return self.encode(text, special=False)
 
     @cached_property
