@@ -124,7 +124,7 @@ static void few(const FloatWeight& w, const float* x, long count, long first, fl
 }
 
 // Many rows of activations: blocks of both stay in the caches, as sums do, whose lanes are those of `panel`.
-constexpr long DEEP = 384, WIDE = 64, TALL = 16;  // columns, activations, rows of the weight
+constexpr long DEEP = 576, WIDE = 64, TALL = 8;  // columns, activations, rows of the weight
 
 template <Scale KIND>
 static void widen(const uint8_t* from, long some, float* to) {

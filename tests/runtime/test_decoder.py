@@ -98,7 +98,7 @@ def test_floats_are_multiplied_as_they_are_stored(codec: str, path: Path, monkey
         if len(entry.shape) == 2:
             data = {"data": entry.load().planes["data"].to(HALVES[codec])}
             q = QTensor(codecs.get(codec), entry.shape, data)
-            checkpoint.entries[name] = replace(entry, codec=q.codec, load=lambda q=q: q)
+            checkpoint.entries[name] = entry.as_(codec=q.codec, load=lambda q=q: q)
     logits = decoder.compile(checkpoint).logits(TOKENS)
     monkeypatch.undo()
     assert nmse(logits, reference(fewbits.load(checkpoint))) <= 1e-6
@@ -123,7 +123,7 @@ def test_few_bits(codec: str, tmp_path: Path) -> None:
     for name, entry in checkpoint.entries.items():
         if len(entry.shape) == 2:
             q = solve(entry.load().dequantize(), codecs.get(codec))
-            checkpoint.entries[name] = replace(entry, codec=q.codec, load=lambda q=q: q)
+            checkpoint.entries[name] = entry.as_(codec=q.codec, load=lambda q=q: q)
     made = decoder.compile(checkpoint)
     logits = made.logits(TOKENS)
     assert nmse(logits, reference(fewbits.load(checkpoint))) <= 1e-3  # measured: 3e-4
@@ -138,7 +138,7 @@ def test_orders_of_columns_are_decoded(path: Path) -> None:
             q, order = entry.load(), torch.randperm(entry.shape[1])
             stored = solve(q.dequantize()[:, order], codecs.get("int4-g32"))
             q = replace(stored, order=order)
-            checkpoint.entries[name] = replace(entry, codec=q.codec, load=lambda q=q: q)
+            checkpoint.entries[name] = entry.as_(codec=q.codec, load=lambda q=q: q)
     logits = decoder.compile(checkpoint).logits(TOKENS)
     assert nmse(logits, reference(fewbits.load(checkpoint, kernel="decode"))) <= 1e-6
 

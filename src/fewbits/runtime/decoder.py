@@ -9,18 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from fewbits import _native, arch
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError, Unsupported
-from fewbits.qtensor import QTensor
+from fewbits.runtime import weights
 from fewbits.runtime.build import settings
-from fewbits.runtime.cpu import Native
-from fewbits.runtime.dispatch import choose
-from fewbits.runtime.interleaved import SCALES
-from fewbits.runtime.reference import _Weight
 from fewbits.runtime.sequences import Decoder
 
 Settings = transformers.PreTrainedConfig
@@ -120,7 +117,7 @@ def _write(plan: _native.Plan, family: Family, s: Any, weights: _Weights, rotati
             if family.head_norms:
                 norm(f"{attention}{part}_norm", buffer, buffer)
             plan.rotate(buffer, rotation)
-        plan.attend(QUERIES, KEYS, VALUES, SEEN, i, window)
+        plan.attend(QUERIES, KEYS, VALUES, SEEN, i, window, 0.0)
         if i == s.num_hidden_layers - 1:
             plan.narrow()
         multiply(SEEN, {attention + "o_proj": NORMED})
@@ -171,22 +168,11 @@ class _Weights:
 
     def matrix(self, name: str) -> _native.Weight | _native.Floats:
         if name not in self._made:
-            self._made[name] = _prepare(self.checkpoint.entries[name].load())
+            self._made[name] = weights.matrix(self.checkpoint.entries[name])
         return self._made[name]
 
-    def vector(self, name: str) -> torch.Tensor:
-        return self.checkpoint.entries[name].load().dequantize(torch.float32)
+    def vector(self, name: str) -> np.ndarray:
+        return weights.vector(self.checkpoint.entries[name])
 
-    def bias(self, name: str) -> torch.Tensor | None:
+    def bias(self, name: str) -> np.ndarray | None:
         return self.vector(name) if name in self.checkpoint.entries else None
-
-
-def _prepare(q: QTensor) -> _native.Weight | _native.Floats:
-    ordered, outliers = q.order is not None, q.codec.family == "int8"
-    without = ("decode", "native") if ordered or outliers else ("decode",)
-    prepared = choose(q, CPU, without=without).prepare(q, torch.float32)
-    if isinstance(prepared, Native):
-        return prepared.matrices[0].weight
-    assert isinstance(prepared, _Weight)
-    data = prepared.weight()
-    return _native.Floats(data.contiguous().view(torch.uint8), SCALES[data.dtype], *q.shape)
