@@ -98,9 +98,6 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     core.no_truncation()
     special = _special(checkpoint, settings)
     _add(core, settings, special)
-    if not metadata and ("add_bos_token" in settings or "add_eos_token" in settings or core.post_processor is None):
-        core.post_processor = _around(core, special, bool(settings.get("add_bos_token")),
-                                      bool(settings.get("add_eos_token")))
     return Tokenizer(core, special, _ends(checkpoint, core, special), Templates.of(checkpoint, settings))
 
 
@@ -148,15 +145,6 @@ def _add(core: tokenizers.Tokenizer, settings: Json, special: dict[str, str]) ->
                 token["content"], **{k: bool(token.get(k)) for k in ("lstrip", "rstrip", "single_word", "special")},
                 normalized=bool(token.get("normalized")))])
     core.add_special_tokens([text for text in special.values() if core.token_to_id(text) is None])
-
-
-def _around(core: tokenizers.Tokenizer, special: dict[str, str], bos: bool, eos: bool) -> Any:
-    """What tokenizer_config.json puts around a text, if it says so; it then decides, not tokenizer.json."""
-    first, last = special.get("bos_token") if bos else None, special.get("eos_token") if eos else None
-    single = " ".join([f"{first}:0"] * (first is not None) + ["$A:0"] + [f"{last}:0"] * (last is not None))
-    tokens = {t for t in (first, last) if t is not None}
-    return tokenizers.processors.TemplateProcessing(
-        single=single, special_tokens=[(t, core.token_to_id(t)) for t in sorted(tokens)])
 
 
 def _ends(checkpoint: Checkpoint, core: tokenizers.Tokenizer, special: dict[str, str]) -> frozenset[int]:
