@@ -50,7 +50,8 @@ MARKED = ("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}
           "{% else %}{{ m.content }};{% endif %}{% if loop.index == 3 %}{% break %}{% endif %}{% endfor %}"
           "{% set x %}a{{ eos_token }}{% endset %}{{ x }} {{ [1, 'é', none] | tojson }} {{ {'b': 1}.items() | list }} "
           "{{ messages | map(attribute='role') | join(', ') }} {{ dict(a=1) }}{{ messages[-1].missing }}"
-          "{{ '{} {}'.format(1, 'a') }} {{ 'a,b'.split(',') | last }} {{ 7 // 2 }} {{ 2 ** 3 }} {{ [1] + [2] }} {{ 'ab' * 2 }}")
+          "{{ '{} {}'.format(1, 'a') }} {{ 'a,b'.split(',') | last }} {{ 7 // 2 }} {{ 2 ** 3 }} {{ [1] + [2] }}"
+          "{{ 'ab' * 2 }}")
 
 TALKS = [
     [{"role": "user", "content": "  Hello <|im_end|> there\n"}],

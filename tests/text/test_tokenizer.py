@@ -20,8 +20,8 @@ from fewbits.containers.gguf_file import Value
 from fewbits.errors import FewbitsError
 from fewbits.text.tokenizer import of_parts, tokenizer
 
-TEXTS = ["", " ", "Hello world", "  two  spaces\n\n\ttab ", "camelCase HTTPServer's don'T 1234567", "naïve €uro 🙂 日本語",
-         "<|im_start|>user\nhi<|im_end|>", "<s>x</s>", "a\u00a0b\u3000c", "x" * 300]
+TEXTS = ["", " ", "Hello world", "  two  spaces\n\n\ttab ", "camelCase HTTPServer's don'T 1234567",
+         "naïve €uro 🙂 日本語", "<|im_start|>user\nhi<|im_end|>", "<s>x</s>", "a\u00a0b\u3000c", "x" * 300]
 
 
 def same_as_auto(folder: Path) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fewbits.generate import Answer, Session
     from fewbits.text.sampling import Sampling
 
-CACHES = ("f16", "q8_0", "q4_0")
 DRAWING, FORM, SPEED = "How tokens are drawn", "The form of the answer", "Speed and memory"
 
 
@@ -63,8 +62,6 @@ class Options:
             os.environ["OMP_NUM_THREADS"] = str(self.threads)
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(self.threads)
-        if self.cache not in CACHES:
-            raise FewbitsError(f"unknown type of cache {self.cache!r}", "one of: " + ", ".join(CACHES))
         if self.kernel and self.cache != "f16":
             raise FewbitsError("--cache is the native decoder's, --kernel Transformers'", "give one of the two")
         if self.draft and self.lookup:

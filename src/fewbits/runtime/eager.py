@@ -71,7 +71,7 @@ class EagerSequence:
             return
         kinds = [type(layer) for layer in getattr(self._cache, "layers", ())]
         if length and set(kinds) == {transformers.cache_utils.DynamicLayer}:
-            self._cache.crop(length)
+            self._cache.crop(length - self._cached)
             self._cached = length
         else:  # windows and states of other kinds cannot go back: computed again with the next tokens
             self._cache, self._cached = None, 0
