@@ -106,8 +106,8 @@ GROWS = "{% set ns = namespace(s='abcdefgh') %}{% for i in range(60) %}"
     ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{% include 'x' %}", "fails: "), ("{{ 1 / 0 }}", "ZeroDivision"),
     ("{% set messages[0].role = 1 %}", "line 1"), ("{{ messages.append(1) }}", "not safely callable|unsafe"),
     # time
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1000000 steps"),
-    ("{% for i in range(99999) if false %}{% endfor %}" * 20, "more than 1000000 steps"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 500000 steps"),
+    ("{% for i in range(99999) if false %}{% endfor %}" * 20, "more than 500000 steps"),
     ("{% macro f(n) %}{{ f(n + 1) ~ f(n + 1) if n < 40 }}{% endmacro %}{{ f(0) }}", "more than [0-9]+ s"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself too often"),
     ("{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "calls itself too often"),
@@ -135,7 +135,7 @@ def test_refusals_are_one_line_and_bounded(source: str, message: str) -> None:
     with pytest.raises(FewbitsError, match=message) as error:
         Templates({"default": source}, "m.gguf: chat template").render([{"role": "user", "content": "hi"}])
     assert "\n" not in str(error.value) and str(error.value).startswith("m.gguf: chat template: ")
-    assert time.monotonic() - began < 2 * sandbox.SECONDS
+    assert time.monotonic() - began < 3 * sandbox.SECONDS
 
 
 def test_bounds_hold_in_threads_and_are_each_rendering_s_own(monkeypatch) -> None:

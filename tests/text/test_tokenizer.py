@@ -7,18 +7,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import transformers
 from tokenizers import Tokenizer as Core
 
 from fewbits import containers
 from fewbits.checkpoint import Checkpoint
-from fewbits.containers import gguf_tokenizer
-from fewbits.containers.gguf import Gguf
-from fewbits.containers.gguf_file import Value
 from fewbits.errors import FewbitsError
-from fewbits.text.tokenizer import of_parts, tokenizer
+from fewbits.text.tokenizer import tokenizer
 
 TEXTS = ["", " ", "Hello world", "  two  spaces\n\n\ttab ", "camelCase HTTPServer's don'T 1234567",
          "naïve €uro 🙂 日本語", "<|im_start|>user\nhi<|im_end|>", "<s>x</s>", "a\u00a0b\u3000c", "x" * 300]
@@ -61,40 +57,6 @@ def test_tokens_that_only_tokenizer_config_has(tiny: Path, tmp_path: Path) -> No
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
     for text in ("hello", "x<extra>y<pad>"):
         assert ours.encode(text) == auto(text)["input_ids"]
-
-
-@pytest.mark.parametrize("folder", ["tiny", "models/stories260k"])
-def test_gguf_files_need_no_json_between(folder: str, tiny: Path, shared, tmp_path: Path) -> None:
-    """The tokenizer made of metadata is the one that tokenizer.json says."""
-    source = containers.open(tiny if folder == "tiny" else shared(folder))
-    back = containers.write(Gguf(), tmp_path / "m.gguf", source)
-    ours, core = tokenizer(back), Core.from_buffer(back.files["tokenizer.json"])
-    for text in TEXTS:
-        ids = core.encode(text).ids
-        assert ours.encode(text) == ids == tokenizer(source).encode(text)
-        assert ours.decode(ids) == core.decode(ids)
-    assert ours.core.get_vocab() == core.get_vocab() and ours.special == tokenizer(source).special
-    assert ours.core.get_added_tokens_decoder() == core.get_added_tokens_decoder()
-
-
-def metadata(pre: str, tokens: list[str], merges: list[str]) -> dict[str, Value]:
-    kinds = [gguf_tokenizer.CONTROL if t.startswith("<|") else gguf_tokenizer.NORMAL for t in tokens]
-    return {"tokenizer.ggml.model": Value("STRING", "gpt2"), "tokenizer.ggml.pre": Value("STRING", pre),
-            "tokenizer.ggml.tokens": Value("ARRAY", tokens, "STRING"),
-            "tokenizer.ggml.token_type": Value("ARRAY", np.array(kinds, np.int32), "INT32"),
-            "tokenizer.ggml.merges": Value("ARRAY", merges, "STRING"),
-            "tokenizer.ggml.bos_token_id": Value("UINT32", 0), "tokenizer.ggml.add_bos_token": Value("BOOL", True)}
-
-
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "gpt-4o", "tekken", "default"])
-def test_every_kind_of_metadata(pre: str) -> None:
-    letters = ["<|b|>", "<|im_end|>", *"Helowrd 1234567Ġ", "lo", "hel", "ld", "Ġw"]
-    letters = list(dict.fromkeys(letters))
-    given = metadata(pre, letters, ["l o", "l d", "Ġ w"])
-    ours, core = of_parts(gguf_tokenizer.parts(given)), Core.from_buffer(gguf_tokenizer.tokenizer_json(given))
-    assert json.loads(ours.to_str()) == json.loads(core.to_str())
-    for text in ("Hello world 1234567", "<|im_end|>Hello", ""):
-        assert ours.encode(text).ids == core.encode(text).ids
 
 
 # ids that end answers -------------------------------------------------------------------------------------------------
