@@ -52,5 +52,6 @@ void bind_products(nb::module_& m);
 void bind_prepare(nb::module_& m);
 void bind_encoders(nb::module_& m);
 void bind_decoder(nb::module_& m);
+void bind_text(nb::module_& m);
 
 }  // namespace fewbits
