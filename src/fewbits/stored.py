@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +43,19 @@ class Stored:
         if self.index is None and len(self.data) == 1:
             return replace(self, data=(self.data[0][begin * self.row_bytes:end * self.row_bytes],))
         return self.pick(np.arange(begin, end))
+
+    def forget(self) -> None:
+        """Let the pages of mapped files out of this process's memory; they come back when someone reads them."""
+        for part in self.data:
+            held: Any = part
+            while not isinstance(held, mmap.mmap | None):
+                held = held.obj if isinstance(held, memoryview) else getattr(held, "base", None)
+            if held is None or not hasattr(held, "madvise"):
+                continue
+            begin = part.ctypes.data - np.frombuffer(held, np.uint8).ctypes.data
+            first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, (begin + part.nbytes) // mmap.PAGESIZE
+            if first < last * mmap.PAGESIZE:
+                held.madvise(mmap.MADV_DONTNEED, first, last * mmap.PAGESIZE - first)
 
     def bytes(self) -> np.ndarray:
         """`[rows, row_bytes]`, without a copy where all lies in order."""

@@ -171,3 +171,31 @@ def test_no_torch_from_the_file_to_the_kernels(recipe: str, tmp_path: Path) -> N
             "for e in entries: (weights.matrix if len(e.shape) == 2 else weights.vector)(e)\n"
             "assert not {'torch', 'transformers'} & sys.modules.keys(), sorted(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_the_pages_of_what_was_prepared_are_let_go(folder: Path, tmp_path: Path) -> None:
+    """4 MB of Q8_0: the file's pages are no longer this process's, and its bytes are there again when asked for."""
+    config = type(MODELS["llama"])(**(SMALL | {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 1}))
+    source = containers.open(directory(tiny(config), tmp_path / "m"))
+    fewbits.quantize(source, tmp_path / "m.gguf", "Q8_0", calibration="none")
+    entry = containers.open(tmp_path / "m.gguf").entries["model.layers.0.mlp.up_proj.weight"]
+    stored = entry.stored()
+    assert stored is not None
+    address, before = stored.data[0].ctypes.data, stored.data[0].copy()
+    assert resident(address) > 0
+    weights.matrix(entry)
+    assert resident(address) < before.nbytes / 10
+    assert np.array_equal(stored.data[0], before)
+
+
+def resident(address: int) -> int:
+    """Bytes of the mapping around an address that are in this process's memory."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition("-")
+        if rest and " " in rest and ":" not in first:
+            inside = int(first, 16) <= address < int(rest.split()[0], 16)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("not mapped")

@@ -70,6 +70,7 @@ def _from_file(stored: Stored) -> Weight:
     f = form(codec)
     assert f is not None
     planes = blocks.planes(codec, stored.data, rows, columns, stored.index)
+    stored.forget()  # they take the place of the file's bytes
     return weight(f, rows, columns, codec.unit(columns), SCALES[blocks.FIELDS[codec.name].kind], planes)
 
 
