@@ -74,6 +74,21 @@ class Stored:
         return found + np.float32(self.plus) if self.plus else found
 
 
+@dataclass(frozen=True)
+class Apart:
+    """A matrix whose codes and scales lie apart, as in GPTQ's and bitsandbytes' files.
+
+    `codes` are those of one row after the other; or, `across`, words of all rows side by side: `[words, rows]`.
+    """
+
+    codec: Codec
+    shape: tuple[int, int]
+    codes: np.ndarray  # uint8
+    scales: np.ndarray  # [rows, groups]; bfloat16 as uint16
+    zeros: np.ndarray | None = None  # uint8 [rows, groups]
+    across: bool = False
+
+
 def join(parts: list[Stored]) -> Stored | None:
     """The rows of several tensors, one after the other; None where they differ in more than where they lie."""
     first = parts[0]
