@@ -16,12 +16,12 @@ double value_of(uint16_t half) {
 }
 
 // Memory of a head, not a number where nothing was kept.
-struct Kept1 {
+struct Memory {
     Planes planes;
     Buffer<uint8_t> keys, values;
     Buffer<uint16_t> key_scales, value_scales;
     Head head;
-    Kept1(Kept kept, long width, long length)
+    Memory(Kept kept, long width, long length)
         : planes(planes_of(kept, width)), keys(lined(length) / LINE * planes.keys),
           values(lined(length) / LINE * planes.values), key_scales(lined(length) / LINE * planes.key_scales / 2),
           value_scales(lined(length) / LINE * planes.value_scales / 2) {
@@ -71,7 +71,7 @@ void test_halves(const Attention& attention, const std::string& name) {
     constexpr long WIDTH = sizeof wanted / sizeof *wanted;
     float values[WIDTH];
     for (long i = 0; i < WIDTH; ++i) values[i] = wanted[i][0];
-    Kept1 some(Kept::f16, WIDTH, LINE);
+    Memory some(Kept::f16, WIDTH, LINE);
     attention.keep(some.head, 3, values, values);
     for (long i = 0; i < WIDTH; ++i)
         for (bool value : {false, true})
@@ -84,7 +84,7 @@ void test_halves(const Attention& attention, const std::string& name) {
 // Codes are the nearest ones (4 bits: but for the end opposite to the largest), the largest magnitude is kept.
 void test_codes(const Attention& attention, Kept kept, long width, const std::string& name) {
     Random random(width);
-    Kept1 some(kept, width, 40);
+    Memory some(kept, width, 40);
     for (long p = 0; p < 40; ++p) {
         Buffer<float> key = normals(random, width), value = normals(random, width);
         for (long c = 0; c < width; ++c) key[c] *= p == 5 ? 0 : p == 6 ? 1e-9f : p == 7 ? 1e4f : 1;
@@ -110,11 +110,11 @@ void test_codes(const Attention& attention, Kept kept, long width, const std::st
 
 void test_one(const Attention& attention, Kept kept, long width, long length, long window, int count, float cap,
               const std::string& set) {
-    const std::string name = set + ", " + std::to_string(count) + " queries, heads of " + std::to_string(width) + " in kind " +
-                             std::to_string((int)kept) + ", " + std::to_string(length) + " positions, window " +
-                             std::to_string(window) + ", cap " + std::to_string(cap);
+    const std::string name = set + ", " + std::to_string(count) + " queries, heads of " + std::to_string(width) +
+                             " in kind " + std::to_string((int)kept) + ", " + std::to_string(length) +
+                             " positions, window " + std::to_string(window) + ", cap " + std::to_string(cap);
     Random random(width + length);
-    Kept1 some(kept, width, length);
+    Memory some(kept, width, length);
     for (long p = 0; p < length; ++p) {
         const Buffer<float> key = normals(random, width), value = normals(random, width);
         attention.keep(some.head, p, key.data(), value.data());
@@ -169,7 +169,7 @@ void test_attention(const std::string& set) {
     for (Kept kept : {Kept::f16, Kept::q8_0, Kept::q4_0}) {
         for (long width : {1L, 8L, 20L, 64L, 80L, WIDEST_HEAD})
             for (long length : {1, 2, 16, 17, 64, 65, 200})
-                for (int count : {1, 2, 3, 4, 5, 6, 7, 13})
+                for (int count : {1, 2, 3, 5, 6, 13})
                     for (long window : {0, 1, 40}) test_one(attention, kept, width, length, window, count, 0, set);
         for (long length : {SEGMENT, SEGMENT + 1, 3 * SEGMENT + 100})
             for (long window : {0, 70, SEGMENT + 100}) test_one(attention, kept, 64, length, window, QUERIES, 0, set);
