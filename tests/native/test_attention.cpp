@@ -18,15 +18,17 @@ double value_of(uint16_t half) {
 // Memory of a head, not a number where nothing was kept.
 struct Memory {
     Planes planes;
-    Buffer<uint8_t> keys, values;
-    Buffer<uint16_t> key_scales, value_scales;
+    Buffer<uint16_t> key_memory, value_memory, key_scales, value_scales;
+    uint8_t *const keys, *const values;
     Head head;
     Memory(Kept kept, long width, long length)
-        : planes(planes_of(kept, width)), keys(lined(length) / LINE * planes.keys),
-          values(lined(length) / LINE * planes.values), key_scales(lined(length) / LINE * planes.key_scales / 2),
-          value_scales(lined(length) / LINE * planes.value_scales / 2) {
-        keys.fill(0x7e), values.fill(kept == Kept::f16 ? 0 : 0x7e), key_scales.fill(0x7e00), value_scales.fill(0);
-        head = {kept, width, keys.data(), values.data(), key_scales.data(), value_scales.data()};
+        : planes(planes_of(kept, width)), key_memory(lined(length) / LINE * planes.keys / 2),
+          value_memory(lined(length) / LINE * planes.values / 2), key_scales(lined(length) / LINE * planes.key_scales / 2),
+          value_scales(lined(length) / LINE * planes.value_scales / 2), keys((uint8_t*)key_memory.data()),
+          values((uint8_t*)value_memory.data()) {
+        key_memory.fill(0x7e00), value_memory.fill(kept == Kept::f16 ? 0 : 0x7e7e);
+        key_scales.fill(0x7e00), value_scales.fill(0);
+        head = {kept, width, keys, values, key_scales.data(), value_scales.data()};
     }
 
     // What is kept of a key or a value, as stored (4 bits: turned).
@@ -34,9 +36,8 @@ struct Memory {
         const long runs = (head.width + RUN - 1) / RUN, run = column / RUN, i = column % RUN;
         const long line = position / LINE, lane = position % LINE;
         if (head.kept == Kept::f16) {
-            const uint16_t* halves = (const uint16_t*)(value ? values.data() : keys.data());
-            return value_of(value ? halves[position * lined(head.width) + column]
-                                  : halves[(line * head.width + column) * LINE + lane]);
+            return value_of(value ? value_memory[position * lined(head.width) + column]
+                                  : key_memory[(line * head.width + column) * LINE + lane]);
         }
         const double scale = value_of(value ? value_scales[position * runs + run]
                                             : key_scales[(line * runs + run) * LINE + lane]);
