@@ -55,7 +55,7 @@ constexpr float LEAST = -1e30f;  // below every score
 
 // For R queries: scores of a stretch, then what they change in the sums so far (softmax in one pass).
 template <int R>
-static void attend_some(const Head& head, const Query* queries, float scale) {
+static void attend_some(const Head& head, const Query* queries, float scale, float cap) {
     const long wide = lined(head.width);
     long first = queries[0].first, last = queries[0].last;
     for (int r = 1; r < R; ++r) {
@@ -81,7 +81,9 @@ static void attend_some(const Head& head, const Query* queries, float scale) {
             for (int r = 0; r < R; ++r) {
                 const I32 position = lanes + (int32_t)(at + p);
                 const I32 seen = (position >= (int32_t)queries[r].first) & (position <= (int32_t)queries[r].last);
-                store(weights[r] + p, choose(seen, s[r] * scale, spread(LEAST)));
+                F32 score = s[r] * scale;
+                if (cap) score = tangent(score / spread(cap)) * spread(cap);
+                store(weights[r] + p, choose(seen, score, spread(LEAST)));
             }
         }
         for (int r = 0; r < R; ++r) {
@@ -128,12 +130,12 @@ static void attend_some(const Head& head, const Query* queries, float scale) {
     }
 }
 
-static void attend(const Head& head, const Query* queries, int count, float scale) {
+static void attend(const Head& head, const Query* queries, int count, float scale, float cap) {
     switch (count) {
-        case 1: return attend_some<1>(head, queries, scale);
-        case 2: return attend_some<2>(head, queries, scale);
-        case 3: return attend_some<3>(head, queries, scale);
-        default: return attend_some<4>(head, queries, scale);
+        case 1: return attend_some<1>(head, queries, scale, cap);
+        case 2: return attend_some<2>(head, queries, scale, cap);
+        case 3: return attend_some<3>(head, queries, scale, cap);
+        default: return attend_some<4>(head, queries, scale, cap);
     }
 }
 

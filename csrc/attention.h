@@ -28,7 +28,8 @@ struct Query {
 
 struct Attention {
     void (*keep)(const Head&, long position, const float* key, const float* value);
-    void (*attend)(const Head&, const Query* queries, int count, float scale);  // softmax(scale * x keys) values
+    // softmax(scale * x keys) values; with a cap, of cap * tanh(scale * x keys / cap)
+    void (*attend)(const Head&, const Query* queries, int count, float scale, float cap);
 };
 
 FEWBITS_TABLE(Attention, attention)

@@ -22,6 +22,7 @@ public:
     const Sizes sizes;
     const long capacity;
     long length = 0;  // positions that are filled
+    bool stretched = false;  // which frequencies turned its keys
 
 private:
     std::unique_ptr<void, void (*)(void*)> memory_;

@@ -17,8 +17,9 @@ Array = np.ndarray
 class Decoder:
     """A compiled model. Weights are held once; every sequence has a cache of its own."""
 
-    def __init__(self, plan: _native.Plan, vocabulary: int, context: int):
+    def __init__(self, plan: _native.Plan, vocabulary: int, context: int, original: int = 0):
         self.plan, self.vocabulary, self.context = plan, vocabulary, context
+        self.original = original  # positions beyond which a sequence is turned by stretched frequencies; 0: none
 
     def logits(self, tokens: Tokens[int], last_only: bool = False) -> Array:
         """Logits `[tokens, vocabulary]`, float32; of the last token alone, `[1, vocabulary]`, if `last_only`."""
@@ -45,6 +46,7 @@ class Sequence:
 
     def __init__(self, decoder: Decoder, native: _native.Cache):
         self.decoder, self._native = decoder, native
+        self._tokens = np.empty(0, np.int64)  # kept where a longer sequence is computed again
 
     def __len__(self) -> int:
         return self._native.length
@@ -59,14 +61,24 @@ class Sequence:
         self._check(ids)
         wanted = 1 if last_only else len(ids)
         out, before = np.empty((wanted, self.decoder.vocabulary), np.float32), len(self)
+        native = self._native
+        if self.decoder.original:
+            together = np.concatenate([self._tokens[:before], ids])
+            if (len(together) > self.decoder.original) != native.stretched:  # its keys were turned otherwise
+                native, ids = _native.Cache(self.decoder.plan, native.capacity), together
+                native.stretched = not self._native.stretched
         try:
             for at in range(0, len(ids), _native.MOST_TOKENS):
                 part = ids[at:at + _native.MOST_TOKENS]
                 begin, end = (max(0, i - (len(ids) - wanted)) for i in (at, at + len(part)))
-                self._native.append(part, out[begin:end], threads())
+                native.append(part, out[begin:end], threads())
         except BaseException:  # an interrupt between two parts
-            self._native.truncate(before)
+            if native is self._native:
+                native.truncate(before)
             raise
+        self._native = native
+        if self.decoder.original:
+            self._tokens = together
         return out
 
     def truncate(self, length: int) -> None:
