@@ -25,7 +25,7 @@ from fewbits import containers
 from fewbits.cli.common import quiet_libraries
 from fewbits.runtime import decoder
 
-TYPES = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0", "Q3_K_M", "Q2_K")
+TYPES = ("Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q8_0", "Q3_K_M", "Q2_K", "IQ4_XS")
 PROMPT, BEFORE, DECODED = 512, 8, 128
 
 

@@ -38,10 +38,88 @@ INLINE void to_f16(uint16_t* to, F32 v) {
 }
 #endif
 
-static void keep(const Head& head, long position, const float* key, const float* value) {
+// What is kept -------------------------------------------------------------------------------------------------------
+
+// A factor that spreads what sticks out in single columns over all of them: Hadamard's matrix, scaled so that it is its
+// own inverse, for as many columns at a time as is a power of two. Scores do not change when queries and keys are turned.
+INLINE void turn(float* x, long width) {
+    const long block = width & -width;
+    for (long half = 1; half < block; half *= 2)
+        for (long i = 0; i < width; i += 2 * half)
+            for (long k = i; k < i + half; ++k) {
+                const float a = x[k], b = x[k + half];
+                x[k] = a + b, x[k + half] = a - b;
+            }
+    const float factor = 1 / sqrtf((float)block);
+    for (long i = 0; i < width; ++i) x[i] *= factor;
+}
+
+static uint16_t half_of(float x) {
     uint16_t halves[LANES];
-    uint16_t* keys = head.keys + position / LINE * head.width * LINE + position % LINE;
-    uint16_t* values = head.values + position * lined(head.width);
+    to_f16(halves, spread(x));
+    return halves[0];
+}
+
+static float value_of(uint16_t half) {
+    uint16_t halves[LANES] = {half};
+    float lanes[LANES];
+    store(lanes, from_f16(halves));
+    return lanes[0];
+}
+
+INLINE float within(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
+
+// 32 values as signed bytes, or as codes 0 … 15, and their scale. One that is not finite makes the scale not a number.
+INLINE uint16_t round_run(Kept kept, const float* x, int8_t* codes) {
+    float least = 0, most = 0;
+    bool strange = false;
+    for (int i = 0; i < RUN; ++i) {
+        if (x[i] < least) least = x[i];
+        if (x[i] > most) most = x[i];
+        strange |= !(fabsf(x[i]) <= 3e38f);
+    }
+    const float end = -least > most ? least : most;
+    const uint16_t half = half_of(strange ? NAN : within(kept == Kept::q8_0 ? fabsf(end) / 127 : end / -8, 65504));
+    const float scale = value_of(half), inverse = scale != 0 && !strange ? 1 / scale : 0;
+    const float zero = kept == Kept::q8_0 ? 0 : 8, low = kept == Kept::q8_0 ? -127 : 0,
+                high = kept == Kept::q8_0 ? 127 : 15;
+    for (int i = 0; i < RUN; ++i) {
+        const float code = strange ? 0 : rintf(x[i] * inverse + zero);
+        codes[i] = (int8_t)(code < low ? low : code > high ? high : code);
+    }
+    return half;
+}
+
+static void keep_codes(const Head& head, long position, const float* key, const float* value) {
+    const long runs = (head.width + RUN - 1) / RUN, line = position / LINE, lane = position % LINE;
+    const bool four = head.kept == Kept::q4_0;
+    const long bytes = four ? RUN / 2 : RUN;  // of a run
+    float turned[2][WIDEST_HEAD] = {};
+    memcpy(turned[0], key, head.width * sizeof(float));
+    memcpy(turned[1], value, head.width * sizeof(float));
+    if (four) turn(turned[0], head.width), turn(turned[1], head.width);
+    for (long run = 0; run < runs; ++run)
+        for (int which = 0; which < 2; ++which) {
+            int8_t codes[RUN];
+            const uint16_t scale = round_run(head.kept, turned[which] + run * RUN, codes);
+            if (four)
+                for (int i = 0; i < RUN / 2; ++i) codes[i] = (int8_t)(codes[i] | codes[i + RUN / 2] << 4);
+            if (which) {
+                head.value_scales[position * runs + run] = scale;
+                memcpy(head.values + (position * runs + run) * bytes, codes, bytes);
+                continue;
+            }
+            head.key_scales[(line * runs + run) * LINE + lane] = scale;
+            uint8_t* to = head.keys + (line * runs + run) * bytes * LINE + lane;
+            for (long i = 0; i < bytes; ++i) to[i * LINE] = (uint8_t)codes[i];
+        }
+}
+
+static void keep(const Head& head, long position, const float* key, const float* value) {
+    if (head.kept != Kept::f16) return keep_codes(head, position, key, value);
+    uint16_t halves[LANES];
+    uint16_t* keys = (uint16_t*)head.keys + position / LINE * head.width * LINE + position % LINE;
+    uint16_t* values = (uint16_t*)head.values + position * lined(head.width);
     for (long c = 0; c < head.width; c += LANES) {
         const long some = head.width - c < LANES ? head.width - c : LANES;
         to_f16(halves, load_some(key + c, some));
@@ -50,95 +128,286 @@ static void keep(const Head& head, long position, const float* key, const float*
     }
 }
 
-constexpr int STRETCH = 64;     // positions whose scores are known before their values are added up
-constexpr float LEAST = -1e30f;  // below every score
+// What was kept, in float32 -------------------------------------------------------------------------------------------
 
-// For R queries: scores of a stretch, then what they change in the sums so far (softmax in one pass).
-template <int R>
-static void attend_some(const Head& head, const Query* queries, float scale, float cap) {
-    const long wide = lined(head.width);
-    long first = queries[0].first, last = queries[0].last;
-    for (int r = 1; r < R; ++r) {
-        if (queries[r].first < first) first = queries[r].first;
-        if (queries[r].last > last) last = queries[r].last;
-    }
-    alignas(64) float sums[R][WIDEST_HEAD] = {};
-    alignas(64) float weights[R][STRETCH];
-    float most[R];
-    F32 total[R] = {};
-    for (float& m : most) m = LEAST;
-    const I32 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (long at = first / LINE * LINE; at <= last; at += STRETCH) {
-        const long count = last + 1 - at < STRETCH ? last + 1 - at : STRETCH;
-        for (long p = 0; p < count; p += LINE) {
-            const uint16_t* keys = head.keys + (at + p) * head.width;
-            F32 s[R] = {};
-            for (long c = 0; c < head.width; ++c) {
-                const F32 k = from_f16(keys + c * LINE);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) s[r] = fma(spread(queries[r].x[c]), k, s[r]);
-            }
-            for (int r = 0; r < R; ++r) {
-                const I32 position = lanes + (int32_t)(at + p);
-                const I32 seen = (position >= (int32_t)queries[r].first) & (position <= (int32_t)queries[r].last);
-                F32 score = s[r] * scale;
-                if (cap) score = tangent(score / spread(cap)) * spread(cap);
-                store(weights[r] + p, choose(seen, score, spread(LEAST)));
-            }
+constexpr int STRETCH = 64;                // positions whose scores are known before their values are added up
+constexpr int VECTORS = STRETCH / LANES;
+
+// Bytes of two columns, or of one.
+INLINE F32 low_of(const uint8_t* p) { return floats((widen_u8(p) & 15) - 8); }
+INLINE F32 high_of(const uint8_t* p) { return floats((I32)((U32)widen_u8(p) >> 4) - 8); }
+INLINE F32 byte_of(const uint8_t* p) { return floats(widen_i8(p)); }
+
+// to [columns][STRETCH], from position `at` on, as many lines as hold `count` positions
+static void widen_keys(const Head& head, long at, long count, float* to) {
+    const long runs = (head.width + RUN - 1) / RUN;
+    for (long p = 0; p < count; p += LINE) {
+        const long line = (at + p) / LINE;
+        if (head.kept == Kept::f16) {
+            const uint16_t* from = (const uint16_t*)head.keys + line * head.width * LINE;
+            for (long c = 0; c < head.width; ++c) store(to + c * STRETCH + p, from_f16(from + c * LINE));
+            continue;
         }
-        for (int r = 0; r < R; ++r) {
-            F32 highest = spread(most[r]);
-            for (long p = 0; p < count; p += LINE) {
-                const F32 s = load<F32>(weights[r] + p);
-                highest = choose(s > highest, s, highest);
-            }
-            const float now = largest_of(highest);
-            if (now > most[r]) {
-                const F32 shrink = exponential(spread(most[r] - now));
-                for (long c = 0; c < wide; c += LANES) store(sums[r] + c, load<F32>(sums[r] + c) * shrink);
-                total[r] = total[r] * shrink;
-                most[r] = now;
-            }
-            for (long p = 0; p < count; p += LINE) {
-                const F32 s = load<F32>(weights[r] + p);
-                const F32 w = choose(s == spread(LEAST), F32{}, exponential(s - spread(now)));
-                store(weights[r] + p, w);
-                total[r] = total[r] + w;
-            }
-        }
-        for (long c = 0; c < wide; c += LANES) {
-            F32 sum[R], odd[R] = {};
-            for (int r = 0; r < R; ++r) sum[r] = load<F32>(sums[r] + c);
-            const uint16_t* values = head.values + at * wide + c;
-            long p = 0;
-            for (; p + 2 <= count; p += 2) {
-                const F32 v = from_f16(values + p * wide), w = from_f16(values + (p + 1) * wide);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) {
-                    sum[r] = fma(spread(weights[r][p]), v, sum[r]);
-                    odd[r] = fma(spread(weights[r][p + 1]), w, odd[r]);
+        for (long run = 0; run < runs; ++run) {
+            const F32 scale = from_f16(head.key_scales + (line * runs + run) * LINE);
+            float* out = to + run * RUN * STRETCH + p;
+            if (head.kept == Kept::q8_0) {
+                const uint8_t* from = head.keys + (line * runs + run) * RUN * LINE;
+                for (int c = 0; c < RUN; ++c) store(out + c * STRETCH, byte_of(from + c * LINE) * scale);
+            } else {
+                const uint8_t* from = head.keys + (line * runs + run) * RUN / 2 * LINE;
+                for (int c = 0; c < RUN / 2; ++c) {
+                    store(out + c * STRETCH, low_of(from + c * LINE) * scale);
+                    store(out + (c + RUN / 2) * STRETCH, high_of(from + c * LINE) * scale);
                 }
             }
-            if (p < count)
-                for (int r = 0; r < R; ++r) sum[r] = fma(spread(weights[r][p]), from_f16(values + p * wide), sum[r]);
-            for (int r = 0; r < R; ++r) store(sums[r] + c, sum[r] + odd[r]);
         }
     }
-    for (int r = 0; r < R; ++r) {
-        const float factor = 1 / sum_of(total[r]);
-        for (long c = 0; c < head.width; ++c) queries[r].out[c] = sums[r][c] * factor;
+}
+
+// to [count][wide]
+static void widen_values(const Head& head, long at, long count, long wide, float* to) {
+    if (head.kept == Kept::f16) {
+        const uint16_t* from = (const uint16_t*)head.values + at * wide;
+        for (long i = 0; i < count * wide; i += LANES) store(to + i, from_f16(from + i));
+        return;
+    }
+    const long runs = wide / RUN;
+    for (long i = at * runs; i < (at + count) * runs; ++i, to += RUN) {
+        const F32 scale = spread(value_of(head.value_scales[i]));
+        if (head.kept == Kept::q8_0) {
+            store(to, byte_of(head.values + i * RUN) * scale);
+            store(to + LANES, byte_of(head.values + i * RUN + LANES) * scale);
+        } else {
+            store(to, low_of(head.values + i * RUN / 2) * scale);
+            store(to + LANES, high_of(head.values + i * RUN / 2) * scale);
+        }
     }
 }
 
-static void attend(const Head& head, const Query* queries, int count, float scale, float cap) {
-    switch (count) {
-        case 1: return attend_some<1>(head, queries, scale, cap);
-        case 2: return attend_some<2>(head, queries, scale, cap);
-        case 3: return attend_some<3>(head, queries, scale, cap);
-        default: return attend_some<4>(head, queries, scale, cap);
+// Sums -----------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int TOGETHER = VECTORS;  // 24 of 32 registers hold sums of 6 rows, 4 what they meet
+#else
+constexpr int TOGETHER = 1;  // a vector is 2 or 4 registers
+#endif
+constexpr int ROWS = 6;
+
+// to[r][v] += sum of a[r][k] * b[k][v] over k = 0 … count - 1, in this order, for R rows and V vectors
+template <int R, int V>
+INLINE void tile(const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row) {
+    F32 sums[R][V];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] = load<F32>(to + r * to_row + v * LANES);
+    for (long k = 0; k < count; ++k, b += b_row) {
+        F32 with[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) with[v] = load<F32>(b + v * LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            const F32 factor = spread(a[r * a_row + k]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sums[r][v] = fma(factor, with[v], sums[r][v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(to + r * to_row + v * LANES, sums[r][v]);
+}
+
+template <int R>
+static void tiles_of(const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row,
+                     long wide) {
+    long at = 0;
+    for (; at + TOGETHER * LANES <= wide; at += TOGETHER * LANES)
+        tile<R, TOGETHER>(a, a_row, b + at, b_row, count, to + at, to_row);
+    for (; at < wide; at += LANES) tile<R, 1>(a, a_row, b + at, b_row, count, to + at, to_row);
+}
+
+// The same for up to ROWS rows, `wide` columns of b.
+static void tiles(int rows, const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row,
+                  long wide) {
+    using Tiles = void (*)(const float*, long, const float*, long, long, float*, long, long);
+    static constexpr Tiles all[ROWS] = {tiles_of<1>, tiles_of<2>, tiles_of<3>, tiles_of<4>, tiles_of<5>, tiles_of<6>};
+    all[rows - 1](a, a_row, b, b_row, count, to, to_row, wide);
+}
+
+// Attention ------------------------------------------------------------------------------------------------------------
+
+constexpr float LEAST = -1e30f;  // below every score
+constexpr long MOST_SUMS = WIDEST_HEAD + 2 * LINE;
+
+// Memory of a thread.
+struct alignas(64) Scratch {
+    float queries[QUERIES * WIDEST_HEAD], weights[QUERIES * STRETCH], wide[STRETCH * WIDEST_HEAD],
+        sums[QUERIES * MOST_SUMS], part[QUERIES * MOST_SUMS];
+    static Scratch& get() {
+        struct Freed {
+            Scratch* at = new Scratch;
+            ~Freed() { delete at; }
+        };
+        static thread_local Freed scratch;
+        return *scratch.at;
+    }
+};
+
+// A query's sums: weights by lane, and the largest score so far, lie behind those of its values.
+struct Sums {
+    float *values, *weights, *most;
+    Sums(float* sums, long wide) : values(sums), weights(sums + wide), most(sums + wide + LINE) {}
+};
+
+static long wide_of(const Head& head) {
+    return head.kept == Kept::f16 ? lined(head.width) : (head.width + RUN - 1) / RUN * RUN;
+}
+
+static void clear(float* sums, int count, long wide, long size) {
+    for (int r = 0; r < count; ++r) {
+        memset(sums + r * size, 0, size * sizeof(float));
+        *Sums(sums + r * size, wide).most = LEAST;
     }
 }
 
-extern const Attention attention = {keep, attend};
+// Queries times the scale, one after the other, turned as what is kept is.
+static void copy_queries(const Head& head, const Query* queries, int count, float scale, float* to) {
+    for (int r = 0; r < count; ++r, to += head.width) {
+        for (long c = 0; c < head.width; ++c) to[c] = queries[r].x[c] * scale;
+        if (head.kept == Kept::q4_0) turn(to, head.width);
+    }
+}
+
+// A row's scores become weights; sums so far are corrected where one is the largest yet.
+INLINE void weigh(const Query& query, long at, float cap, float* scores, const Sums& sums, long wide) {
+    F32 s[VECTORS];
+    F32 highest = spread(*sums.most);
+    const bool edge = query.first > at || query.last < at + STRETCH - 1;
+    const I32 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+        s[v] = load<F32>(scores + v * LANES);
+        if (cap > 0) s[v] = cap - 2 * cap / (exponential(s[v] * (2 / cap)) + 1.0f);
+        if (edge) {
+            const I32 position = lanes + (int32_t)(at + v * LANES);
+            const I32 seen = (position >= (int32_t)query.first) & (position <= (int32_t)query.last);
+            s[v] = choose(seen, s[v], spread(LEAST));
+        }
+        highest = choose(s[v] > highest, s[v], highest);
+    }
+    const float now = largest_of(highest);
+    F32 total = load<F32>(sums.weights);
+    if (now > *sums.most) {
+        const F32 shrink = exponential(spread(*sums.most - now));
+        for (long c = 0; c < wide; c += LANES) store(sums.values + c, load<F32>(sums.values + c) * shrink);
+        total = total * shrink;
+        *sums.most = now;
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+        F32 w = exponential(s[v] - spread(now));
+        if (edge) w = choose(s[v] == spread(LEAST), F32{}, w);
+        store(scores + v * LANES, w);
+        total = total + w;
+    }
+    store(sums.weights, total);
+}
+
+// What queries (copied: `asked`) add to their sums in positions first … last.
+static void add(const Head& head, const Query* queries, const float* asked, int count, float cap, long first, long last,
+                float* sums) {
+    Scratch& mine = Scratch::get();
+    const long wide = wide_of(head), size = sums_of(head.width);
+    for (long at = first / STRETCH * STRETCH; at <= last; at += STRETCH) {
+        const long positions = last + 1 - at < STRETCH ? last + 1 - at : STRETCH;
+        widen_keys(head, at, positions, mine.wide);
+        for (int r = 0; r < count; r += ROWS) {
+            const int rows = count - r < ROWS ? count - r : ROWS;
+            float* weights = mine.weights + r * STRETCH;
+            memset(weights, 0, rows * STRETCH * sizeof(float));
+            tiles(rows, asked + r * head.width, head.width, mine.wide, STRETCH, head.width, weights, STRETCH,
+                  lined(positions));
+            for (int i = 0; i < rows; ++i)
+                weigh(queries[r + i], at, cap, weights + i * STRETCH, Sums(sums + (r + i) * size, wide), wide);
+        }
+        widen_values(head, at, positions, wide, mine.wide);
+        for (int r = 0; r < count; r += ROWS)
+            tiles(count - r < ROWS ? count - r : ROWS, mine.weights + r * STRETCH, STRETCH, mine.wide, wide, positions,
+                  sums + r * size, size, wide);
+    }
+}
+
+struct Span {
+    long first, last;
+};
+
+static Span span(const Query* queries, int count) {
+    Span s{queries[0].first, queries[0].last};
+    for (int r = 1; r < count; ++r) {
+        if (queries[r].first < s.first) s.first = queries[r].first;
+        if (queries[r].last > s.last) s.last = queries[r].last;
+    }
+    return s;
+}
+
+// Sums over one segment, of queries that were copied.
+static void gather_copied(const Head& head, const Query* queries, const float* asked, int count, float cap, Span all,
+                          long segment, float* sums) {
+    const long first = segment * SEGMENT, last = first + SEGMENT - 1;
+    clear(sums, count, wide_of(head), sums_of(head.width));
+    add(head, queries, asked, count, cap, all.first > first ? all.first : first, all.last < last ? all.last : last, sums);
+}
+
+static void gather(const Head& head, const Query* queries, int count, const Scores& how, long segment, float* sums) {
+    float* asked = Scratch::get().queries;
+    copy_queries(head, queries, count, how.scale, asked);
+    gather_copied(head, queries, asked, count, how.cap, span(queries, count), segment, sums);
+}
+
+// Adds a segment's sums to those of the ones before.
+static void join(const Head& head, int count, const float* part, float* sums) {
+    const long wide = wide_of(head), size = sums_of(head.width);
+    for (int r = 0; r < count; ++r) {
+        const Sums to(sums + r * size, wide), from((float*)part + r * size, wide);
+        const float now = *from.most > *to.most ? *from.most : *to.most;
+        const F32 keep = exponential(spread(*to.most - now)), take = exponential(spread(*from.most - now));
+        for (long c = 0; c < wide + LINE; c += LANES)  // weights lie behind the values
+            store(to.values + c, fma(load<F32>(from.values + c), take, load<F32>(to.values + c) * keep));
+        *to.most = now;
+    }
+}
+
+static void write(const Head& head, const Query* queries, int count, const float* sums) {
+    const long wide = wide_of(head), size = sums_of(head.width);
+    for (int r = 0; r < count; ++r) {
+        const Sums s((float*)sums + r * size, wide);
+        const float factor = 1 / sum_of(load<F32>(s.weights));
+        for (long c = 0; c < head.width; ++c) queries[r].out[c] = s.values[c] * factor;
+        if (head.kept == Kept::q4_0) turn(queries[r].out, head.width);
+    }
+}
+
+static void finish(const Head& head, const Query* queries, int count, long segments, float* sums) {
+    const long size = count * sums_of(head.width);
+    for (long i = 1; i < segments; ++i) join(head, count, sums + i * size, sums);
+    write(head, queries, count, sums);
+}
+
+static void attend(const Head& head, const Query* queries, int count, const Scores& how) {
+    Scratch& mine = Scratch::get();
+    copy_queries(head, queries, count, how.scale, mine.queries);
+    const Span all = span(queries, count);
+    const long first = all.first / SEGMENT, last = all.last / SEGMENT;
+    gather_copied(head, queries, mine.queries, count, how.cap, all, first, mine.sums);
+    for (long i = first + 1; i <= last; ++i) {
+        gather_copied(head, queries, mine.queries, count, how.cap, all, i, mine.part);
+        join(head, count, mine.part, mine.sums);
+    }
+    write(head, queries, count, mine.sums);
+}
+
+extern const Attention attention = {keep, attend, gather, finish};
 
 }  // namespace fewbits::FEWBITS_ISA

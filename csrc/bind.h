@@ -48,6 +48,7 @@ struct HeldFloats {
 
 void bind_columns(nb::module_& m);
 void bind_products(nb::module_& m);
+void bind_prepare(nb::module_& m);
 void bind_encoders(nb::module_& m);
 void bind_decoder(nb::module_& m);
 

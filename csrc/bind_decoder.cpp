@@ -85,6 +85,7 @@ public:
     void attend(int queries, int keys, int values, int out, long layer, long window, float cap) {
         const Sizes& z = plan.sizes;
         require(0 <= layer && layer < z.layers && 0 <= window, "the layer or the window");
+        require(0 <= cap && cap < 1e30f, "the cap of scores");
         require(!narrow_, "every token has its keys and values");
         same(width(queries), z.heads * z.head, "the queries' width");
         same(width(out), z.heads * z.head, "the attention's result");
@@ -148,13 +149,20 @@ public:
         plan.steps.push_back(Narrow{});
     }
 
-    void check_call(const Cache& cache, const Array<const int64_t, 1>& tokens, const Array<float, 2>& out) const {
-        const long count = (long)tokens.shape(0), wanted = (long)out.shape(0);
+    void check_call(const std::vector<Piece>& pieces, const Array<const int64_t, 1>& tokens,
+                    const Array<float, 2>& out) const {
+        const long count = (long)tokens.shape(0);
         require(vocabulary_ && plan.result && narrow_, "a plan embeds tokens, narrows and has a result");
         require(1 <= count && count <= Plan::MOST_TOKENS, "1 to " + std::to_string(Plan::MOST_TOKENS) + " tokens a call");
-        require(wanted <= count && (long)out.shape(1) == plan.result, "the result's shape");
-        require(count <= cache.capacity - cache.length, "more tokens than the cache has room for");
-        require(!positions_ || count <= positions_ - cache.length, "more tokens than the table has positions");
+        long all = 0, wanted = 0;
+        for (const Piece& p : pieces) {
+            require(1 <= p.count && p.count <= count && 0 <= p.wanted && p.wanted <= p.count, "a sequence's tokens");
+            require(p.count <= p.cache->capacity - p.cache->length, "more tokens than the cache has room for");
+            require(!positions_ || p.count <= positions_ - p.cache->length, "more tokens than the table has positions");
+            for (const Piece* q = pieces.data(); q != &p; ++q) require(q->cache != p.cache, "a cache is there twice");
+            all += p.count, wanted += p.wanted;
+        }
+        require(all == count && wanted == (long)out.shape(0) && plan.result == (long)out.shape(1), "the result's shape");
         for (long i = 0; i < count; ++i)
             require(0 <= tokens.data()[i] && tokens.data()[i] < vocabulary_,
                     "token " + std::to_string(tokens.data()[i]) + " is not in 0 … " + std::to_string(vocabulary_ - 1));
@@ -198,16 +206,25 @@ struct HeldCache {
     Cache cache;
 };
 
-void append(HeldCache& self, Array<const int64_t, 1> tokens, Array<float, 2> out, int threads) {
+void step(HeldPlan& self, const std::vector<nb::object>& caches, const std::vector<long>& counts,
+          const std::vector<long>& wanted, Array<const int64_t, 1> tokens, Array<float, 2> out, int threads) {
     check_threads(threads);
-    std::unique_lock<std::mutex> alone(self.plan.plan.busy, std::defer_lock);
+    require(counts.size() == caches.size() && wanted.size() == caches.size(), "tokens and results of every cache");
+    std::vector<Piece> pieces;
+    for (size_t i = 0; i < caches.size(); ++i) {
+        require(nb::isinstance<HeldCache>(caches[i]), "a cache is a Cache");
+        HeldCache& held = nb::cast<HeldCache&>(caches[i]);
+        require(&held.plan == &self, "a cache belongs to its plan");
+        pieces.push_back({&held.cache, counts[i], wanted[i]});
+    }
+    std::unique_lock<std::mutex> alone(self.plan.busy, std::defer_lock);
     {
         nb::gil_scoped_release release;  // the call that is waited for may need it at its end
         alone.lock();
     }
-    self.plan.check_call(self.cache, tokens, out);
+    self.check_call(pieces, tokens, out);
     nb::gil_scoped_release release;
-    run(self.plan.plan, self.cache, tokens.data(), (long)tokens.shape(0), (long)out.shape(0), out.data(), threads);
+    run(self.plan, pieces, tokens.data(), out.data(), threads);
 }
 
 void truncate(HeldCache& self, long length) {
@@ -226,11 +243,30 @@ void stretch(HeldCache& self, bool stretched) {
     self.cache.stretched = stretched;
 }
 
+void copy(HeldCache& self, const HeldCache& from, long length) {
+    require(&self.plan == &from.plan && &self != &from, "a cache is copied to another one of its plan");
+    nb::gil_scoped_release release;
+    std::lock_guard<std::mutex> alone(self.plan.plan.busy);
+    if (self.cache.kept != from.cache.kept || length < 0 || length > from.cache.length || length > self.cache.capacity)
+        throw nb::value_error("as many tokens are copied as there are, and as there is room for");
+    self.cache.copy(from.cache, length);
+}
+
+Kept kept_of(const std::string& name) {
+    const std::pair<const char*, Kept> all[] = {{"f16", Kept::f16}, {"q8_0", Kept::q8_0}, {"q4_0", Kept::q4_0}};
+    for (const auto& [known, kept] : all)
+        if (name == known) return kept;
+    throw nb::value_error(("a cache is f16, q8_0 or q4_0, not " + name).c_str());
+}
+
+void check_capacity(long capacity) { require(1 <= capacity && capacity < 1L << 30, "a cache has 1 to 2^30 positions"); }
+
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
     m.attr("RESULT") = RESULT;
     m.attr("NONE") = NONE;
+    m.attr("WIDEST_HEAD") = WIDEST_HEAD;
     m.attr("MOST_TOKENS") = Plan::MOST_TOKENS;
     nb::class_<HeldPlan>(m, "Plan")
         .def("__init__", [](HeldPlan* self, const std::vector<long>& widths, long layers, long heads, long kv_heads,
@@ -247,7 +283,7 @@ void bind_decoder(nb::module_& m) {
              nb::arg("stretched") = std::vector<float>())
         .def("rotate", &HeldPlan::rotate, nb::arg("x"), nb::arg("rotation"))
         .def("attend", &HeldPlan::attend, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("out"),
-             nb::arg("layer"), nb::arg("window"), nb::arg("cap") = 0.0f)
+             nb::arg("layer"), nb::arg("window"), nb::arg("cap"))
         .def("gate", &HeldPlan::gate, nb::arg("activation"), nb::arg("gate"), nb::arg("up"), nb::arg("out"))
         .def("experts", &HeldPlan::experts, nb::arg("x"), nb::arg("router"), nb::arg("gates"), nb::arg("ups"),
              nb::arg("downs"), nb::arg("room"), nb::arg("out"), nb::arg("chosen"), nb::arg("normalised"),
@@ -256,20 +292,22 @@ void bind_decoder(nb::module_& m) {
         .def("cap", &HeldPlan::cap, nb::arg("x"), nb::arg("most"))
         .def("add", &HeldPlan::add, nb::arg("x"), nb::arg("to"))
         .def("narrow", &HeldPlan::narrow)
-        .def("cache_bytes", [](const HeldPlan& p, long capacity) {
-            require(1 <= capacity && capacity < 1L << 30, "a cache has 1 to 2^30 positions");
-            return Cache::bytes(p.plan.sizes, capacity);
-        }, nb::arg("capacity"));
+        .def("step", step, nb::arg("caches"), nb::arg("counts"), nb::arg("wanted"), array("tokens"), array("out"),
+             nb::arg("threads"))
+        .def("cache_bytes", [](const HeldPlan& p, long capacity, const std::string& kept) {
+            check_capacity(capacity);
+            return Cache::bytes(p.plan.sizes, kept_of(kept), capacity);
+        }, nb::arg("capacity"), nb::arg("kept"));
     nb::class_<HeldCache>(m, "Cache")
-        .def("__init__", [](HeldCache* self, nb::object plan, long capacity) {
+        .def("__init__", [](HeldCache* self, nb::object plan, long capacity, const std::string& kept) {
             HeldPlan& held = nb::cast<HeldPlan&>(plan);
-            require(1 <= capacity && capacity < 1L << 30, "a cache has 1 to 2^30 positions");
-            new (self) HeldCache{held, plan, Cache(held.plan.sizes, capacity)};
-        }, nb::arg("plan"), nb::arg("capacity"))
+            check_capacity(capacity);
+            new (self) HeldCache{held, plan, Cache(held.plan.sizes, kept_of(kept), capacity)};
+        }, nb::arg("plan"), nb::arg("capacity"), nb::arg("kept"))
         .def_prop_rw("stretched", [](const HeldCache& s) { return s.cache.stretched; }, stretch, nb::arg("value"))
         .def_prop_ro("length", [](const HeldCache& s) { return s.cache.length; })
         .def_prop_ro("capacity", [](const HeldCache& s) { return s.cache.capacity; })
-        .def("append", append, array("tokens"), array("out"), nb::arg("threads"))
+        .def("copy", copy, nb::arg("source"), nb::arg("length"))
         .def("truncate", truncate, nb::arg("length"));
 }
 

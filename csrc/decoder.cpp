@@ -13,28 +13,34 @@
 namespace fewbits {
 namespace {
 
-constexpr long CHUNK = 16;   // tokens of a head that a thread takes at a time
-constexpr long FEW = 16384;  // values of a buffer that are not worth sharing out
+constexpr long FEW = 16384;     // values of a buffer that are not worth sharing out
+constexpr long FEW_WORKS = 4;    // a thread: longer contexts are shared out in segments
 
 // What is the same for every step of a call.
 class Call {
 public:
-    Call(Plan& plan, Cache& cache, const int64_t* tokens, long count, long wanted, float* out, int threads)
-        : plan_(plan), cache_(cache), tokens_(tokens), count_(count), wanted_(wanted), out_(out), threads_(threads),
-          steps_(steps_of(current())), attention_(attention_of(current())) {
+    Call(Plan& plan, const std::vector<Piece>& pieces, const int64_t* tokens, float* out, int threads)
+        : plan_(plan), pieces_(pieces), tokens_(tokens), out_(out), threads_(threads), steps_(steps_of(current())),
+          attention_(attention_of(current())) {
+        for (const Piece& p : pieces)
+            for (long i = 0; i < p.count; ++i) {
+                if (i >= p.count - p.wanted) wanted_.push_back((long)positions_.size());
+                positions_.push_back(p.cache->length + i);
+                stretched_.push_back(p.cache->stretched);
+            }
+        count_ = rows_ = (long)positions_.size();
         for (const Rotation& r : plan.rotations) turns_.push_back(turns_of(r));
+        share_out();
     }
 
-    long rows() const { return count_ - first_; }
+    long rows() const { return rows_; }
 
     void operator()(const Embed& s) {
         values_of(s.table, tokens_, at(s.out));
     }
 
     void operator()(const Positions& s) {
-        std::vector<int64_t> positions(count_);
-        for (long i = 0; i < count_; ++i) positions[i] = cache_.length + i;
-        values_of(s.table, positions.data(), at(s.out));
+        values_of(s.table, std::vector<int64_t>(positions_.begin(), positions_.end()).data(), at(s.out));
     }
 
     void operator()(const Norm& s) {
@@ -60,9 +66,9 @@ public:
 
     void operator()(const Rotate& s) {
         const long width = plan_.widths[s.buffer], half = (long)plan_.rotations[s.rotation].frequencies.size();
-        const float* turns = turns_[s.rotation].data() + first_ * 2 * half;
+        const float* turns = turns_[s.rotation].data();
         each_row(width, [&](long i) {
-            const float* cos = turns + i * 2 * half;
+            const float* cos = turns + (narrowed_ ? wanted_[i] : i) * 2 * half;
             for (long c = 0; c < width; c += plan_.sizes.head)
                 steps_.rotate(at(s.buffer) + i * width + c, cos, cos + half, half);
         });
@@ -70,31 +76,43 @@ public:
 
     void operator()(const Attend& s) {
         const Sizes& z = plan_.sizes;
-        const long together = z.heads / z.kv_heads, chunks = (count_ + CHUNK - 1) / CHUNK;
-        parallel(threads_, z.kv_heads, [&](long h) {
-            const Head head = cache_.head(s.layer, h);
-            for (long i = 0; i < count_; ++i) {
-                const long column = (i * z.kv_heads + h) * z.head;
-                attention_.keep(head, cache_.length + i, at(s.keys) + column, at(s.values) + column);
+        const long together = z.heads / z.kv_heads, width = z.kv_heads * z.head;
+        parallel(count_ * width > FEW ? threads_ : 1, z.kv_heads, [&](long h) {
+            long row = 0;
+            for (const Piece& p : pieces_) {
+                const Head head = p.cache->head(s.layer, h);
+                for (long i = 0; i < p.count; ++i, ++row)
+                    attention_.keep(head, positions_[row], at(s.keys) + row * width + h * z.head,
+                                    at(s.values) + row * width + h * z.head);
             }
         });
-        parallel(threads_, z.kv_heads * chunks, [&](long part) {
-            const long h = part % z.kv_heads, chunk = chunks - 1 - part / z.kv_heads;  // the longest first
-            const Head head = cache_.head(s.layer, h);
-            Query queries[QUERIES];
+        const Scores how{z.scale, s.cap};
+        auto ask = [&](const Chunk& chunk, long h, Query* queries) {
             int found = 0;
-            const long last = std::min(count_, (chunk + 1) * CHUNK);
-            for (long i = chunk * CHUNK; i < last; ++i)
-                for (long k = 0; k < together; ++k) {
-                    const long column = (i * z.heads + h * together + k) * z.head, position = cache_.length + i;
-                    queries[found++] = {at(s.queries) + column,
-                                        s.window ? std::max(0L, position - s.window + 1) : 0, position,
-                                        at(s.out) + column};
-                    if (found < QUERIES && (i + 1 < last || k + 1 < together)) continue;
-                    attention_.attend(head, queries, found, z.scale, s.cap);
-                    found = 0;
+            for (long row = chunk.first; row < chunk.last; ++row)
+                for (long k = chunk.head; k < std::min(chunk.head + QUERIES, together); ++k) {
+                    const long column = (row * z.heads + h * together + k) * z.head, position = positions_[row];
+                    queries[found++] = {at(s.queries) + column, s.window ? std::max(0L, position - s.window + 1) : 0,
+                                        position, at(s.out) + column};
                 }
+            return found;
+        };
+        parallel(threads_, (long)works_.size(), [&](long i) {
+            const Work& w = works_[i];
+            const Head head = w.chunk->cache->head(s.layer, w.head);
+            Query queries[QUERIES];
+            const int found = ask(*w.chunk, w.head, queries);
+            if (w.segment < 0) attention_.attend(head, queries, found, how);
+            else attention_.gather(head, queries, found, how, w.segment, sums_.data() + w.sums);
         });
+        for (const Work& w : works_)
+            if (w.segment == 0) {
+                const Head head = w.chunk->cache->head(s.layer, w.head);
+                Query queries[QUERIES];
+                const int found = ask(*w.chunk, w.head, queries);
+                attention_.finish(head, queries, found, segments(positions_[w.chunk->last - 1] + 1),
+                                  sums_.data() + w.sums);
+            }
     }
 
     void operator()(const Gate& s) {
@@ -147,9 +165,53 @@ public:
         each_row(width, [&](long i) { steps_.add(at(s.in) + i * width, 1, width, at(s.out) + i * width); });
     }
 
-    void operator()(const Narrow&) { first_ = count_ - wanted_; }
+    void operator()(const Narrow&) {
+        rows_ = (long)wanted_.size();
+        narrowed_ = true;
+        for (int b = 0; b < (int)plan_.widths.size(); ++b)
+            for (long i = 0, width = plan_.widths[b]; i < rows_; ++i)
+                if (wanted_[i] != i) memcpy(at(b) + i * width, at(b) + wanted_[i] * width, width * sizeof(float));
+    }
 
 private:
+    // Neighbouring tokens of a piece whose queries meet a head's keys and values together.
+    struct Chunk {
+        const Cache* cache;
+        long first, last;  // rows
+        long head;         // the first of the heads of queries that share one of keys
+    };
+    struct Work {
+        const Chunk* chunk;
+        long head, segment, sums;  // segment: -1, all at once; where sums over it go
+    };
+
+    // What threads take one after the other in every layer: long ones first, and in parts where they are few.
+    void share_out() {
+        const Sizes& z = plan_.sizes;
+        const long together = z.heads / z.kv_heads, tokens = std::max(1L, QUERIES / together);
+        long row = 0;
+        for (const Piece& p : pieces_) {
+            const long end = row + p.count;
+            for (; row < end; row = std::min(row + tokens, end))
+                for (long head = 0; head < together; head += QUERIES)
+                    chunks_.push_back({p.cache, row, std::min(row + tokens, end), head});
+        }
+        auto cost = [&](const Chunk& c) { return (c.last - c.first) * (positions_[c.last - 1] + 1); };
+        std::stable_sort(chunks_.begin(), chunks_.end(),
+                         [&](const Chunk& a, const Chunk& b) { return cost(a) > cost(b); });
+        const bool split = threads_ > 1 && (long)chunks_.size() * z.kv_heads < FEW_WORKS * threads_;
+        long sums = 0;
+        for (const Chunk& c : chunks_) {
+            const long rows = (c.last - c.first) * std::min<long>(QUERIES, together - c.head);
+            const long parts = segments(positions_[c.last - 1] + 1);
+            for (long h = 0; h < z.kv_heads; ++h)
+                if (!split || parts == 1) works_.push_back({&c, h, -1, 0});
+                else
+                    for (long i = 0; i < parts; ++i, sums += rows * sums_of(z.head)) works_.push_back({&c, h, i, sums});
+        }
+        sums_.resize(sums);
+    }
+
     // Products of every expert with its rows.
     void multiply(const Experts& s, Matrix Experts::Expert::*part, const Choice& choice, const float* in, float* out) {
         std::vector<Share> shares;
@@ -175,37 +237,42 @@ private:
 
     // [tokens, 2, half]: cosines and sines; angles are float32, as Transformers computes them
     std::vector<float> turns_of(const Rotation& r) const {
-        const std::vector<float>& frequencies = cache_.stretched ? r.stretched : r.frequencies;
-        const long half = (long)frequencies.size();
+        const long half = (long)r.frequencies.size();
         std::vector<float> turns(count_ * 2 * half);
-        for (long i = 0; i < count_; ++i)
+        for (long i = 0; i < count_; ++i) {
+            const std::vector<float>& frequencies = stretched_[i] ? r.stretched : r.frequencies;
             for (long k = 0; k < half; ++k) {
-                const double angle = (float)(cache_.length + i) * frequencies[k];
+                const double angle = (float)positions_[i] * frequencies[k];
                 turns[2 * i * half + k] = (float)::cos(angle) * r.factor;
                 turns[(2 * i + 1) * half + k] = (float)::sin(angle) * r.factor;
             }
+        }
         return turns;
     }
 
-    float* at(int buffer) {
-        return buffer == RESULT ? out_ : plan_.room(buffer, count_) + first_ * plan_.widths[buffer];
-    }
+    float* at(int buffer) { return buffer == RESULT ? out_ : plan_.room(buffer, count_); }
 
-    template <class Work>
-    void each_row(long width, Work&& work) {
-        parallel(rows() * width > FEW ? threads_ : 1, rows(), [&](long i) { work(i); });
+    template <class One>
+    void each_row(long width, One&& one) {
+        parallel(rows() * width > FEW ? threads_ : 1, rows(), [&](long i) { one(i); });
     }
 
     Plan& plan_;
-    Cache& cache_;
+    const std::vector<Piece>& pieces_;
     const int64_t* tokens_;
-    const long count_, wanted_;
     float* const out_;
     const int threads_;
     const Steps& steps_;
     const Attention& attention_;
+    long count_, rows_;            // tokens of the call, and rows that buffers have now
+    std::vector<long> positions_;  // of every token in its sequence
+    std::vector<bool> stretched_;  // whether its cache is
+    std::vector<long> wanted_;     // tokens whose results are
+    bool narrowed_ = false;        // rows are those of wanted tokens
     std::vector<std::vector<float>> turns_;  // by rotation
-    long first_ = 0;  // token that buffers begin with
+    std::vector<Chunk> chunks_;
+    std::vector<Work> works_;
+    std::vector<float> sums_;
 };
 
 }  // namespace
@@ -224,14 +291,16 @@ float* Plan::room(int buffer, long tokens) {
     return at;
 }
 
-void run(Plan& plan, Cache& cache, const int64_t* tokens, long count, long wanted, float* out, int threads) {
+void run(Plan& plan, const std::vector<Piece>& pieces, const int64_t* tokens, float* out, int threads) {
+    long count = 0;
+    for (const Piece& p : pieces) count += p.count;
     plan.room(0, count);  // before threads need it
-    Call call(plan, cache, tokens, count, wanted, out, threads);
+    Call call(plan, pieces, tokens, out, threads);
     for (const Step& step : plan.steps) {
         std::visit(call, step);
         if (!call.rows()) break;
     }
-    cache.length += count;
+    for (const Piece& p : pieces) p.cache->length += p.count;
 }
 
 }  // namespace fewbits

@@ -118,7 +118,14 @@ private:
     long tokens_ = 0;
 };
 
-// Appends `count` tokens, at most MOST_TOKENS; `out` gets the result of the last `wanted` ones. Arguments were checked.
-void run(Plan& plan, Cache& cache, const int64_t* tokens, long count, long wanted, float* out, int threads);
+// What a call appends to one sequence, and of how many of its last tokens the result is wanted.
+struct Piece {
+    Cache* cache;
+    long count, wanted;
+};
+
+// Appends the tokens of all pieces, one after the other and at most MOST_TOKENS; `out` gets the wanted results in that
+// order. Arguments were checked: no cache is there twice.
+void run(Plan& plan, const std::vector<Piece>& pieces, const int64_t* tokens, float* out, int threads);
 
 }  // namespace fewbits

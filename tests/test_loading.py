@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import fewbits
 from fewbits.errors import FewbitsError
 from fewbits.generate import Session
+from fewbits.text.sampling import Sampling
 from fewbits.loading import checkpoint_of
 from fewbits.runtime.linear import QEmbedding, QLinear
 
@@ -104,8 +105,8 @@ def test_greedy_generation_equals_transformers(tiny: Path) -> None:
 def test_same_seed_same_text_and_context_limit(tiny: Path) -> None:
     session = Session(tiny)
     ids = session.encode("hello")
-    one, two = (session.generate(ids, max_tokens=8, temperature=1.0, seed=5).tokens for _ in range(2))
+    one, two = (session.generate(ids, max_tokens=8, sampling=Sampling(temperature=1.0, seed=5)).tokens for _ in range(2))
     assert one == two
-    assert one != session.generate(ids, max_tokens=8, temperature=1.0, seed=6).tokens
+    assert one != session.generate(ids, max_tokens=8, sampling=Sampling(temperature=1.0, seed=6)).tokens
     with pytest.raises(FewbitsError, match="prompt of 256 tokens, the model's context is 256"):
         session.generate([5] * 256)

@@ -11,16 +11,19 @@ from typing import Any
 from fewbits.codecs.base import Codec, Shape
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
+from fewbits.stored import Stored
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: what its file says of it, and how to get it."""
+    """One tensor: what its file says of it, and how to get it; `stored` says where its bytes lie, if they are the
+    tensor's as they are."""
 
     name: str
     shape: Shape
     codec: Codec
     load: Callable[[], QTensor]
+    stored: Callable[[], Stored | None] = lambda: None
 
     @property
     def nbytes(self) -> int:
@@ -31,7 +34,9 @@ class Entry:
         return math.prod(self.shape)
 
     def as_(self, **changes: Any) -> Entry:
-        return replace(self, **changes)
+        """The same but for `changes`; another name alone leaves the tensor what it is in the file."""
+        other = changes.keys() - {"name"}
+        return replace(self, **({"stored": lambda: None} if other else {}) | changes)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ int main(int count, char** arguments) {
             test_encoders(set);
             test_steps(set);
             test_attention(set);
+            test_prepare(set);
         } else {
             check(false, "no usable set of kernels is called " + set);
         }

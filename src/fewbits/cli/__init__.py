@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
 
-from fewbits.cli import chat, convert, evaluate, explain, finish, imatrix, info, plan, quantize, run, verify
 from fewbits.errors import Elsewhere, FewbitsError
 
-app = typer.Typer(name="fewbits", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Put any language model into few bits: quantize, run, measure.")
-app.command("quantize")(quantize.command)
-app.command("finish")(finish.command)
-app.command("convert")(convert.command)
-app.command("imatrix")(imatrix.command)
-app.command("info")(info.command)
-app.command("plan")(plan.command)
-app.command("verify")(verify.command)
-# a negative number is no option
-app.command("explain", context_settings={"ignore_unknown_options": True})(explain.command)
-app.command("eval")(evaluate.command)
-app.command("run")(run.command)
-app.command("chat")(chat.command)
+# command -> its settings; `eval` is a name of Python's
+COMMANDS: dict[str, dict[str, Any]] = {name: {} for name in (
+    "quantize", "finish", "convert", "imatrix", "info", "plan", "verify", "explain", "eval", "run", "chat")}
+COMMANDS["explain"] = {"context_settings": {"ignore_unknown_options": True}}  # a negative number is no option
+MODULES = {"eval": "evaluate"}
+
+
+class Ended(SystemExit):
+    """The end of a command that has said all there is to say."""
+
+
+def application(asked: str = "") -> typer.Typer:
+    """The command that is asked for, where it is one; else all, to list them. Others are not even imported."""
+    app = typer.Typer(name="fewbits", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_fewbits)
+    for name in [asked] if asked in COMMANDS else COMMANDS:
+        module = import_module(f"fewbits.cli.{MODULES.get(name, name)}")
+        app.command(name, **COMMANDS[name])(module.command)
+    return app
+
+
+def _fewbits() -> None:
+    """Put any language model into few bits: quantize, run, measure."""
 
 
 def main() -> None:
     """Entry point: errors become one line and a hint on stderr, and an exit code."""
     try:
-        app()
-    except Elsewhere:
-        sys.exit(1)
+        application(sys.argv[1] if len(sys.argv) > 1 else "")()
+    except (Elsewhere, Ended) as end:
+        sys.exit(end.code if isinstance(end, Ended) else 1)
     except FewbitsError as error:
         _say(f"error: {error}")
         if error.hint:

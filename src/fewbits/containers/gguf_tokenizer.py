@@ -34,6 +34,15 @@ def tokenizer_json(metadata: Mapping[str, Value]) -> bytes:
     Raises:
         FewbitsError: a tokenizer model or pre-tokenizer that is not in the table.
     """
+    return json.dumps(parts(metadata), ensure_ascii=False).encode()
+
+
+def parts(metadata: Mapping[str, Value]) -> Json:
+    """What `tokenizer.json` of a GGUF file holds.
+
+    Raises:
+        FewbitsError: a tokenizer model or pre-tokenizer that is not in the table.
+    """
     get = _getter(metadata)
     model, tokens = get("model"), get("tokens")
     if not isinstance(tokens, list) or model not in ("gpt2", "llama"):
@@ -48,11 +57,10 @@ def tokenizer_json(metadata: Mapping[str, Value]) -> bytes:
               "rstrip": strips and tokens[i] not in NOT_STRIPPING,
               "normalized": False, "special": bool(types[i] != USER_DEFINED)}
              for i in np.flatnonzero(np.isin(types, (UNKNOWN, CONTROL, USER_DEFINED)))]
-    parts = _gpt2(get, tokens) if model == "gpt2" else _llama(get, tokens, types)
-    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": parts["normalizer"], "pre_tokenizer": parts["pre_tokenizer"],
-            "post_processor": _template(get, tokens), "decoder": parts["decoder"], "model": parts["model"]}
-    return json.dumps(spec, ensure_ascii=False).encode()
+    steps = _gpt2(get, tokens) if model == "gpt2" else _llama(get, tokens, types)
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": steps["normalizer"], "pre_tokenizer": steps["pre_tokenizer"],
+            "post_processor": _template(get, tokens), "decoder": steps["decoder"], "model": steps["model"]}
 
 
 def stripping(name: str) -> bool:
@@ -87,15 +95,20 @@ def _gpt2(get: Any, tokens: list[str]) -> Json:
         raise FewbitsError(f"{KEY}pre is {get('pre')!r}; known here: {', '.join([*PRE, *filter(None, ALIASES)])}",
                            "tokenize with another copy of the model's tokenizer")
     pre, ignore_merges, normalizer = PRE[_pre_name(get)]
-    merges = []
-    for i, merge in enumerate(get("merges", [])):
-        left, space, right = merge.partition(" ") if not merge.startswith(" ") else (" ", *merge[1:].partition(" ")[1:])
-        if not space:
-            raise FewbitsError(f"{KEY}merges[{i}] is {merge!r}: no pair")
-        merges.append([left, right])
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in get("merges", [])]
+    for i, pair in enumerate(merges):
+        if len(pair) != 2:
+            merges[i] = _pair(" ".join(pair), i)
     return {"normalizer": normalizer, "pre_tokenizer": pre,
             "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
             "model": _model(tokens, merges, None, False, ignore_merges)}
+
+
+def _pair(merge: str, i: int) -> tuple[str, str]:
+    left, space, right = merge.partition(" ") if not merge.startswith(" ") else (" ", *merge[1:].partition(" ")[1:])
+    if not space:
+        raise FewbitsError(f"{KEY}merges[{i}] is {merge!r}: no pair")
+    return left, right
 
 
 def _llama(get: Any, tokens: list[str], types: np.ndarray) -> Json:
@@ -116,9 +129,9 @@ def _llama(get: Any, tokens: list[str], types: np.ndarray) -> Json:
                             tokens[unknown] if 0 <= unknown < len(tokens) else None, True, False)}
 
 
-def _model(tokens: list[str], merges: list[list[str]], unknown: str | None, byte_fallback: bool,
+def _model(tokens: list[str], merges: list[tuple[str, str]], unknown: str | None, byte_fallback: bool,
            ignore_merges: bool) -> Json:
-    vocab = {token: i for i, token in enumerate(tokens)}
+    vocab = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(vocab) != len(tokens):
         repeated = next(t for i, t in enumerate(tokens) if vocab[t] != i)
         raise FewbitsError(f"{KEY}tokens holds {repeated!r} twice")
@@ -127,7 +140,7 @@ def _model(tokens: list[str], merges: list[list[str]], unknown: str | None, byte
             "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges}
 
 
-def merges_from_scores(tokens: list[str], types: np.ndarray, scores: np.ndarray) -> list[list[str]]:
+def merges_from_scores(tokens: list[str], types: np.ndarray, scores: np.ndarray) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, the highest score first; ties by token, then by the parts."""
     score = scores.tolist()
     pieces = {tokens[i]: int(i) for i in np.flatnonzero(np.isin(types, (NORMAL, UNUSED)))}
@@ -138,7 +151,7 @@ def merges_from_scores(tokens: list[str], types: np.ndarray, scores: np.ndarray)
             if left is not None and right is not None:
                 found.append((-score[i], i, left, right))
     found.sort()
-    return [[tokens[left], tokens[right]] for _, _, left, right in found]
+    return [(tokens[left], tokens[right]) for _, _, left, right in found]
 
 
 def _template(get: Any, tokens: list[str]) -> Json | None:

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from fewbits.codecs.base import Shape
 from fewbits.containers.base import flat_bytes
 from fewbits.errors import FewbitsError
@@ -60,6 +62,10 @@ class Raw:
 
     def data(self) -> bytes:
         return self.file.mapped()[self.start:self.end]
+
+    def array(self) -> np.ndarray | None:
+        """Its bytes, sharing the read-only mapping; None where they are not in a mapped file."""
+        return np.frombuffer(self.file.mapped(), np.uint8, self.end - self.start, self.start)
 
     def tensor(self) -> torch.Tensor:
         """The tensor, sharing the read-only mapping: writing into it would end the process."""

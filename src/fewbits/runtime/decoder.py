@@ -17,15 +17,13 @@ from fewbits.arch.rotary import Rotation
 from fewbits.arch.rows import AddOne, Ops, Regroup
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers import experts
-from fewbits.errors import FewbitsError
-from fewbits.lazy import torch
-from fewbits.qtensor import QTensor
-from fewbits.runtime import families
+from fewbits.errors import FewbitsError, Unsupported
+from fewbits.runtime import families, weights
 from fewbits.runtime.families import ACTIVATIONS, FULL, SLIDING, Family
 from fewbits.runtime.sequences import Decoder
+from fewbits.runtime.weights import Weight
 
 Array = np.ndarray
-Matrix = _native.Weight | _native.Floats
 Rows = slice | Array | None  # of a matrix: all of them, or those that make up a part of it
 
 # buffers of a call, [tokens, width] each; the last is there if there are experts
@@ -44,13 +42,15 @@ def compile(checkpoint: Checkpoint) -> Decoder:
     checkpoint = families.language(checkpoint)
     family, table = families.family_of(checkpoint)
     config = families.settings(checkpoint, family, table)
+    if head_dim(config) > _native.WIDEST_HEAD:
+        raise Unsupported(f"{checkpoint.path}: no native decoder for heads of {head_dim(config)} columns")
     try:
-        weights = _Weights(checkpoint, table, config)
+        tensors = _Tensors(checkpoint, table, config)
         rotations = _rotations(family, config)
         plan = _native.Plan(widths=_widths(config), layers=config["num_hidden_layers"],
                             heads=config["num_attention_heads"], kv_heads=kv_heads(config), head=head_dim(config),
                             scale=family.scale(config))
-        _Writer(plan, family, config, weights).write(rotations)
+        _Writer(plan, family, config, tensors).write(rotations)
     except FewbitsError:
         raise
     except KeyError as error:
@@ -77,6 +77,9 @@ def _rotations(family: Family, config: Config) -> dict[str, Rotation]:
         settings = rope.parameters(config, kind if family.by_kind else "")
         if not family.partly:
             settings.pop("partial_rotary_factor", None)
+        if settings["rope_type"] not in rotary.KINDS:
+            raise Unsupported(f"no native decoder for rope type {settings['rope_type']!r}",
+                              f"there are {', '.join(rotary.KINDS)}; fewbits.load() may run it")
         found[kind] = rotary.rotation(settings, head_dim(config), config["max_position_embeddings"])
     return found
 
@@ -97,22 +100,22 @@ class _Writer:
     plan: _native.Plan
     family: Family
     config: Config
-    weights: _Weights
+    tensors: _Tensors
 
     def write(self, rotations: dict[str, Rotation]) -> None:
         plan, family, c = self.plan, self.family, self.config
         turns = {kind: plan.rotation(r.frequencies.tolist(), r.factor, [] if r.stretched is None else
                                      r.stretched.tolist()) for kind, r in rotations.items()}
-        plan.embed(self.weights.matrix("token_embd"), HIDDEN)
-        if "position_embd" in self.weights:
-            plan.positions(self.weights.matrix("position_embd"), NORMED)
+        plan.embed(self.tensors.matrix("token_embd"), HIDDEN)
+        if "position_embd" in self.tensors:
+            plan.positions(self.tensors.matrix("position_embd"), NORMED)
             plan.add(NORMED, HIDDEN)
         if family.embedding:
             plan.scale(HIDDEN, family.embedding(c))
         for i, kind in enumerate(self._kinds()):
             self._layer(i, kind, turns.get(kind))
         self._norm("output_norm", HIDDEN, HIDDEN)
-        head = "output" if "output" in self.weights else "token_embd"
+        head = "output" if "output" in self.tensors else "token_embd"
         self._multiply(HIDDEN, [Part(head, _native.RESULT)])
         if c.get(family.caps[1]):
             plan.cap(_native.RESULT, c[family.caps[1]])
@@ -141,17 +144,17 @@ class _Writer:
             self._add(SEEN, at + "attn_output", at + "post_attention_norm")
         else:
             self._add(SEEN, at + "attn_output", at + "post_attention_norm")
-            if at + "ffn_gate_inp" in self.weights:
+            if at + "ffn_gate_inp" in self.tensors:
                 return self._experts(at)
             self._widen(at)
         self._add(GATE, at + "ffn_down", at + "post_ffw_norm")
 
     def _queries_keys_values(self, at: str) -> list[Part]:
         fused, c = at + "attn_qkv", self.config
-        if fused not in self.weights:
+        if fused not in self.tensors:
             return [Part(at + "attn_q", QUERIES), Part(at + "attn_k", KEYS), Part(at + "attn_v", VALUES)]
         heads, width = c["num_attention_heads"], head_dim(c)
-        if any(isinstance(op, Regroup) for op in self.weights.ops(fused)):  # those of a head side by side
+        if any(isinstance(op, Regroup) for op in self.tensors.ops(fused)):  # those of a head side by side
             rows = np.arange(3 * heads * width).reshape(heads, 3, width)
             return [Part(fused, out, rows[:, i].ravel()) for i, out in enumerate((QUERIES, KEYS, VALUES))]
         ends = np.cumsum([0, heads * width, kv_heads(c) * width, kv_heads(c) * width]).tolist()
@@ -161,16 +164,16 @@ class _Writer:
         """The first half of the feed-forward part: into GATE."""
         gate, up, wide = at + "ffn_gate", at + "ffn_up", inner(self.config)
         parts = [Part(gate, GATE), Part(up, UP)]
-        if gate not in self.weights:
-            fused = self.weights.shape(up)[0] == 2 * wide
-            parts = [Part(up, GATE, slice(wide)), Part(up, UP, slice(wide, 2 * wide))] if fused else [Part(up, GATE)]
+        if gate not in self.tensors:
+            fused = self.tensors.shape(up)[0] == 2 * wide
+            parts = [Part(up, GATE, slice(0, wide)), Part(up, UP, slice(wide, 2 * wide))] if fused else [Part(up, GATE)]
         self._multiply(self._norm(at + "ffn_norm", HIDDEN, NORMED), parts)
         self.plan.gate(self._activation, GATE, UP if len(parts) == 2 else _native.NONE, GATE)
 
     def _experts(self, at: str) -> None:
         x = self._norm(at + "ffn_norm", HIDDEN, NORMED)
-        gates, ups, downs = (self.weights.stack(f"{at}ffn_{part}_exps") for part in ("gate", "up", "down"))
-        self.plan.experts(x, self.weights.matrix(at + "ffn_gate_inp"), gates, ups, downs, room=[CHOSEN, GATE, UP],
+        gates, ups, downs = (self.tensors.stack(f"{at}ffn_{part}_exps") for part in ("gate", "up", "down"))
+        self.plan.experts(x, self.tensors.matrix(at + "ffn_gate_inp"), gates, ups, downs, room=[CHOSEN, GATE, UP],
                           out=NORMED, chosen=self.config["num_experts_per_tok"],
                           normalised=self.family.normalised(self.config), activation=self._activation)
         self.plan.add(NORMED, HIDDEN)
@@ -186,24 +189,24 @@ class _Writer:
 
     def _norm(self, name: str, x: int, out: int) -> int:
         """Where the result lies: `x` if there is no such norm."""
-        if name not in self.weights:
+        if name not in self.tensors:
             return x
-        self.plan.norm(x, out, self.weights.vector(name), self.config[self.family.epsilon], self.family.centred,
-                       self.weights.bias(name))
+        self.plan.norm(x, out, self.tensors.vector(name), self.config[self.family.epsilon], self.family.centred,
+                       self.tensors.bias(name))
         return out
 
     def _multiply(self, x: int, parts: list[Part]) -> None:
-        self.plan.multiply(x, [self.weights.matrix(p.name, p.rows) for p in parts],
-                           [self.weights.bias(p.name, p.rows) for p in parts], [p.out for p in parts])
+        self.plan.multiply(x, [self.tensors.matrix(p.name, p.rows) for p in parts],
+                           [self.tensors.bias(p.name, p.rows) for p in parts], [p.out for p in parts])
 
 
-class _Weights:
+class _Tensors:
     """Tensors of a checkpoint by their names in GGUF, checked against the family's table; without `.weight`."""
 
     def __init__(self, checkpoint: Checkpoint, table: arch.Architecture, config: Config):
         self.checkpoint, self.entries = checkpoint, experts.stacked(checkpoint.entries)
         self._tensors = {t.gguf.removesuffix(".weight"): t for t in arch.tensors(table, config)}
-        self._made: dict[str, Matrix] = {}
+        self._made: dict[str, Weight] = {}
         for t in self._tensors.values():
             self._check(t.hf, t.shape(config))
 
@@ -230,67 +233,27 @@ class _Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry(name).shape)
 
-    def matrix(self, name: str, rows: Rows = None) -> Matrix:
+    def matrix(self, name: str, rows: Rows = None) -> Weight:
         if rows is not None:
-            return _matrix(self._entry(name), rows)
+            return weights.matrix(self._entry(name), rows)
         if name not in self._made:  # a tied head is the table of tokens
-            self._made[name] = _matrix(self._entry(name))
+            self._made[name] = weights.matrix(self._entry(name))
         return self._made[name]
 
-    def stack(self, name: str) -> list[Matrix]:
+    def stack(self, name: str) -> list[Weight]:
         """A layer's experts."""
         whole = self._tensors[name].hf
         if whole in self.entries:
-            return _stack(self.entries[whole])
+            return weights.matrices(self.entries[whole])
         count = sum(experts.stack_of(n) == whole for n in self.entries)
-        return [_matrix(self.entries[experts.one(whole, i)]) for i in range(count)]
+        return [weights.matrix(self.entries[experts.one(whole, i)]) for i in range(count)]
 
     def vector(self, name: str) -> Array:
-        values = _vector(self._entry(name))
+        values = weights.vector(self._entry(name))
         return values + np.float32(1) if AddOne() in self.ops(name) else values
 
     def bias(self, name: str, rows: Rows = None) -> Array | None:
         entry = self.entries.get(self._tensors[name].hf.removesuffix("weight") + "bias")
         if entry is None:
             return None
-        return np.ascontiguousarray(_vector(entry)[slice(None) if rows is None else rows])
-
-
-# from entries to what native code reads -----------------------------------------------------------------------------
-def _matrix(entry: Entry, rows: Rows = None) -> Matrix:
-    q = entry.load()
-    if rows is not None and not q.codec.rows_apart(q.shape):
-        return _floats(q.dequantize()[rows])
-    if rows is not None:
-        q = q.part(rows if isinstance(rows, slice) else torch.from_numpy(rows))
-    return _prepared(q)[0]
-
-
-def _stack(entry: Entry) -> list[Matrix]:
-    return _prepared(entry.load())
-
-
-def _vector(entry: Entry) -> Array:
-    found: Array = entry.load().dequantize().numpy()
-    return found
-
-
-def _prepared(q: QTensor) -> list[Matrix]:
-    from fewbits.runtime.cpu import Native
-    from fewbits.runtime.dispatch import choose
-    from fewbits.runtime.reference import _Weight
-
-    ordered, outliers = q.order is not None, q.codec.family == "int8"
-    without = ("decode", "native") if ordered or outliers else ("decode",)
-    prepared = choose(q, torch.device("cpu"), without=without).prepare(q, torch.float32)
-    if isinstance(prepared, Native):
-        return [m.weight for m in prepared.matrices]
-    assert isinstance(prepared, _Weight)
-    whole = prepared.weight()
-    return [_floats(part) for part in whole.reshape(-1, *q.shape[-2:])]
-
-
-def _floats(values: torch.Tensor) -> _native.Floats:
-    from fewbits.runtime.interleaved import SCALES
-
-    return _native.Floats(values.contiguous().view(torch.uint8), SCALES[values.dtype], *values.shape)
+        return np.ascontiguousarray(weights.vector(entry)[slice(None) if rows is None else rows])

@@ -14,7 +14,7 @@ from fewbits import arch
 from fewbits.arch import wrapped
 from fewbits.arch.base import Config, head_dim
 from fewbits.checkpoint import Checkpoint
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, Unsupported
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
@@ -159,11 +159,11 @@ def family_of(checkpoint: Checkpoint) -> tuple[Family, arch.Architecture]:
     """
     kind = str(checkpoint.config.get("model_type"))
     if kind not in FAMILIES:
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for model type {kind!r}",
+        raise Unsupported(f"{checkpoint.path}: no native decoder for model type {kind!r}",
                            f"there are {', '.join(FAMILIES)}; fewbits.load() runs others")
     table = arch.lookup(checkpoint.config)
     if table is None:
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for {checkpoint.architecture}",
+        raise Unsupported(f"{checkpoint.path}: no native decoder for {checkpoint.architecture}",
                            "there are models with a language head; fewbits.load() runs others")
     return FAMILIES[kind], table
 
@@ -190,9 +190,9 @@ def settings(checkpoint: Checkpoint, family: Family, table: arch.Architecture) -
                            "tensors in the file")
     reason = family.refuse(config)
     if reason:
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for {reason}", "fewbits.load() runs it")
+        raise Unsupported(f"{checkpoint.path}: no native decoder for {reason}", "fewbits.load() runs it")
     act = config.get(family.activation)
     if act not in ACTIVATIONS:
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for {family.activation} {act!r}",
+        raise Unsupported(f"{checkpoint.path}: no native decoder for {family.activation} {act!r}",
                            f"there are {', '.join(ACTIVATIONS)}")
     return config

@@ -7,20 +7,23 @@ The layout is drawn in docs/concepts/kernels.md, its names are those of csrc/wei
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
+import numpy as np
 
+from fewbits import _native
 from fewbits.codecs import iq4, mxfp4, table, ternary
 from fewbits.codecs.affine import Int8, IntK
-from fewbits.codecs.base import Codec, Params, Shape
+from fewbits.codecs.base import Codec, Params, Shape, units
 from fewbits.codecs.ggml import Simple
 from fewbits.codecs.ggml_old import Old
 from fewbits.codecs.kquants import Q2_K, Symmetric, WithMinimum
+from fewbits.lazy import torch
 
 TILE, BLOCK = 16, 32  # rows of a tile, columns of a block
-SCALES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "e8m0"}
+SCALES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "uint8": "e8m0"}  # by torch's name
 MIDDLE = 128  # what is added to signed bytes
 FINEST, COARSEST, STEPS = 127, 96, 16  # levels are rounded to bytes of -127 … 127; factors tried between integers
 
@@ -59,13 +62,27 @@ class Form:
 def rounded(values: tuple[float, ...]) -> tuple[tuple[int, ...], float]:
     """Levels as signed bytes, and the factor that makes values of them: 1 for integers, else the one that rounds with
     the least squared error. NF4's are off by at most 0.0039 of the largest, FP4's by 0.0031."""
-    levels = torch.tensor(values, dtype=torch.float64)
-    factors = levels.abs().max() * STEPS / torch.arange(COARSEST * STEPS, FINEST * STEPS + 1, dtype=torch.float64)
-    if torch.equal(levels, levels.round()):
-        factors = torch.ones(1, dtype=torch.float64)
+    levels = np.array(values, np.float64)
+    factors = np.abs(levels).max() * STEPS / np.arange(COARSEST * STEPS, FINEST * STEPS + 1, dtype=np.float64)
+    if np.array_equal(levels, levels.round()):
+        factors = np.ones(1)
     whole = (levels / factors[:, None]).round()
-    best = (whole * factors[:, None] - levels).square().sum(1).argmin()
-    return tuple(whole[best].int().tolist()), float(factors[best])
+    best = np.square(whole * factors[:, None] - levels).sum(1).argmin()
+    return tuple(map(int, whole[best])), float(factors[best])
+
+
+def scale_name(dtype: torch.dtype) -> str:
+    """What the native extension calls scales, or weights, of this type."""
+    return SCALES[str(dtype).removeprefix("torch.")]
+
+
+def weight(f: Form, rows: int, columns: int, unit: int, scale: str, planes: Mapping[str, Any]) -> _native.Weight:
+    """A matrix of these planes, `unit` columns of which share a scale, for the native kernels."""
+    blocks = units(columns, BLOCK)
+    return _native.Weight(
+        rows=rows, columns=columns, bits=f.bits, zero=f.zero, sub=f.sub, factor=f.factor,
+        group=blocks if unit >= columns else unit // BLOCK, scaling=f.scaling, scale=scale, values=f.values,
+        levels=f.levels, **{name: planes.get(name) for name in ("codes", "scales", "mins", "subscales", "submins")})
 
 
 def form(codec: Codec) -> Form | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Tokens
+from collections.abc import Sequence as Several
+from weakref import WeakSet
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from fewbits.instructions import threads
 from fewbits.planning import available_bytes
 
 Array = np.ndarray
+Tokens = Several[int]
+
+CACHES = ("f16", "q8_0", "q4_0")  # what keys and values are rounded to: 16, 8.5 and 4.5 bits each
 
 
 class Decoder:
@@ -19,67 +23,136 @@ class Decoder:
 
     def __init__(self, plan: _native.Plan, vocabulary: int, context: int, original: int = 0):
         self.plan, self.vocabulary, self.context = plan, vocabulary, context
-        self.original = original  # positions beyond which a sequence is turned by stretched frequencies; 0: none
+        self.original = original  # longer sequences are turned by stretched frequencies; 0: none
+        self._sequences: WeakSet[Sequence] = WeakSet()
 
-    def logits(self, tokens: Tokens[int], last_only: bool = False) -> Array:
+    def logits(self, tokens: Tokens, last_only: bool = False) -> Array:
         """Logits `[tokens, vocabulary]`, float32; of the last token alone, `[1, vocabulary]`, if `last_only`."""
         return self.sequence(max(1, len(tokens))).append(tokens, last_only)
 
-    def sequence(self, capacity: int | None = None) -> Sequence:
+    def sequence(self, capacity: int | None = None, cache: str = "f16") -> Sequence:
         """An empty sequence with room for `capacity` tokens, by default for the model's whole context.
 
+        `cache` says what keys and values are rounded to. Memory is taken as tokens come, not before.
+
         Raises:
-            FewbitsError: more than the model's context, or its cache does not fit into the free memory.
+            FewbitsError: more than the model's context, or its cache does not fit into the free memory beside what
+                other sequences may still take.
         """
         capacity = self.context if capacity is None else capacity
         if not 1 <= capacity <= self.context:
             raise FewbitsError(f"room for {capacity} tokens, the model's context is 1 to {self.context}")
-        needed, free = self.plan.cache_bytes(capacity), available_bytes()
+        if cache not in CACHES:
+            raise FewbitsError(f"a cache of {cache!r}", f"there are {', '.join(CACHES)}")
+        needed, free = self.plan.cache_bytes(capacity, cache), available_bytes()
+        free -= sum(s.cache_bytes - s.used_bytes for s in self._sequences)
         if needed > free:
-            raise FewbitsError(f"the cache of {capacity} tokens takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB "
-                               "are free", "ask for fewer tokens")
-        return Sequence(self, _native.Cache(self.plan, capacity))
+            raise FewbitsError(f"the cache of {capacity} tokens takes {needed / 2**30:.2f} GiB, "
+                               f"{max(0, free) / 2**30:.2f} GiB are free", "ask for fewer tokens")
+        made = Sequence(self, _native.Cache(self.plan, capacity, cache), cache)
+        self._sequences.add(made)
+        return made
+
+    def step(self, asked: Several[tuple[Sequence, Tokens, int]]) -> list[Array]:
+        """Append tokens to several sequences at once; for each, logits after the last `wanted` ones of its tokens.
+
+        `asked` has (sequence, tokens, wanted); the results `[wanted, vocabulary]` come in the same order. A sequence
+        gets the same logits as alone. Sequences may join and leave between steps.
+
+        Raises:
+            FewbitsError: a sequence is there twice or is another model's; it has no tokens, more than there is room
+                for, or one that the vocabulary lacks. No sequence was changed.
+        """
+        asked = [(s, np.array(tokens, dtype=np.int64), wanted) for s, tokens, wanted in asked]
+        for i, (sequence, ids, wanted) in enumerate(asked):
+            try:
+                sequence._check(self, ids, wanted)
+                if any(sequence is other for other, _, _ in asked[:i]):
+                    raise FewbitsError("it is there already")
+            except FewbitsError as error:
+                raise FewbitsError(f"sequence {i}: {error}", error.hint) if len(asked) > 1 else error from None
+        outs = [np.empty((wanted, self.vocabulary), np.float32) for _, _, wanted in asked]
+        before = [(s._native, len(s)) for s, _, _ in asked]
+        try:
+            asked = [(s, s._again(ids), wanted) for s, ids, wanted in asked]
+            for call in _calls([len(ids) for _, ids, _ in asked]):
+                self._call(asked, outs, call)
+        except BaseException:  # an interrupt between two calls
+            for (sequence, _, _), (native, length) in zip(asked, before, strict=True):
+                native.truncate(length)
+                sequence._native = native
+            raise
+        for sequence, ids, _ in asked:
+            sequence._tokens[len(sequence) - len(ids):] = ids.tolist()
+        return outs
+
+    def _call(self, asked: list[tuple[Sequence, Array, int]], outs: list[Array], call: list[Part]) -> None:
+        """One native call: tokens `begin` to `end` of some sequences."""
+        skipped = [len(asked[i][1]) - asked[i][2] for i, _, _ in call]  # tokens whose logits nobody wants
+        rows = [(max(0, begin - skip), max(0, end - skip)) for (_, begin, end), skip in zip(call, skipped, strict=True)]
+        wanted = [end - begin for begin, end in rows]
+        alone = len(call) == 1
+        out = outs[call[0][0]][slice(*rows[0])] if alone else np.empty((sum(wanted), self.vocabulary), np.float32)
+        self.plan.step([asked[i][0]._native for i, _, _ in call], [end - begin for _, begin, end in call], wanted,
+                       np.concatenate([asked[i][1][begin:end] for i, begin, end in call]), out, threads())
+        if not alone:
+            for (i, _, _), (begin, end), part in zip(call, rows, np.split(out, np.cumsum(wanted)[:-1]), strict=True):
+                outs[i][begin:end] = part
+
+
+Part = tuple[int, int, int]  # of a call: a sequence's number, its first token and the one after its last
+
+
+def _calls(counts: list[int]) -> list[list[Part]]:
+    """What native calls take of so many tokens each: as few calls as it can be, in order."""
+    calls: list[list[Part]] = []
+    left = 0
+    for i, count in enumerate(counts):
+        done = 0
+        while done < count:
+            if not left:
+                calls.append([])
+                left = _native.MOST_TOKENS
+            end = min(count, done + left)
+            calls[-1].append((i, done, end))
+            left, done = left - (end - done), end
+    return calls
 
 
 class Sequence:
     """A sequence of tokens and the keys and values of all of them."""
 
-    def __init__(self, decoder: Decoder, native: _native.Cache):
-        self.decoder, self._native = decoder, native
-        self._tokens = np.empty(0, np.int64)  # kept where a longer sequence is computed again
+    def __init__(self, decoder: Decoder, native: _native.Cache, cache: str):
+        self.decoder, self.cache, self._native = decoder, cache, native
+        self._tokens: list[int] = []
 
     def __len__(self) -> int:
         return self._native.length
 
-    def append(self, tokens: Tokens[int], last_only: bool = True) -> Array:
+    @property
+    def tokens(self) -> list[int]:
+        return self._tokens.copy()
+
+    @property
+    def capacity(self) -> int:
+        return self._native.capacity
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache takes when it is full."""
+        return self.decoder.plan.cache_bytes(self.capacity, self.cache)
+
+    @property
+    def used_bytes(self) -> int:
+        return self.decoder.plan.cache_bytes(len(self), self.cache) if len(self) else 0
+
+    def append(self, tokens: Tokens, last_only: bool = True) -> Array:
         """Logits after the last of `tokens`, `[1, vocabulary]`; after each of them unless `last_only`.
 
         Raises:
             FewbitsError: no tokens, more than there is room for, or one that the vocabulary lacks; nothing was added.
         """
-        ids = np.array(tokens, dtype=np.int64)
-        self._check(ids)
-        wanted = 1 if last_only else len(ids)
-        out, before = np.empty((wanted, self.decoder.vocabulary), np.float32), len(self)
-        native = self._native
-        if self.decoder.original:
-            together = np.concatenate([self._tokens[:before], ids])
-            if (len(together) > self.decoder.original) != native.stretched:  # its keys were turned otherwise
-                native, ids = _native.Cache(self.decoder.plan, native.capacity), together
-                native.stretched = not self._native.stretched
-        try:
-            for at in range(0, len(ids), _native.MOST_TOKENS):
-                part = ids[at:at + _native.MOST_TOKENS]
-                begin, end = (max(0, i - (len(ids) - wanted)) for i in (at, at + len(part)))
-                native.append(part, out[begin:end], threads())
-        except BaseException:  # an interrupt between two parts
-            if native is self._native:
-                native.truncate(before)
-            raise
-        self._native = native
-        if self.decoder.original:
-            self._tokens = together
-        return out
+        return self.decoder.step([(self, tokens, 1 if last_only else len(tokens))])[0]
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens.
@@ -90,15 +163,47 @@ class Sequence:
         if not 0 <= length <= len(self):
             raise FewbitsError(f"a sequence of {len(self)} tokens cannot be cut to {length}")
         self._native.truncate(length)
+        del self._tokens[length:]
 
-    def _check(self, ids: Array) -> None:
+    def copy(self, length: int | None = None, capacity: int | None = None) -> Sequence:
+        """Another sequence that begins with the first `length` tokens of this one, by default with all.
+
+        It has room for `capacity` tokens, by default for as many as this one: a larger cache is made this way, too.
+
+        Raises:
+            FewbitsError: there are fewer tokens or is less room than that; see `Decoder.sequence`.
+        """
+        length = len(self) if length is None else length
+        capacity = self.capacity if capacity is None else capacity
+        if not 0 <= length <= len(self):
+            raise FewbitsError(f"a sequence of {len(self)} tokens has no {length} to copy")
+        if length > capacity:
+            raise FewbitsError(f"{length} tokens to copy, room for {capacity}")
+        made = self.decoder.sequence(capacity, self.cache)
+        if length:
+            made._native.copy(self._native, length)
+            made._tokens = self._tokens[:length]
+        return made
+
+    def _again(self, ids: Array) -> Array:
+        """What is computed for `ids`: all tokens, if keys that are there were turned for another length."""
+        stretched = 0 < self.decoder.original < len(self) + len(ids)
+        if stretched == self._native.stretched:
+            return ids
+        self._native = _native.Cache(self.decoder.plan, self.capacity, self.cache)
+        self._native.stretched = stretched
+        return np.concatenate([np.array(self._tokens, np.int64), ids])
+
+    def _check(self, decoder: Decoder, ids: Array, wanted: int) -> None:
+        if self.decoder is not decoder:
+            raise FewbitsError("it is another model's")
         if not len(ids):
             raise FewbitsError("no tokens to append")
-        if len(self) + len(ids) > self._native.capacity:
+        if not 0 <= wanted <= len(ids):
+            raise FewbitsError(f"logits of {wanted} tokens are wanted, there are {len(ids)}")
+        if len(self) + len(ids) > self.capacity:
             before = f" after {len(self)}" if len(self) else ""
-            raise FewbitsError(f"prompt of {len(ids)} tokens{before}, context {self._native.capacity}",
+            raise FewbitsError(f"prompt of {len(ids)} tokens{before}, context {self.capacity}",
                                "shorten the prompt or make room for more tokens")
-        for wrong in ids[(ids < 0) | (ids >= self.decoder.vocabulary)].tolist()[:1]:
-            raise FewbitsError(f"token {wrong} is not in the vocabulary of {self.decoder.vocabulary}")
-
-
+        for wrong in ids[(ids < 0) | (ids >= decoder.vocabulary)].tolist()[:1]:
+            raise FewbitsError(f"token {wrong} is not in the vocabulary of {decoder.vocabulary}")
