@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -111,7 +113,31 @@ def test_longer_than_the_original_context(tmp_path: Path) -> None:
     assert nmse(sequence.append(tokens[129:], last_only=False), want[160][129:]) <= 1e-6
     sequence.truncate(100)
     assert nmse(sequence.append(tokens[100:128], last_only=False), want[128][100:]) <= 1e-6
-    assert len(sequence) == 128
+    assert (len(sequence), sequence.tokens) == (128, tokens[:128])
+    copied = sequence.copy()
+    assert nmse(copied.append(tokens[128:], last_only=False), want[160][128:]) <= 1e-6
+    short = made.sequence(200)
+    long = made.sequence(200)
+    long.append(tokens[:100])
+    both = made.step([(short, tokens[:128], 128), (long, tokens[100:], 60)])
+    assert nmse(both[0], want[128]) <= 1e-6 and nmse(both[1], want[160][100:]) <= 1e-6
+
+
+def test_an_interrupt_where_keys_are_turned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = compiled(directory(tiny(MODELS["phi3-longrope"]), tmp_path / "m"))
+    sequence = made.sequence(200)
+    sequence.append(TOKENS)
+
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sequences, "threads", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sequence.append(TOKENS[:50])
+    monkeypatch.undo()
+    assert (len(sequence), sequence.tokens) == (100, TOKENS)
+    want = made.logits(TOKENS + TOKENS[:10], last_only=True)
+    assert nmse(sequence.append(TOKENS[:10]), want) <= 1e-10
 
 
 def test_every_set_of_instructions(path: Path, instructions: str) -> None:
@@ -191,6 +217,41 @@ def test_gguf(name: str, tmp_path: Path) -> None:
     path = directory(tiny(MODELS[name]), tmp_path / "m")
     file = fewbits.convert(path, tmp_path / "x.gguf").path
     assert nmse(compiled(file).logits(TOKENS), reference(fewbits.load(file))) <= 1e-6
+
+
+def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
+    files = [str(fewbits.convert(directory(tiny(MODELS[name]), tmp_path / name), tmp_path / f"{name}.gguf").path)
+             for name in ("llama", "gemma3", "phi3-longrope", "gpt2", "gpt_neox", "qwen3_moe")]
+    code = """if True:
+        import sys
+        from fewbits import containers
+        from fewbits.runtime import decoder
+        for file in sys.argv[1:]:
+            decoder.compile(containers.open(file)).logits([1, 2, 3])
+        sys.exit(", ".join({"torch", "transformers"} & set(sys.modules)))
+    """
+    ran = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+         "patch_size": 14}
+TEXTS = {"gemma3": (transformers.Gemma3Config, transformers.Gemma3ForConditionalGeneration,
+                    {**MODELS["gemma3"].to_dict(), "vocab_size": VOCAB}),
+         "llava": (transformers.LlavaConfig, transformers.LlavaForConditionalGeneration, MODELS["llama"].to_dict())}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_models_with_a_tower(name: str, tmp_path: Path) -> None:
+    config, kind, text = TEXTS[name]
+    torch.manual_seed(0)
+    made = config(text_config=text, vision_config={"model_type": "siglip_vision_model", **TOWER},
+                  mm_tokens_per_image=4, image_token_index=VOCAB - 1, tie_word_embeddings=name == "gemma3")
+    model = kind(made).eval()
+    tokens = [t % (VOCAB - 2) for t in TOKENS]
+    with torch.inference_mode():
+        want = model(input_ids=torch.tensor([tokens])).logits[0]
+    assert nmse(compiled(directory(model, tmp_path / "m")).logits(tokens), want) <= 1e-6
 
 
 def test_orders_of_columns_are_decoded(path: Path) -> None:

@@ -134,19 +134,20 @@ FAMILIES: dict[str, Family] = {
                         normalised=lambda c: bool(c.get("norm_topk_prob"))),
 }
 WINDOWLESS = ("qwen2", "qwen3", "qwen3_moe")  # have a `sliding_window` that counts if `use_sliding_window` says so
+TOWERS = ("gemma3", "llava")  # model types that compute texts as the model in their `text_config` alone does
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
 def language(checkpoint: Checkpoint) -> Checkpoint:
-    """The language model alone, of a model with a tower for images beside it."""
-    inner = checkpoint.config.get("text_config")
-    if not isinstance(inner, dict) or wrapped.inner_type(checkpoint.config) not in FAMILIES:
+    """The language model alone, of a model with a tower for images beside it: what it does with text only."""
+    inner, kind = checkpoint.config.get("text_config"), str(wrapped.inner_type(checkpoint.config))
+    if not isinstance(inner, dict) or kind not in FAMILIES or checkpoint.config.get("model_type") not in TOWERS:
         return checkpoint
-    kind = str(wrapped.inner_type(checkpoint.config))
     entries = {}
     for name, entry in checkpoint.entries.items():
         prefix, instead = next((p for p in wrapped.PREFIXES if name.startswith(p[0])), ("", ""))
-        entries[instead + name.removeprefix(prefix)] = entry
+        inside = instead + name.removeprefix(prefix)
+        entries[inside] = entry.as_(name=inside)
     config = {k: v for k, v in inner.items() if k != "architectures"} | {"model_type": kind}
     return Checkpoint(checkpoint.path, checkpoint.container, config, entries, checkpoint.files)
 
