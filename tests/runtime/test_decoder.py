@@ -6,8 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -380,6 +382,30 @@ def test_families_refuse(tmp_path: Path) -> None:
         checkpoint.config.update(changes)
         with pytest.raises(FewbitsError, match=match):
             decoder.compile(checkpoint)
+
+
+JUNK: tuple[Any, ...] = (None, -1, 0, 0.5, 1 << 40, 1e30, float("nan"), "x", True, [], ["x"], {}, {"x": 1})
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-longrope", "gpt2", "gpt_neox", "qwen3_moe"])
+def test_configurations_of_junk(name: str, tmp_path: Path) -> None:
+    """A model, or an error of ours in one line."""
+    path = directory(tiny(MODELS[name]), tmp_path / "m")
+    checkpoint = containers.open(path)
+    config = dict(checkpoint.config)
+    for key in config:
+        for junk in JUNK:
+            checkpoint.config = config | {key: junk}
+            try:
+                decoder.compile(checkpoint).logits([1, 2, 3])
+            except FewbitsError as error:
+                assert len(str(error).splitlines()) == 1, (key, junk)
+    for key, value in (config.get("rope_parameters") or {}).items():
+        for junk in JUNK:
+            inside = {key: {**value, "rope_theta": junk}} if isinstance(value, dict) else {key: junk}
+            checkpoint.config = config | {"rope_parameters": config["rope_parameters"] | inside}
+            with suppress(FewbitsError):
+                decoder.compile(checkpoint).logits([1, 2, 3])
 
 
 def test_native_checks() -> None:

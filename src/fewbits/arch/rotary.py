@@ -49,7 +49,10 @@ def rotation(settings: Config, width: int, context: int) -> Rotation:
 
 
 def _rotated(settings: Config, width: int) -> int:
-    return int(width * settings.get("partial_rotary_factor", 1.0))
+    part = settings.get("partial_rotary_factor", 1.0)
+    if not 0 <= part <= 1:
+        raise ValueError(f"partial_rotary_factor is {part}")
+    return int(width * part)
 
 
 def _wavelengths(settings: Config, columns: int, of: int | None = None) -> Array:
@@ -68,7 +71,7 @@ def _linear(settings: Config, width: int, context: int) -> Rotation:
 
 def _proportional(settings: Config, width: int, context: int) -> Rotation:
     """Whole heads are rotated, the last pairs by nothing."""
-    turning = int(settings.get("partial_rotary_factor", 1.0) * width // 2)
+    turning = _rotated(settings, width) // 2
     frequencies = 1 / _wavelengths(settings, 2 * turning, width)
     return Rotation(np.pad(frequencies, (0, width // 2 - turning)) / settings.get("factor", 1.0))
 

@@ -39,24 +39,26 @@ def compile(checkpoint: Checkpoint) -> Decoder:
         FewbitsError: a model type, or something in its configuration, that is not supported; tensors that are missing
             or misshapen.
     """
-    checkpoint = families.language(checkpoint)
-    family, table = families.family_of(checkpoint)
-    config = families.settings(checkpoint, family, table)
-    if head_dim(config) > _native.WIDEST_HEAD:
-        raise Unsupported(f"{checkpoint.path}: no native decoder for heads of {head_dim(config)} columns")
     try:
-        tensors = _Tensors(checkpoint, table, config)
-        rotations = _rotations(family, config)
-        plan = _native.Plan(widths=_widths(config), layers=config["num_hidden_layers"],
-                            heads=config["num_attention_heads"], kv_heads=kv_heads(config), head=head_dim(config),
-                            scale=family.scale(config))
-        _Writer(plan, family, config, tensors).write(rotations)
+        return _compile(families.language(checkpoint))
     except FewbitsError:
         raise
     except KeyError as error:
         raise FewbitsError(f"{checkpoint.path}: the configuration has no {error.args[0]}") from None
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise FewbitsError(f"{checkpoint.path}: {error}") from None
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise FewbitsError(f"{checkpoint.path}: the configuration: {str(error).splitlines()[0]}") from None
+
+
+def _compile(checkpoint: Checkpoint) -> Decoder:
+    family, table = families.family_of(checkpoint)
+    config = families.settings(checkpoint, family, table)
+    if head_dim(config) > _native.WIDEST_HEAD:
+        raise Unsupported(f"{checkpoint.path}: no native decoder for heads of {head_dim(config)} columns")
+    tensors = _Tensors(checkpoint, table, config)
+    rotations = _rotations(family, config)
+    plan = _native.Plan(widths=_widths(config), layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
+                        kv_heads=kv_heads(config), head=head_dim(config), scale=family.scale(config))
+    _Writer(plan, family, config, tensors).write(rotations)
     original = max((r.original for r in rotations.values() if r.stretched is not None), default=0)
     return Decoder(plan, config["vocab_size"], config["max_position_embeddings"], original)
 
