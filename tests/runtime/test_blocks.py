@@ -118,8 +118,8 @@ def test_memory_is_shared_in_large_pages_and_freed_with_the_last() -> None:
     one[:], two[:] = 1, 2
     assert (one == 1).all() and one.ctypes.data % blocks.PAGE == 0 and two.ctypes.data == one.ctypes.data + 640
     whole = ref(two.base)
-    large = arena.take(blocks.ARENA + 64)  # does not fit behind them
-    assert len(large) == blocks.ARENA + 64 and large.ctypes.data % blocks.PAGE == 0
+    large = arena.take(blocks.ARENA + blocks.PAGE)  # does not fit behind them
+    assert len(large) == blocks.ARENA + blocks.PAGE and large.ctypes.data % blocks.PAGE == 0
     del one
     assert whole() is not None
     del two
