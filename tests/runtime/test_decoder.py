@@ -198,14 +198,16 @@ def test_few_bits(codec: str, tmp_path: Path) -> None:
     assert nmse(np.concatenate([sequence.append([token]) for token in TOKENS]), logits) <= 1e-3
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt2", "gpt_neox", "olmo2", "mixtral", "qwen3_moe"])
-def test_few_bits_of_families(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "codec"), [
+    *((name, "Q8_0") for name in ("gemma2", "phi3", "gpt2", "gpt_neox", "olmo2", "mixtral", "qwen3_moe")),
+    *((name, codec) for name in ("phi3", "gpt_neox") for codec in ("Q4_0", "int4-g32", "nf4", "nf4-dq", "int8"))])
+def test_few_bits_of_families(name: str, codec: str, tmp_path: Path) -> None:
     """What is fused or stacked is taken apart as it is packed; `decode` multiplies with the same weights."""
     path = directory(tiny(MODELS[name]), tmp_path / "m")
     checkpoint = containers.open(path)
     for key, entry in checkpoint.entries.items():
         if len(entry.shape) == 2 and entry.shape[1] % 32 == 0 and "gate.weight" not in key:
-            q = solve(entry.load().dequantize(), codecs.get("Q8_0"))
+            q = solve(entry.load().dequantize(), codecs.get(codec))
             checkpoint.entries[key] = entry.as_(codec=q.codec, load=lambda q=q: q)
     made = decoder.compile(checkpoint)
     want = reference(fewbits.load(checkpoint, kernel="decode"))
