@@ -56,7 +56,7 @@ MODELS: dict[str, transformers.PreTrainedConfig] = {
     "gpt2-by-layer": transformers.GPT2Config(vocab_size=VOCAB, n_embd=60, n_layer=3, n_head=6, n_positions=128,
                                              scale_attn_by_inverse_layer_idx=True),
     "gpt_neox-tied": transformers.GPTNeoXConfig(**(NEOX | {"hidden_size": 60, "num_attention_heads": 6}),
-                                                tie_word_embeddings=True),
+                                                tie_word_embeddings=True, attention_bias=False),
     "olmo2-odd": transformers.Olmo2Config(**(SMALL | ODD), attention_bias=True, tie_word_embeddings=True),
     "mixtral-window": transformers.MixtralConfig(**(SMALL | ODD | NARROW), num_local_experts=5, num_experts_per_tok=3,
                                                  sliding_window=24, head_dim=10),

@@ -76,7 +76,7 @@ def test_silent_configurations(kind: str, stated: str) -> None:
     assert family.kinds(ours) == kinds
     if SLIDING in kinds:
         assert ours.get("sliding_window") == window
-    for layer_kind, found in decoder._rotations(family, ours).items():
+    for layer_kind, found in decoder._rotations(family, ours, Path()).items():
         frequencies, factor = _frequencies(theirs, layer_kind if family.by_kind else None)
         assert np.allclose(found.frequencies, frequencies, rtol=1e-6, atol=0) and found.factor == factor
 

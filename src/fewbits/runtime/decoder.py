@@ -7,6 +7,7 @@ What model types differ in is data: `families` and `arch`. Tensors go by their n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -55,22 +56,26 @@ def _compile(checkpoint: Checkpoint) -> Decoder:
     if head_dim(config) > _native.WIDEST_HEAD:
         raise Unsupported(f"{checkpoint.path}: no native decoder for heads of {head_dim(config)} columns")
     tensors = _Tensors(checkpoint, table, config)
-    rotations = _rotations(family, config)
-    plan = _native.Plan(widths=_widths(config), layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
-                        kv_heads=kv_heads(config), head=head_dim(config), scale=family.scale(config))
+    rotations = _rotations(family, config, checkpoint.path)
+    plan = _native.Plan(widths=_widths(config, table.experts), layers=config["num_hidden_layers"],
+                        heads=config["num_attention_heads"], kv_heads=kv_heads(config), head=head_dim(config),
+                        scale=family.scale(config))
     _Writer(plan, family, config, tensors).write(rotations)
     original = max((r.original for r in rotations.values() if r.stretched is not None), default=0)
     return Decoder(plan, config["vocab_size"], config["max_position_embeddings"], original)
 
 
-def _widths(c: Config) -> list[int]:
-    hidden, queries, keys = c["hidden_size"], c["num_attention_heads"] * head_dim(c), kv_heads(c) * head_dim(c)
-    chosen = c.get("num_experts_per_tok", 0)
-    wide = chosen * (c.get("moe_intermediate_size") or inner(c)) if chosen else inner(c)
-    return [hidden, hidden, queries, keys, keys, queries, wide, wide, *([chosen * hidden] if chosen else [])]
+def _widths(c: Config, mixture: bool) -> list[int]:
+    hidden, wide = c["hidden_size"], inner(c)
+    queries, keys = c["num_attention_heads"] * head_dim(c), kv_heads(c) * head_dim(c)
+    shared = [hidden, hidden, queries, keys, keys, queries]
+    if not mixture:
+        return [*shared, wide, wide]
+    chosen, wide = c["num_experts_per_tok"], c.get("moe_intermediate_size") or wide
+    return [*shared, chosen * wide, chosen * wide, chosen * hidden]
 
 
-def _rotations(family: Family, config: Config) -> dict[str, Rotation]:
+def _rotations(family: Family, config: Config, source: Path) -> dict[str, Rotation]:
     """By kind of layer."""
     if not family.rotated:
         return {}
@@ -80,7 +85,7 @@ def _rotations(family: Family, config: Config) -> dict[str, Rotation]:
         if not family.partly:
             settings.pop("partial_rotary_factor", None)
         if settings["rope_type"] not in rotary.KINDS:
-            raise Unsupported(f"no native decoder for rope type {settings['rope_type']!r}",
+            raise Unsupported(f"{source}: no native decoder for rope type {settings['rope_type']!r}",
                               f"there are {', '.join(rotary.KINDS)}; fewbits.load() may run it")
         found[kind] = rotary.rotation(settings, head_dim(config), config["max_position_embeddings"])
     return found
