@@ -40,6 +40,7 @@ struct Held {
     Weight weight;
     Bytes codes, scales;
     std::optional<Bytes> mins, subscales, submins;
+    std::optional<Array<const int32_t, 1>> order;
 };
 struct HeldFloats {
     FloatWeight weight;

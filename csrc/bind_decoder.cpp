@@ -22,6 +22,7 @@ public:
     void embed(nb::object table, int out) {
         require(!vocabulary_, "a plan begins with one table of tokens");
         const Matrix m = matrix(table);
+        require(!m.packed || !m.packed->order, "the table's columns lie in their own order");
         same(m.columns(), width(out), "the table's columns");
         vocabulary_ = m.rows();
         weights_.push_back(table);

@@ -8,6 +8,7 @@
 
 #include "pool.h"
 #include "product.h"
+#include "rounding.h"
 
 namespace fewbits {
 namespace {
@@ -55,8 +56,7 @@ public:
         for (const Multiply::Part& p : s.parts)
             if (p.matrix.packed) terms.push_back({p.matrix.packed, at(p.out), p.bias});
             else product(p.matrix.floats, at(s.in), rows(), at(p.out), p.bias, threads_);
-        if (terms.empty()) return;
-        product(terms, Rounded(at(s.in), rows(), plan_.widths[s.in], threads_), threads_);
+        fewbits::multiply(terms, at(s.in), rows(), threads_);
     }
 
     void operator()(const Rotate& s) {

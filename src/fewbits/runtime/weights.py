@@ -43,7 +43,7 @@ def matrices(entry: Entry) -> list[Weight]:
     if stored is not None:
         return [_from_file(stored.part(i * rows, (i + 1) * rows)) for i in range(count)]
     q = entry.load()
-    return [_prepared(expert(q, i)) for i in range(count)]
+    return [_prepared(expert(q, i), True) for i in range(count)]
 
 
 def vector(entry: Entry) -> np.ndarray:
@@ -84,17 +84,23 @@ def _apart(q: QTensor) -> QTensor:
     return QTensor(F32, q.shape, {"data": q.dequantize().view(F32.matrix(q.shape))})
 
 
-def _prepared(q: QTensor) -> Weight:
-    """What no kernel multiplies natively (orders of columns, codebooks) is decoded to float32."""
+def _prepared(q: QTensor, expert: bool = False) -> Weight:
+    """What no kernel multiplies natively (orders of columns by rows, codebooks) is decoded to float32.
+
+    Products of experts know nothing of orders. `int8` has outliers among its activations, which suffer from rounding:
+    what that takes is rounded as well.
+    """
     from fewbits.runtime.cpu import Native
     from fewbits.runtime.dispatch import choose
     from fewbits.runtime.reference import _Weight
 
-    ordered, outliers = q.order is not None, q.codec.family == "int8"
-    without = ("decode", "native") if ordered or outliers else ("decode",)
+    special = q.order is not None or q.codec.family == "int8"
+    without = ("decode", "native") if special and expert else ("decode",)
     prepared = choose(q, torch.device("cpu"), without=without).prepare(q, torch.float32)
     if isinstance(prepared, Native):
-        return prepared.matrices[0].weight
+        m = prepared.matrices[0]
+        order = None if q.order is None else q.order.numpy().astype(np.int32)
+        return weight(m.form, m.rows, m.columns, m.unit, scale_name(m.dtype), m.planes, order, q.codec.family == "int8")
     assert isinstance(prepared, _Weight)
     data = prepared.weight()
     return _native.Floats(data.contiguous().view(torch.uint8), scale_name(data.dtype), *q.shape)
