@@ -158,14 +158,14 @@ private:
                          [&](const Chunk& a, const Chunk& b) { return cost(a) > cost(b); });
         const bool split = threads_ > 1 && (long)chunks_.size() * z.kv_heads < FEW_WORKS * threads_;
         long sums = 0;
-        for (const Chunk& c : chunks_) {
-            const long rows = (c.last - c.first) * std::min<long>(QUERIES, together - c.head);
-            const long parts = segments(positions_[c.last - 1] + 1);
-            for (long h = 0; h < z.kv_heads; ++h)
+        for (long h = 0; h < z.kv_heads; ++h)  // one head's keys and values may stay in a cache
+            for (const Chunk& c : chunks_) {
+                const long rows = (c.last - c.first) * std::min<long>(QUERIES, together - c.head);
+                const long parts = segments(positions_[c.last - 1] + 1);
                 if (!split || parts == 1) works_.push_back({&c, h, -1, 0});
                 else
                     for (long i = 0; i < parts; ++i, sums += rows * sums_of(z.head)) works_.push_back({&c, h, i, sums});
-        }
+            }
         sums_.resize(sums);
     }
 

@@ -268,33 +268,50 @@ def test_native_checks() -> None:
     with pytest.raises(ValueError, match="the bias's shape: 6, not 7"):
         p.multiply(0, [head], [torch.ones(6)], [_native.RESULT])
     with pytest.raises(ValueError, match="the keys' width: 16, not 8"):
-        p.attend(0, 1, 2, 1, 0, 0)
+        p.attend(0, 1, 2, 1, 0, 0, 0.0)
     with pytest.raises(ValueError, match="the layer or the window"):
-        p.attend(0, 2, 3, 1, 1, 0)
+        p.attend(0, 2, 3, 1, 1, 0, 0.0)
     with pytest.raises(ValueError, match="rotated columns of a head"):
         p.rotation([1.0] * 5, 1.0)
     with pytest.raises(ValueError, match="no rotation 0"):
         p.rotate(0, 0)
-    cache, ids = _native.Cache(p, 4), torch.zeros(2, dtype=torch.int64)
+    cache, ids = _native.Cache(p, 4, "f16"), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="a plan embeds tokens, narrows and has a result"):
-        cache.append(ids, torch.zeros(1, 7), 1)
-    p.embed(table, 0)
-    p.narrow()
+        p.step([cache], [2], [1], ids, torch.zeros(1, 7), 1)
+    with pytest.raises(ValueError, match="the cap of scores"):
+        p.attend(0, 2, 3, 1, 0, 0, -1.0)
+    other = cache
     p = plan()
     p.embed(table, 0)
     p.narrow()
     p.multiply(0, [head], [None], [_native.RESULT])
-    cache = _native.Cache(p, 4)
-    for tokens, out, match in ((ids, torch.zeros(1, 8), "the result's shape"), (ids, torch.zeros(3, 7), "result's"),
+    cache = _native.Cache(p, 4, "f16")
+    for tokens, out, match in ((ids, torch.zeros(1, 8), "the result's shape"), (ids, torch.zeros(3, 7), "tokens"),
                                (torch.zeros(5, dtype=torch.int64), torch.zeros(1, 7), "more tokens than the cache"),
                                (ids[:0], torch.zeros(0, 7), "1 to 512 tokens a call"),
                                (ids + 5, torch.zeros(1, 7), "token 5 is not in 0 … 4")):
         with pytest.raises(ValueError, match=match):
-            cache.append(tokens, out, 1)
+            p.step([cache], [len(tokens)], [len(out)], tokens, out, 1)
+    for caches, counts, wanted, match in (([cache], [1], [1], "the result's shape"),
+                                          ([cache, cache], [1, 1], [1, 0], "a cache is there twice"),
+                                          ([other], [2], [1], "a cache belongs to its plan"),
+                                          ([7], [2], [1], "a cache is a Cache"),
+                                          ([cache], [2], [-1], "a sequence's tokens"),
+                                          ([cache], [2], [], "tokens and results of every cache")):
+        with pytest.raises(ValueError, match=match):
+            p.step(caches, counts, wanted, ids, torch.zeros(1, 7), 1)
     assert cache.length == 0
-    cache.append(ids, torch.zeros(0, 7), 1)
+    p.step([cache], [2], [0], ids, torch.zeros(0, 7), 1)
     assert (cache.length, cache.capacity) == (2, 4)
     with pytest.raises(ValueError, match="no more tokens than it has"):
         cache.truncate(3)
+    with pytest.raises(ValueError, match="as many tokens are copied as there are"):
+        _native.Cache(p, 4, "f16").copy(cache, 3)
+    with pytest.raises(ValueError, match="as many tokens are copied as there are"):
+        _native.Cache(p, 4, "q8_0").copy(cache, 1)
+    with pytest.raises(ValueError, match="to another one of its plan"):
+        cache.copy(cache, 1)
     with pytest.raises(ValueError, match="1 to 2.30 positions"):
-        _native.Cache(p, 0)
+        _native.Cache(p, 0, "f16")
+    with pytest.raises(ValueError, match="a cache is f16, q8_0 or q4_0, not f8"):
+        _native.Cache(p, 1, "f8")
