@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 import numpy as np
 import pytest
 import torch
@@ -108,3 +110,19 @@ def test_descriptions_that_leave_the_block_are_errors(change: dict[str, object])
     _native.Blocks(**right)  # type: ignore[arg-type]
     with pytest.raises(ValueError):
         _native.Blocks(**(right | change))  # type: ignore[arg-type]
+
+
+def test_memory_is_shared_in_large_pages_and_freed_with_the_last() -> None:
+    arena = blocks._Arena()
+    one, two = arena.take(640), arena.take(128)
+    one[:], two[:] = 1, 2
+    assert (one == 1).all() and one.ctypes.data % blocks.PAGE == 0 and two.ctypes.data == one.ctypes.data + 640
+    whole = ref(two.base)
+    large = arena.take(blocks.ARENA + blocks.PAGE)  # does not fit behind them
+    assert len(large) == blocks.ARENA + blocks.PAGE and large.ctypes.data % blocks.PAGE == 0
+    del one
+    assert whole() is not None
+    del two
+    assert whole() is None
+    del large
+    assert len(arena.take(64)) == 64
