@@ -91,8 +91,9 @@ class Decoder:
         for i, begin, end in call:
             skipped = len(pieces[i][1]) - pieces[i][2]  # tokens whose logits nobody wants
             wanted.append(max(0, end - max(begin, skipped)))
+        tokens = np.concatenate([pieces[i][1][begin:end] for i, begin, end in call])
         self.plan.step([pieces[i][0]._native for i, _, _ in call], [end - begin for _, begin, end in call], wanted,
-                       np.concatenate([pieces[i][1][begin:end] for i, begin, end in call]), out[:sum(wanted)], threads())
+                       tokens, out[:sum(wanted)], threads())
         return sum(wanted)
 
 
