@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--model smollm2-135m] [--gptq int4-g64] [--decoded 64] [--rounds 2]
 
-Ours are directories in the same layouts, made by fewbits: fp32 and bf16 as they are stored, bitsandbytes' nf4 and int8,
-GPTQ; theirs quantize the original when they load it, but for GPTQ's directory, which is the same one. One thread each, in
-processes of their own, in turns; medians. Of the peers' settings (peer_decode.py) the fastest counts.
+Ours are directories in the same layouts, made by fewbits: fp32 and bf16 as they are stored, bitsandbytes' nf4 and
+int8, GPTQ; theirs quantize the original when they load it, but for GPTQ's directory, which is the same one. One thread
+each, in processes of their own, in turns; medians. Of the peers' settings (peer_decode.py) the fastest counts.
 """
 
 from __future__ import annotations

@@ -52,16 +52,16 @@ def logits(job: dict[str, Any]) -> int:
 
 def speed(job: dict[str, Any]) -> int:
     """Seconds of a prompt, and of decoding after a few tokens; the better of flash attention and not."""
-    tokens = [i % 1000 + 100 for i in range(job["prompt"])]
+    tokens = [i % 1000 + 100 for i in range(max(job["prompt"], job["before"]))]
     best: dict[str, float] = {}
     for flash in (False, True):
-        model = llama_cpp.Llama(job["model"], n_ctx=job["prompt"] + job["decoded"], n_batch=job["prompt"],
+        model = llama_cpp.Llama(job["model"], n_ctx=len(tokens) + job["decoded"], n_batch=job["prompt"],
                                 n_threads=job["threads"], n_threads_batch=job["threads"], flash_attn=flash,
                                 logits_all=False, verbose=False)
-        model.eval(tokens[:job["before"]])
+        model.eval(tokens[:8])
         model.reset()
         start = time.perf_counter()
-        model.eval(tokens)
+        model.eval(tokens[:job["prompt"]])
         found = {"prompt": time.perf_counter() - start}
         model.reset()
         model.eval(tokens[:job["before"]])

@@ -2,10 +2,10 @@
 
     python benchmarks/start.py FILE.gguf … [--threads 2] [--rounds 5] [--native llama-simple]
 
-Ours is `fewbits run`; theirs is llama-cpp-python's `generate` in a script of a few lines (peer_first.py), and, where its
-path is given, llama.cpp's example `simple`, a program without Python. Files are in the page cache on both sides. The
-clock runs from the start of the process to the first byte of the answer; processes in turns, medians. Memory is RssAnon
-of /proc while COUNT tokens are generated in a context of 2048, its largest value.
+Ours is `fewbits run`; theirs is llama-cpp-python's `generate` in a script of a few lines (peer_first.py), and, where
+its path is given, llama.cpp's example `simple`, a program without Python. Files are in the page cache on both sides.
+The clock runs from the start of the process to the first byte of the answer; processes in turns, medians. Memory is
+RssAnon of /proc while COUNT tokens are generated in a context of 2048, its largest value.
 """
 
 from __future__ import annotations

@@ -40,4 +40,5 @@ NB_MODULE(_native, m) {
     bind_prepare(m);
     bind_encoders(m);
     bind_decoder(m);
+    bind_text(m);
 }

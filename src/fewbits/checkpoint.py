@@ -16,14 +16,12 @@ from fewbits.stored import Stored
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: what its file says of it, and how to get it; `stored` says where its bytes lie, if they are the
-    tensor's as they are."""
+    """One tensor: what its file says of it, and how to get it."""
 
     name: str
     shape: Shape
     codec: Codec
     load: Callable[[], QTensor]
-    stored: Callable[[], Stored | None] = lambda: None
 
     @property
     def nbytes(self) -> int:
@@ -34,9 +32,23 @@ class Entry:
         return math.prod(self.shape)
 
     def as_(self, **changes: Any) -> Entry:
-        """The same but for `changes`; another name alone leaves the tensor what it is in the file."""
-        other = changes.keys() - {"name"}
-        return replace(self, **({"stored": lambda: None} if other else {}) | changes)
+        return replace(self, **changes)
+
+    def stored(self) -> Stored | None:
+        """Where its bytes lie, if what loads it knows that."""
+        find = getattr(self.load, "stored", None)
+        return None if find is None else find()
+
+
+@dataclass(frozen=True)
+class Filed:
+    """Loads a tensor, and says where its bytes lie in a file."""
+
+    load: Callable[[], QTensor]
+    stored: Callable[[], Stored | None]
+
+    def __call__(self) -> QTensor:
+        return self.load()
 
 
 @dataclass(frozen=True)

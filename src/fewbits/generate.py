@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,12 @@ import numpy as np
 from fewbits import containers, hub
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError, Unsupported
+from fewbits.runtime.sequences import CACHES
 from fewbits.text.grammar import Grammar
 from fewbits.text.guessing import MOST, Draft, Guesser, Lookup, common
 from fewbits.text.sampling import Sampler, Sampling, logprobs
 from fewbits.text.streaming import Stream
-from fewbits.text.tokenizer import Tokenizer, tokenizer
+from fewbits.text.tokenizer import tokenizer
 
 Ended = Literal["stop", "stop string", "length", "context", "interrupted"]
 ROOM = 4096  # tokens that a conversation has room for at first
@@ -80,6 +82,8 @@ class Session:
         """
         self.checkpoint = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
         self.tokenizer = tokenizer(self.checkpoint)
+        if cache not in CACHES:
+            raise FewbitsError(f"unknown type of cache {cache!r}", "one of: " + ", ".join(CACHES))
         self.model, self.native = _model(self.checkpoint, kernel)
         if not self.native and cache != "f16":
             raise FewbitsError(f"{self.checkpoint.path}: a cache in {cache} is the native decoder's, which does not "
@@ -153,15 +157,27 @@ class Session:
 
     def begin(self, ids: list[int], room: int) -> tuple[Any, int]:
         """The sequence, cut to what it has in common with `ids`, and how many tokens that is."""
+        same = min(common(self._tokens, ids[:-1]), 0 if self._sequence is None else len(self._sequence))
         if self._sequence is None or self._room < room:
-            self._room = min(self.context, max(room, 2 * self._room, ROOM if self._sequence is not None else 0))
-            kind = {} if self.cache == "f16" else {"cache": self.cache}
-            self._sequence = None  # gives its memory back first
-            self._sequence = self.model.sequence(self._room, **kind)
-        same = min(common(self._tokens, ids[:-1]), len(self._sequence))
+            self._sequence, self._room = self._made(room, same)
+        same = min(same, len(self._sequence))
         self._sequence.truncate(same)
         self._tokens = ids
         return self._sequence, same
+
+    def _made(self, room: int, same: int) -> tuple[Any, int]:
+        """A sequence with room for a conversation, if there is memory, but at least for `room` tokens."""
+        if not self.native:
+            return self.model.sequence(), self.context
+        sizes = (min(self.context, max(room, 2 * self._room, ROOM)), room)
+        if self._sequence is not None:
+            for size in sizes:
+                with suppress(FewbitsError):
+                    return self._sequence.copy(same, size), size
+            self._sequence = None  # gives its memory back; all is computed again
+        with suppress(FewbitsError):
+            return self.model.sequence(sizes[0], self.cache), sizes[0]
+        return self.model.sequence(room, self.cache), room
 
 
 class _Run:

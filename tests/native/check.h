@@ -73,5 +73,6 @@ void test_encoders(const std::string& set);
 void test_steps(const std::string& set);
 void test_attention(const std::string& set);
 void test_prepare(const std::string& set);
+void test_rounding(const std::string& set);
 
 }  // namespace fewbits

@@ -29,6 +29,7 @@ int main(int count, char** arguments) {
             test_steps(set);
             test_attention(set);
             test_prepare(set);
+            test_rounding(set);
         } else {
             check(false, "no usable set of kernels is called " + set);
         }

@@ -185,7 +185,7 @@ BIG = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_h
 
 @pytest.mark.parametrize("codec", ["Q8_0", "Q4_K", "int8"])
 def test_few_bits(codec: str, tmp_path: Path) -> None:
-    """The same weights in `load`: both round activations, but for `int8`, which the decoder decodes."""
+    """The same weights in `load`: both round activations; of `int8` the decoder rounds what that takes, too."""
     checkpoint = containers.open(directory(tiny(transformers.LlamaConfig(**BIG)), tmp_path / "m"))
     for name, entry in checkpoint.entries.items():
         if len(entry.shape) == 2:
@@ -194,6 +194,8 @@ def test_few_bits(codec: str, tmp_path: Path) -> None:
     made = decoder.compile(checkpoint)
     logits = made.logits(TOKENS)
     assert nmse(logits, reference(fewbits.load(checkpoint))) <= 1e-3  # measured: 3e-4
+    if codec == "int8":
+        assert nmse(logits, reference(fewbits.load(checkpoint, kernel="decoded"))) <= 1e-6
     sequence = made.sequence(len(TOKENS))
     assert nmse(np.concatenate([sequence.append([token]) for token in TOKENS]), logits) <= 1e-3
 
@@ -258,7 +260,7 @@ def test_models_with_a_tower(name: str, tmp_path: Path) -> None:
     assert nmse(compiled(directory(model, tmp_path / "m")).logits(tokens), want) <= 1e-6
 
 
-def test_orders_of_columns_are_decoded(path: Path) -> None:
+def test_orders_of_columns(path: Path) -> None:
     checkpoint = containers.open(path)
     for name, entry in checkpoint.entries.items():
         if "_proj.weight" in name:
@@ -267,7 +269,8 @@ def test_orders_of_columns_are_decoded(path: Path) -> None:
             q = replace(stored, order=order)
             checkpoint.entries[name] = entry.as_(codec=q.codec, load=lambda q=q: q)
     logits = decoder.compile(checkpoint).logits(TOKENS)
-    assert nmse(logits, reference(fewbits.load(checkpoint, kernel="decode"))) <= 1e-6
+    assert nmse(logits, reference(fewbits.load(checkpoint))) <= 1e-3  # measured: 2e-5
+    assert nmse(logits, reference(fewbits.load(checkpoint, kernel="decode"))) <= 2e-3  # measured: 5e-4
 
 
 def test_long_prompts_and_prefixes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from fewbits.cli.common import Ended
 from fewbits.errors import Elsewhere, FewbitsError
 
 # command -> its settings; `eval` is a name of Python's
@@ -15,10 +16,6 @@ COMMANDS: dict[str, dict[str, Any]] = {name: {} for name in (
     "quantize", "finish", "convert", "imatrix", "info", "plan", "verify", "explain", "eval", "run", "chat")}
 COMMANDS["explain"] = {"context_settings": {"ignore_unknown_options": True}}  # a negative number is no option
 MODULES = {"eval": "evaluate"}
-
-
-class Ended(SystemExit):
-    """The end of a command that has said all there is to say."""
 
 
 def application(asked: str = "") -> typer.Typer:
@@ -39,8 +36,10 @@ def main() -> None:
     """Entry point: errors become one line and a hint on stderr, and an exit code."""
     try:
         application(sys.argv[1] if len(sys.argv) > 1 else "")()
-    except (Elsewhere, Ended) as end:
-        sys.exit(end.code if isinstance(end, Ended) else 1)
+    except Ended:
+        raise
+    except Elsewhere:
+        sys.exit(1)
     except FewbitsError as error:
         _say(f"error: {error}")
         if error.hint:

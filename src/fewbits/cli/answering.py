@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fewbits.generate import Answer, Session
     from fewbits.text.sampling import Sampling
 
-CACHES = ("f16", "q8_0", "q4_0")
 DRAWING, FORM, SPEED = "How tokens are drawn", "The form of the answer", "Speed and memory"
 
 
@@ -49,7 +48,7 @@ class Options:
     json_schema: Annotated[str | None, _option(FORM, "A schema that the answer follows: a file, or JSON.")] = None
     regex: Annotated[str | None, _option(FORM, "A regular expression that the answer matches.")] = None
     grammar: Annotated[Path | None, _option(FORM, "A file with a grammar, Lark or GBNF.")] = None
-    context: Annotated[int | None, _option(SPEED, "Most tokens, prompt and answer; default: the model's.", min=1)] = None
+    context: Annotated[int | None, _option(SPEED, "Most tokens; default: the model's.", min=1)] = None
     cache: Annotated[str, _option(SPEED, "Type of kept keys and values: f16, q8_0 or q4_0.")] = "f16"
     draft: Annotated[str | None, _option(SPEED, "A smaller model that guesses ahead; same text.")] = None
     lookup: Annotated[bool, _option(SPEED, "Guess ahead from the text itself; same text.", "--lookup")] = False
@@ -63,8 +62,6 @@ class Options:
             os.environ["OMP_NUM_THREADS"] = str(self.threads)
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(self.threads)
-        if self.cache not in CACHES:
-            raise FewbitsError(f"unknown type of cache {self.cache!r}", "one of: " + ", ".join(CACHES))
         if self.kernel and self.cache != "f16":
             raise FewbitsError("--cache is the native decoder's, --kernel Transformers'", "give one of the two")
         if self.draft and self.lookup:
@@ -137,7 +134,7 @@ def with_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..
         parameters = [p for p in own if p.name != "options"] + shared
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        del run.__wrapped__  # type: ignore[attr-defined]
+        del run.__wrapped__
         return run
 
     return change

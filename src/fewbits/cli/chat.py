@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from fewbits.cli.answering import Options, report, show, with_options
-from fewbits.cli.common import quiet_libraries
+from fewbits.cli.common import Ended, quiet_libraries
+from fewbits.errors import FewbitsError
 
 
 @with_options(max_tokens=512)
@@ -23,9 +24,7 @@ def command(
     how = options.answering(session)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().strip()
+        line = ask().strip()
         if not line:
             return
         messages.append({"role": "user", "content": line})
@@ -33,3 +32,16 @@ def command(
         print(flush=True)
         report(answer, session.context)
         messages.append({"role": "assistant", "content": answer.text})
+
+
+def ask() -> str:
+    """A line from the user."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    try:
+        return sys.stdin.readline()
+    except UnicodeDecodeError:
+        raise FewbitsError("what stands on stdin is not UTF-8 text") from None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise Ended(130) from None

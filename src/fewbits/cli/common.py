@@ -39,6 +39,10 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
+class Ended(SystemExit):
+    """The end of a command that has said all there is to say."""
+
+
 @contextmanager
 def progress() -> Iterator[Report]:
     """A report function that draws a bar with the time left, one for every kind of work: `quantizing: block 3 of 30`

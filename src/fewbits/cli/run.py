@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewbits.cli.answering import Options, report, show, with_options
-from fewbits.cli.common import emit, quiet_libraries
+from fewbits.cli.common import Ended, emit, quiet_libraries
 from fewbits.errors import FewbitsError
 
 
@@ -35,8 +35,6 @@ def command(
         print(flush=True)
     report(answer, session.context)
     if answer.ended == "interrupted":
-        from fewbits.cli import Ended
-
         raise Ended(130)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fewbits import arch
-from fewbits.checkpoint import Buffer, Checkpoint, Entry
+from fewbits.checkpoint import Buffer, Checkpoint, Entry, Filed
 from fewbits.codecs.floats import BF16, F16, F32, Float
 from fewbits.containers import canonical, experts
 from fewbits.containers.base import Container, Progress
@@ -230,8 +230,8 @@ def float_entry(raw: Raw) -> Entry:
         data = raw.array()
         return None if data is None else Stored(codec, shape[-1] if len(shape) > 1 else 1, (data,))
 
-    return Entry(raw.name, shape, codec,
-                 lambda: QTensor(codec, shape, {"data": raw.tensor().reshape(codec.matrix(shape))}), stored)
+    return Entry(raw.name, shape, codec, Filed(
+        lambda: QTensor(codec, shape, {"data": raw.tensor().reshape(codec.matrix(shape))}), stored))
 
 
 def split(specs: dict[str, dict[str, Spec]], limit: int) -> list[list[str]]:

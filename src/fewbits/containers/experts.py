@@ -79,8 +79,7 @@ def _whole(name: str, parts: list[Entry]) -> Entry | None:
     alike = all(p.shape == first.shape and p.codec == first.codec for p in parts)
     if not alike or not splits(name, shape) or not first.codec.stacks(shape):
         return None
-    stack = Stack(tuple(parts))
-    return Entry(name, shape, first.codec, stack, stack.stored)
+    return Entry(name, shape, first.codec, Stack(tuple(parts)))
 
 
 # unstacking ---------------------------------------------------------------------------------------------------------

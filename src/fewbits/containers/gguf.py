@@ -15,7 +15,7 @@ import numpy as np
 
 from fewbits import arch, codecs
 from fewbits.arch import Architecture, Tensor, rows
-from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.checkpoint import Checkpoint, Entry, Filed
 from fewbits.codecs.base import Codec, Shape
 from fewbits.codecs.floats import F32, Float
 from fewbits.containers import experts, gguf_file, gguf_split, gguf_tokenizer
@@ -227,7 +227,7 @@ def _entry(file: GgufFile, name: str, parts: list[tuple[Spec, Tensor]]) -> Entry
             raise FewbitsError(f"{file.path}: tensor {spec.name!r} of shape {list(spec.shape)}: {error}") from None
 
     shape = rows.whole(tensor.ops, spec.shape) if len(parts) > 1 else spec.shape
-    return Entry(name, shape, rows.codec(tensor.ops, codec), load, stored)
+    return Entry(name, shape, rows.codec(tensor.ops, codec), Filed(load, stored))
 
 
 def bare_entries(file: GgufFile) -> dict[str, Entry]:

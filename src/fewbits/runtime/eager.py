@@ -69,9 +69,9 @@ class EagerSequence:
         del self._tokens[length:]
         if length >= self._cached:
             return
-        plain = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in getattr(self._cache, "layers", [0]))
-        if length and plain:
-            self._cache.crop(length)
+        kinds = [type(layer) for layer in getattr(self._cache, "layers", ())]
+        if length and set(kinds) == {transformers.cache_utils.DynamicLayer}:
+            self._cache.crop(length - self._cached)
             self._cached = length
         else:  # windows and states of other kinds cannot go back: computed again with the next tokens
             self._cache, self._cached = None, 0

@@ -76,13 +76,19 @@ def scale_name(dtype: torch.dtype) -> str:
     return SCALES[str(dtype).removeprefix("torch.")]
 
 
-def weight(f: Form, rows: int, columns: int, unit: int, scale: str, planes: Mapping[str, Any]) -> _native.Weight:
-    """A matrix of these planes, `unit` columns of which share a scale, for the native kernels."""
+def weight(f: Form, rows: int, columns: int, unit: int, scale: str, planes: Mapping[str, Any],
+           order: np.ndarray | None = None, fine: bool = False) -> _native.Weight:
+    """A matrix of these planes, `unit` columns of which share a scale, for the native kernels.
+
+    `order` (int32) says which column of the activations meets each column of it. `fine`: what rounding takes from the
+    activations is rounded as well. Both are for decoders; `multiply` and `grouped` know nothing of them.
+    """
     blocks = units(columns, BLOCK)
     return _native.Weight(
         rows=rows, columns=columns, bits=f.bits, zero=f.zero, sub=f.sub, factor=f.factor,
         group=blocks if unit >= columns else unit // BLOCK, scaling=f.scaling, scale=scale, values=f.values,
-        levels=f.levels, **{name: planes.get(name) for name in ("codes", "scales", "mins", "subscales", "submins")})
+        levels=f.levels, order=order, fine=fine,
+        **{name: planes.get(name) for name in ("codes", "scales", "mins", "subscales", "submins")})
 
 
 def form(codec: Codec) -> Form | None:

@@ -10,7 +10,7 @@ import numpy as np
 from fewbits import _native
 from fewbits.errors import FewbitsError
 from fewbits.instructions import threads
-from fewbits.planning import available_bytes
+from fewbits.memory import available_bytes
 
 Array = np.ndarray
 Tokens = Several[int]

@@ -24,7 +24,7 @@ Weight = _native.Weight | _native.Floats
 KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
-def matrix(entry: Entry, rows: slice | np.ndarray | None = None) -> Weight:
+def matrix(entry: Entry, rows: slice | np.ndarray | None = None, expert: bool = False) -> Weight:
     """A matrix `[out, in]`, or the rows of it that `rows` (int64) numbers: parts of a fused one, another order.
 
     Floats stay where they are in a mapped file, unless their rows are in another order.
@@ -34,7 +34,7 @@ def matrix(entry: Entry, rows: slice | np.ndarray | None = None) -> Weight:
         return _from_file(_rows(stored, rows))
     q = entry.load()
     if rows is None:
-        return _prepared(q)
+        return _prepared(q, expert)
     return _prepared(_apart(q).part(rows if isinstance(rows, slice) else torch.from_numpy(rows)))
 
 
@@ -51,7 +51,7 @@ def matrices(entry: Entry) -> list[Weight]:
     if stored is not None:
         return [_from_file(stored.part(i * rows, (i + 1) * rows)) for i in range(count)]
     q = entry.load()
-    return [_prepared(expert(q, i)) for i in range(count)]
+    return [_prepared(expert(q, i), True) for i in range(count)]
 
 
 def vector(entry: Entry) -> np.ndarray:
@@ -92,17 +92,23 @@ def _apart(q: QTensor) -> QTensor:
     return QTensor(F32, q.shape, {"data": q.dequantize().view(F32.matrix(q.shape))})
 
 
-def _prepared(q: QTensor) -> Weight:
-    """What no kernel multiplies natively (orders of columns, codebooks) is decoded to float32."""
+def _prepared(q: QTensor, expert: bool = False) -> Weight:
+    """What no kernel multiplies natively (orders of columns by rows, codebooks) is decoded to float32.
+
+    Products of experts know nothing of orders. `int8` has outliers among its activations, which suffer from rounding:
+    what that takes is rounded as well.
+    """
     from fewbits.runtime.cpu import Native
     from fewbits.runtime.dispatch import choose
     from fewbits.runtime.reference import _Weight
 
-    ordered, outliers = q.order is not None, q.codec.family == "int8"
-    without = ("decode", "native") if ordered or outliers else ("decode",)
+    special = q.order is not None or q.codec.family == "int8"
+    without = ("decode", "native") if special and expert else ("decode",)
     prepared = choose(q, torch.device("cpu"), without=without).prepare(q, torch.float32)
     if isinstance(prepared, Native):
-        return prepared.matrices[0].weight
+        m = prepared.matrices[0]
+        order = None if q.order is None else q.order.numpy().astype(np.int32)
+        return weight(m.form, m.rows, m.columns, m.unit, scale_name(m.dtype), m.planes, order, q.codec.family == "int8")
     assert isinstance(prepared, _Weight)
     data = prepared.weight()
     return _native.Floats(data.contiguous().view(torch.uint8), scale_name(data.dtype), *q.shape)

@@ -1,4 +1,4 @@
-"""Answers of a given form: a JSON schema, a regular expression, a Lark or GBNF grammar. llguidance computes the masks."""
+"""Answers of a form: a JSON schema, a regular expression, a Lark or GBNF grammar. llguidance computes the masks."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _for_llguidance(tokenizer: Tokenizer, vocabulary: int) -> Any:
     import llguidance
 
     ends = [i for i in tokenizer.ends if i < vocabulary]
-    return llguidance.LLTokenizer(tokenizer.core.to_str(), n_vocab=vocabulary, eos_token=ends)
+    return llguidance.LLTokenizer(tokenizer.core.library().to_str(), n_vocab=vocabulary, eos_token=ends)
 
 
 def _line(error: object) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fewbits.errors import FewbitsError
+from fewbits.text.core import same
 from fewbits.text.sampling import Sampler
 from fewbits.text.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ class Lookup:
 
 
 class Draft:
-    """What a smaller model with the same tokens would say, drawn with the random numbers that the larger one will use."""
+    """What a smaller model with the same tokens would say, drawn with the random numbers that come next."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, of: Tokenizer, context: int):
         """Guesses of `model`, for a model with the tokenizer `of`, in a context of so many tokens.
@@ -55,7 +56,7 @@ class Draft:
         Raises:
             FewbitsError: the two write tokens differently.
         """
-        if tokenizer.core.get_vocab() != of.core.get_vocab():
+        if not same(tokenizer.core, of.core):
             raise FewbitsError("the draft model has another vocabulary", "take a smaller model of the same family")
         self._vocabulary = model.vocabulary
         self._sequence = model.sequence(min(context, model.context))
@@ -63,11 +64,11 @@ class Draft:
         self._held: list[int] = []
 
     def guess(self, tokens: Sequence[int], most: int, sampler: Sampler) -> list[int]:
-        same = min(common(self._held, tokens[:-1]), len(self._sequence))
-        feed = list(tokens[same:])
+        known = min(common(self._held, tokens[:-1]), len(self._sequence))
+        feed = list(tokens[known:])
         if len(tokens) + most > self._context or max(feed) >= self._vocabulary:
             return []
-        self._sequence.truncate(same)
+        self._sequence.truncate(known)
         self._held, guesses, ahead = list(tokens), list[int](), sampler.ahead()
         while len(guesses) < most:
             row = np.asarray(self._sequence.append(feed))[-1]

@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 
 class Templates:
-    """The chat templates of a model by name: "default", and "tool_use" where conversations with tools have their own."""
+    """The chat templates of a model by name: "default", and perhaps "tool_use" for conversations with tools."""
 
     def __init__(self, sources: Mapping[str, str], where: str = "chat template"):
         self.sources, self.where = dict(sources), where

@@ -1,7 +1,4 @@
-"""Text to tokens and back, by the `tokenizers` library alone: what tokenizer.json and tokenizer_config.json say.
-
-Of a GGUF file no JSON is made in between: vocabulary and merges go to the library as they are.
-"""
+"""Text to tokens and back, as tokenizer.json and tokenizer_config.json say; Transformers is not needed."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ import tokenizers
 from fewbits.containers import gguf_tokenizer
 from fewbits.containers.gguf_tokenizer import Json
 from fewbits.errors import FewbitsError
+from fewbits.text.core import Core, Library, Mapped
 from fewbits.text.template import Templates
 
 if TYPE_CHECKING:
@@ -34,39 +32,42 @@ PARTS = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
 class Tokenizer:
     """A model's tokenizer; `special` are its special tokens by name, `ends` the ids after which an answer is over."""
 
-    core: tokenizers.Tokenizer
+    core: Core
     special: dict[str, str]
     ends: frozenset[int]
     templates: Templates | None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of a text; with those that open and close every text, where the model has such, if `special`."""
-        return list(self.core.encode(text, add_special_tokens=special).ids)
+        try:
+            return self.core.encode(text, special)
+        except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, or a byte of an argument that is no text
+            raise FewbitsError("the text is not valid Unicode") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
-        return str(self.core.decode(tokens, skip_special_tokens=True))
+        return self.core.decode(tokens)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
-                    **values: Any) -> list[int]:
-        """Tokens of a conversation in the model's chat template, and of what opens an answer.
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> list[int]:
+        """Tokens of a conversation in the model's chat template, and of what opens an answer; `values` (tools …) are
+        what the template may ask for besides.
 
         Raises:
             FewbitsError: there is no template, or it refuses the conversation.
         """
         if self.templates is None:
             raise FewbitsError("the model has no chat template", "use fewbits run --raw")
-        text = self.templates.render(messages, tools=tools, **self.special, **values)
+        text = self.templates.render(messages, **{**self.special, **values})
         return self.encode(text, special=False)
 
     @cached_property
     def size(self) -> int:
         """One more than the largest id."""
-        return 1 + max(self.core.get_vocab().values(), default=-1)
+        return self.core.size()
 
     def name(self, token: int) -> str:
         """A token as the vocabulary writes it; empty where there is none of that id."""
-        return self.core.id_to_token(token) or ""
+        return self.core.name(token)
 
 
 def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -78,11 +79,14 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     files = checkpoint.files
     settings = _json(checkpoint, "tokenizer_config.json")
     metadata = checkpoint.facts.get("metadata") or {}
+    special = _special(checkpoint, settings)
+    core: Core
     try:
-        if gguf_tokenizer.KEY + "tokens" in metadata:
-            core = of_parts(gguf_tokenizer.parts(metadata))
+        if gguf_tokenizer.KEY + "tokens" in metadata and not gguf_tokenizer.outline(metadata).strips:
+            core = Mapped(metadata)
         elif "tokenizer.json" in files:
-            core = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+            core = Library(tokenizers.Tokenizer.from_buffer(files["tokenizer.json"]))
+            _add(core.core, settings, special)
         else:
             older = next((name for name in OLDER if name in files), None)
             raise FewbitsError(f"no tokenizer.json in it{f', only {older}' if older else ''}",
@@ -91,28 +95,7 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         raise FewbitsError(f"{checkpoint.path}: {error}", error.hint) from None
     except Exception as error:  # tokenizers raises nothing more particular
         raise FewbitsError(f"{checkpoint.path}: tokenizer.json cannot be read: {error}") from None
-    core.no_padding()
-    core.no_truncation()
-    special = _special(checkpoint, settings)
-    _add(core, settings, special)
-    if not metadata and ("add_bos_token" in settings or "add_eos_token" in settings or core.post_processor is None):
-        core.post_processor = _around(core, special, bool(settings.get("add_bos_token")),
-                                      bool(settings.get("add_eos_token")))
     return Tokenizer(core, special, _ends(checkpoint, core, special), Templates.of(checkpoint, settings))
-
-
-def of_parts(spec: Json) -> tokenizers.Tokenizer:
-    """A tokenizer of a tokenizer.json's content, whose BPE model's merges are pairs."""
-    model, added = spec["model"], spec["added_tokens"]
-    small = {**spec, "model": {**model, "vocab": {}, "merges": [], "unk_token": None}, "added_tokens": []}
-    core = tokenizers.Tokenizer.from_str(json.dumps(small))
-    core.model = tokenizers.models.BPE(
-        vocab=model["vocab"], merges=model["merges"], unk_token=model["unk_token"], fuse_unk=model["fuse_unk"],
-        byte_fallback=model["byte_fallback"], ignore_merges=model["ignore_merges"])
-    core.add_tokens([tokenizers.AddedToken(t["content"], lstrip=t["lstrip"], rstrip=t["rstrip"],
-                                           single_word=t["single_word"], normalized=t["normalized"],
-                                           special=t["special"]) for t in added])
-    return core
 
 
 def _json(checkpoint: Checkpoint, name: str) -> Json:
@@ -147,21 +130,12 @@ def _add(core: tokenizers.Tokenizer, settings: Json, special: dict[str, str]) ->
     core.add_special_tokens([text for text in special.values() if core.token_to_id(text) is None])
 
 
-def _around(core: tokenizers.Tokenizer, special: dict[str, str], bos: bool, eos: bool) -> Any:
-    """What tokenizer_config.json puts around a text, if it says so; it then decides, not tokenizer.json."""
-    first, last = special.get("bos_token") if bos else None, special.get("eos_token") if eos else None
-    single = " ".join([f"{first}:0"] * (first is not None) + ["$A:0"] + [f"{last}:0"] * (last is not None))
-    tokens = {t for t in (first, last) if t is not None}
-    return tokenizers.processors.TemplateProcessing(
-        single=single, special_tokens=[(t, core.token_to_id(t)) for t in sorted(tokens)])
-
-
-def _ends(checkpoint: Checkpoint, core: tokenizers.Tokenizer, special: dict[str, str]) -> frozenset[int]:
+def _ends(checkpoint: Checkpoint, core: Core, special: dict[str, str]) -> frozenset[int]:
     stops = _json(checkpoint, "generation_config.json").get("eos_token_id", checkpoint.config.get("eos_token_id"))
     found = {i for i in (stops if isinstance(stops, list) else [stops]) if isinstance(i, int)}
-    added = {token.content: i for i, token in core.get_added_tokens_decoder().items() if token.special}
+    added = core.special()
     here = {name: added[name] for name in ENDS if name in added}
     if any(parts <= here.keys() for parts in PARTS):
         found.discard(here.pop(GOES_ON, -1))
-    eos = core.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    eos = core.id(special["eos_token"]) if "eos_token" in special else None
     return frozenset(found | set(here.values()) | ({eos} if eos is not None else set()))
