@@ -34,8 +34,8 @@ HIDDEN, NORMED, QUERIES, KEYS, VALUES, SEEN, GATE, UP, CHOSEN = range(9)
 def compile(checkpoint: Checkpoint) -> Decoder:
     """The steps of a checkpoint's model, its weights prepared for the native kernels.
 
-    Matrices that no native kernel multiplies (codebooks; experts in `int8` or with columns in another order) are decoded
-    to float32 once.
+    Matrices that no native kernel multiplies (codebooks; experts in `int8` or with columns in another order) are
+    decoded to float32 once.
 
     Raises:
         FewbitsError: a model type, or something in its configuration, that is not supported; tensors that are missing
