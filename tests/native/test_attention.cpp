@@ -16,17 +16,19 @@ double value_of(uint16_t half) {
 }
 
 // Memory of a head, not a number where nothing was kept.
-struct Kept1 {
+struct Memory {
     Planes planes;
-    Buffer<uint8_t> keys, values;
-    Buffer<uint16_t> key_scales, value_scales;
+    Buffer<uint16_t> key_memory, value_memory, key_scales, value_scales;
+    uint8_t *const keys, *const values;
     Head head;
-    Kept1(Kept kept, long width, long length)
-        : planes(planes_of(kept, width)), keys(lined(length) / LINE * planes.keys),
-          values(lined(length) / LINE * planes.values), key_scales(lined(length) / LINE * planes.key_scales / 2),
-          value_scales(lined(length) / LINE * planes.value_scales / 2) {
-        keys.fill(0x7e), values.fill(kept == Kept::f16 ? 0 : 0x7e), key_scales.fill(0x7e00), value_scales.fill(0);
-        head = {kept, width, keys.data(), values.data(), key_scales.data(), value_scales.data()};
+    Memory(Kept kept, long width, long length)
+        : planes(planes_of(kept, width)), key_memory(lined(length) / LINE * planes.keys / 2),
+          value_memory(lined(length) / LINE * planes.values / 2), key_scales(lined(length) / LINE * planes.key_scales / 2),
+          value_scales(lined(length) / LINE * planes.value_scales / 2), keys((uint8_t*)key_memory.data()),
+          values((uint8_t*)value_memory.data()) {
+        key_memory.fill(0x7e00), value_memory.fill(kept == Kept::f16 ? 0 : 0x7e7e);
+        key_scales.fill(0x7e00), value_scales.fill(0);
+        head = {kept, width, keys, values, key_scales.data(), value_scales.data()};
     }
 
     // What is kept of a key or a value, as stored (4 bits: turned).
@@ -34,9 +36,8 @@ struct Kept1 {
         const long runs = (head.width + RUN - 1) / RUN, run = column / RUN, i = column % RUN;
         const long line = position / LINE, lane = position % LINE;
         if (head.kept == Kept::f16) {
-            const uint16_t* halves = (const uint16_t*)(value ? values.data() : keys.data());
-            return value_of(value ? halves[position * lined(head.width) + column]
-                                  : halves[(line * head.width + column) * LINE + lane]);
+            return value_of(value ? value_memory[position * lined(head.width) + column]
+                                  : key_memory[(line * head.width + column) * LINE + lane]);
         }
         const double scale = value_of(value ? value_scales[position * runs + run]
                                             : key_scales[(line * runs + run) * LINE + lane]);
@@ -71,7 +72,7 @@ void test_halves(const Attention& attention, const std::string& name) {
     constexpr long WIDTH = sizeof wanted / sizeof *wanted;
     float values[WIDTH];
     for (long i = 0; i < WIDTH; ++i) values[i] = wanted[i][0];
-    Kept1 some(Kept::f16, WIDTH, LINE);
+    Memory some(Kept::f16, WIDTH, LINE);
     attention.keep(some.head, 3, values, values);
     for (long i = 0; i < WIDTH; ++i)
         for (bool value : {false, true})
@@ -84,7 +85,7 @@ void test_halves(const Attention& attention, const std::string& name) {
 // Codes are the nearest ones (4 bits: but for the end opposite to the largest), the largest magnitude is kept.
 void test_codes(const Attention& attention, Kept kept, long width, const std::string& name) {
     Random random(width);
-    Kept1 some(kept, width, 40);
+    Memory some(kept, width, 40);
     for (long p = 0; p < 40; ++p) {
         Buffer<float> key = normals(random, width), value = normals(random, width);
         for (long c = 0; c < width; ++c) key[c] *= p == 5 ? 0 : p == 6 ? 1e-9f : p == 7 ? 1e4f : 1;
@@ -110,11 +111,11 @@ void test_codes(const Attention& attention, Kept kept, long width, const std::st
 
 void test_one(const Attention& attention, Kept kept, long width, long length, long window, int count, float cap,
               const std::string& set) {
-    const std::string name = set + ", " + std::to_string(count) + " queries, heads of " + std::to_string(width) + " in kind " +
-                             std::to_string((int)kept) + ", " + std::to_string(length) + " positions, window " +
-                             std::to_string(window) + ", cap " + std::to_string(cap);
+    const std::string name = set + ", " + std::to_string(count) + " queries, heads of " + std::to_string(width) +
+                             " in kind " + std::to_string((int)kept) + ", " + std::to_string(length) +
+                             " positions, window " + std::to_string(window) + ", cap " + std::to_string(cap);
     Random random(width + length);
-    Kept1 some(kept, width, length);
+    Memory some(kept, width, length);
     for (long p = 0; p < length; ++p) {
         const Buffer<float> key = normals(random, width), value = normals(random, width);
         attention.keep(some.head, p, key.data(), value.data());
@@ -169,7 +170,7 @@ void test_attention(const std::string& set) {
     for (Kept kept : {Kept::f16, Kept::q8_0, Kept::q4_0}) {
         for (long width : {1L, 8L, 20L, 64L, 80L, WIDEST_HEAD})
             for (long length : {1, 2, 16, 17, 64, 65, 200})
-                for (int count : {1, 2, 3, 4, 5, 6, 7, 13})
+                for (int count : {1, 2, 3, 5, 6, 13})
                     for (long window : {0, 1, 40}) test_one(attention, kept, width, length, window, count, 0, set);
         for (long length : {SEGMENT, SEGMENT + 1, 3 * SEGMENT + 100})
             for (long window : {0, 70, SEGMENT + 100}) test_one(attention, kept, 64, length, window, QUERIES, 0, set);

@@ -63,38 +63,38 @@ class Decoder:
             FewbitsError: a sequence is there twice or is another model's; it has no tokens, more than there is room
                 for, or one that the vocabulary lacks. No sequence was changed.
         """
-        asked = [(s, np.array(tokens, dtype=np.int64), wanted) for s, tokens, wanted in asked]
-        for i, (sequence, ids, wanted) in enumerate(asked):
+        pieces = [(s, np.array(tokens, dtype=np.int64), wanted) for s, tokens, wanted in asked]
+        for i, (sequence, ids, wanted) in enumerate(pieces):
             try:
                 sequence._check(self, ids, wanted)
-                if any(sequence is other for other, _, _ in asked[:i]):
+                if any(sequence is other for other, _, _ in pieces[:i]):
                     raise FewbitsError("it is there already")
             except FewbitsError as error:
-                raise FewbitsError(f"sequence {i}: {error}", error.hint) if len(asked) > 1 else error from None
-        outs = [np.empty((wanted, self.vocabulary), np.float32) for _, _, wanted in asked]
-        before = [(s._native, len(s)) for s, _, _ in asked]
+                raise FewbitsError(f"sequence {i}: {error}", error.hint) if len(pieces) > 1 else error from None
+        outs = [np.empty((wanted, self.vocabulary), np.float32) for _, _, wanted in pieces]
+        before = [(s._native, len(s)) for s, _, _ in pieces]
         try:
-            asked = [(s, s._again(ids), wanted) for s, ids, wanted in asked]
-            for call in _calls([len(ids) for _, ids, _ in asked]):
-                self._call(asked, outs, call)
+            pieces = [(s, s._again(ids), wanted) for s, ids, wanted in pieces]
+            for call in _calls([len(ids) for _, ids, _ in pieces]):
+                self._call(pieces, outs, call)
+            for sequence, ids, _ in pieces:
+                sequence._tokens[len(sequence) - len(ids):] = ids.tolist()
         except BaseException:  # an interrupt between two calls
-            for (sequence, _, _), (native, length) in zip(asked, before, strict=True):
-                native.truncate(length)
+            for (sequence, _, _), (native, length) in zip(pieces, before, strict=True):
                 sequence._native = native
+                sequence.truncate(length)
             raise
-        for sequence, ids, _ in asked:
-            sequence._tokens[len(sequence) - len(ids):] = ids.tolist()
         return outs
 
-    def _call(self, asked: list[tuple[Sequence, Array, int]], outs: list[Array], call: list[Part]) -> None:
+    def _call(self, pieces: list[tuple[Sequence, Array, int]], outs: list[Array], call: list[Part]) -> None:
         """One native call: tokens `begin` to `end` of some sequences."""
-        skipped = [len(asked[i][1]) - asked[i][2] for i, _, _ in call]  # tokens whose logits nobody wants
+        skipped = [len(pieces[i][1]) - pieces[i][2] for i, _, _ in call]  # tokens whose logits nobody wants
         rows = [(max(0, begin - skip), max(0, end - skip)) for (_, begin, end), skip in zip(call, skipped, strict=True)]
         wanted = [end - begin for begin, end in rows]
         alone = len(call) == 1
         out = outs[call[0][0]][slice(*rows[0])] if alone else np.empty((sum(wanted), self.vocabulary), np.float32)
-        self.plan.step([asked[i][0]._native for i, _, _ in call], [end - begin for _, begin, end in call], wanted,
-                       np.concatenate([asked[i][1][begin:end] for i, begin, end in call]), out, threads())
+        self.plan.step([pieces[i][0]._native for i, _, _ in call], [end - begin for _, begin, end in call], wanted,
+                       np.concatenate([pieces[i][1][begin:end] for i, begin, end in call]), out, threads())
         if not alone:
             for (i, _, _), (begin, end), part in zip(call, rows, np.split(out, np.cumsum(wanted)[:-1]), strict=True):
                 outs[i][begin:end] = part
