@@ -109,9 +109,9 @@ def main() -> None:
             rows.append((name, *rates(args.decoded, mine["decode"], theirs["decode"]), 100 * read / mine["read"],
                          *rates(args.prompt, mine["prompt"], theirs["prompt"])))
             say(rows[-1])
-    sides: tuple[str, ...] = ("llama.cpp", "x")
-    heads = (("type", "sequences", f"{args.decoded} after {args.before}", *sides) if args.batch else
-             ("type", f"{args.decoded} after {args.before}", *sides, "% of reading", f"prompt of {args.prompt}", *sides))
+    sides, after = ("llama.cpp", "x"), f"{args.decoded} after {args.before}"
+    heads = (("type", "sequences", after, *sides) if args.batch else
+             ("type", after, *sides, "% of reading", f"prompt of {args.prompt}", *sides))
     show(f"{args.model} on the CPU, {args.threads} thread(s): tokens a second", heads, rows, args.json)
 
 
