@@ -44,13 +44,21 @@ INLINE void to_f16(uint16_t* to, F32 v) {
 // own inverse, for as many columns at a time as is a power of two. Scores do not change when queries and keys are turned.
 INLINE void turn(float* x, long width) {
     const long block = width & -width;
-    for (long half = 1; half < block; half *= 2)
-        for (long i = 0; i < width; i += 2 * half)
-            for (long k = i; k < i + half; ++k) {
-                const float a = x[k], b = x[k + half];
-                x[k] = a + b, x[k + half] = a - b;
-            }
     const float factor = 1 / sqrtf((float)block);
+    for (long half = 1; half < block; half *= 2)
+        for (long i = 0; i < width; i += 2 * half) {
+            float *a = x + i, *b = a + half;
+            if (half < LANES)
+                for (long k = 0; k < half; ++k) {
+                    const float sum = a[k] + b[k], difference = a[k] - b[k];
+                    a[k] = sum, b[k] = difference;
+                }
+            else
+                for (long k = 0; k < half; k += LANES) {
+                    const F32 p = load<F32>(a + k), q = load<F32>(b + k);
+                    store(a + k, p + q), store(b + k, p - q);
+                }
+        }
     for (long i = 0; i < width; ++i) x[i] *= factor;
 }
 
@@ -67,25 +75,21 @@ static float value_of(uint16_t half) {
     return lanes[0];
 }
 
-INLINE float within(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
-
 // 32 values as signed bytes, or as codes 0 … 15, and their scale. One that is not finite makes the scale not a number.
 INLINE uint16_t round_run(Kept kept, const float* x, int8_t* codes) {
-    float least = 0, most = 0;
-    bool strange = false;
-    for (int i = 0; i < RUN; ++i) {
-        if (x[i] < least) least = x[i];
-        if (x[i] > most) most = x[i];
-        strange |= !(fabsf(x[i]) <= 3e38f);
-    }
-    const float end = -least > most ? least : most;
-    const uint16_t half = half_of(strange ? NAN : within(kept == Kept::q8_0 ? fabsf(end) / 127 : end / -8, 65504));
+    const F32 v[2] = {load<F32>(x), load<F32>(x + LANES)};
+    const float most = largest_of(larger(v[0], v[1])), least = -largest_of(larger(-v[0], -v[1]));
+    const F32 sizes = larger(choose(v[0] < 0.0f, -v[0], v[0]), choose(v[1] < 0.0f, -v[1], v[1]));
+    const bool strange = any(~(sizes <= 3e38f)) || any(v[0] != v[0]);
+    const float end = -least > most ? least : most, zero = kept == Kept::q8_0 ? 0 : 8;
+    const float low = kept == Kept::q8_0 ? -127 : 0, high = kept == Kept::q8_0 ? 127 : 15;
+    const float wanted = kept == Kept::q8_0 ? fabsf(end) / 127 : end / -8;
+    const uint16_t half = half_of(strange ? NAN : wanted > 65504 ? 65504 : wanted < -65504 ? -65504 : wanted);
     const float scale = value_of(half), inverse = scale != 0 && !strange ? 1 / scale : 0;
-    const float zero = kept == Kept::q8_0 ? 0 : 8, low = kept == Kept::q8_0 ? -127 : 0,
-                high = kept == Kept::q8_0 ? 127 : 15;
-    for (int i = 0; i < RUN; ++i) {
-        const float code = strange ? 0 : rintf(x[i] * inverse + zero);
-        codes[i] = (int8_t)(code < low ? low : code > high ? high : code);
+    for (int i = 0; i < 2; ++i) {
+        const F32 code = larger(spread(low), -larger(spread(-high), -(v[i] * inverse + zero)));
+        const I8x16 bytes = __builtin_convertvector((I32)(code + MAGIC_VALUE) - MAGIC, I8x16);
+        memcpy(codes + i * LANES, &bytes, sizeof bytes);
     }
     return half;
 }
@@ -172,9 +176,11 @@ static void widen_values(const Head& head, long at, long count, long wide, float
         for (long i = 0; i < count * wide; i += LANES) store(to + i, from_f16(from + i));
         return;
     }
-    const long runs = wide / RUN;
-    for (long i = at * runs; i < (at + count) * runs; ++i, to += RUN) {
-        const F32 scale = spread(value_of(head.value_scales[i]));
+    const long runs = wide / RUN, first = at * runs;
+    float scales[STRETCH * WIDEST_HEAD / RUN];
+    for (long i = 0; i < lined(count * runs); i += LANES) store(scales + i, from_f16(head.value_scales + first + i));
+    for (long i = first; i < first + count * runs; ++i, to += RUN) {
+        const F32 scale = spread(scales[i - first]);
         if (head.kept == Kept::q8_0) {
             store(to, byte_of(head.values + i * RUN) * scale);
             store(to + LANES, byte_of(head.values + i * RUN + LANES) * scale);
@@ -194,15 +200,22 @@ constexpr int TOGETHER = 1;  // a vector is 2 or 4 registers
 #endif
 constexpr int ROWS = 6;
 
-// to[r][v] += sum of a[r][k] * b[k][v] over k = 0 … count - 1, in this order, for R rows and V vectors
-template <int R, int V>
-INLINE void tile(const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row) {
+// to[r][v] += sum of a[r][k] * b[k][v] over k = 0 … count - 1, in this order, for R rows and V vectors. FETCH: `step`
+// bytes from `next` on are asked for at each k.
+template <int R, int V, bool FETCH>
+INLINE void tile(const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row,
+                 const uint8_t* next, long step) {
     F32 sums[R][V];
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sums[r][v] = load<F32>(to + r * to_row + v * LANES);
-    for (long k = 0; k < count; ++k, b += b_row) {
+    long k = 0;
+    do {
+        if (FETCH) {
+            for (long i = 0; i < step; i += 64) __builtin_prefetch(next + i);
+            next += step;
+        }
         F32 with[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) with[v] = load<F32>(b + v * LANES);
@@ -212,33 +225,42 @@ INLINE void tile(const float* a, long a_row, const float* b, long b_row, long co
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sums[r][v] = fma(factor, with[v], sums[r][v]);
         }
-    }
+        b += b_row;
+    } while (++k < count);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) store(to + r * to_row + v * LANES, sums[r][v]);
 }
 
-template <int R>
+template <int R, bool FETCH>
 static void tiles_of(const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row,
-                     long wide) {
+                     long wide, const uint8_t* next, long step) {
     long at = 0;
-    for (; at + TOGETHER * LANES <= wide; at += TOGETHER * LANES)
-        tile<R, TOGETHER>(a, a_row, b + at, b_row, count, to + at, to_row);
-    for (; at < wide; at += LANES) tile<R, 1>(a, a_row, b + at, b_row, count, to + at, to_row);
+    for (; at + TOGETHER * LANES <= wide; at += TOGETHER * LANES, step = 0)
+        tile<R, TOGETHER, FETCH>(a, a_row, b + at, b_row, count, to + at, to_row, next, step);
+    for (; at < wide; at += LANES, step = 0)
+        tile<R, 1, FETCH>(a, a_row, b + at, b_row, count, to + at, to_row, next, step);
 }
 
-// The same for up to ROWS rows, `wide` columns of b.
-static void tiles(int rows, const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row,
-                  long wide) {
-    using Tiles = void (*)(const float*, long, const float*, long, long, float*, long, long);
-    static constexpr Tiles all[ROWS] = {tiles_of<1>, tiles_of<2>, tiles_of<3>, tiles_of<4>, tiles_of<5>, tiles_of<6>};
-    all[rows - 1](a, a_row, b, b_row, count, to, to_row, wide);
+// The same for any number of rows and `wide` columns of b; the first ones fetch `bytes` from `next` on.
+static void multiply(int rows, const float* a, long a_row, const float* b, long b_row, long count, float* to,
+                     long to_row, long wide, const uint8_t* next, long bytes) {
+    using Tiles = void (*)(const float*, long, const float*, long, long, float*, long, long, const uint8_t*, long);
+    static constexpr Tiles tiles[ROWS] = {tiles_of<1, true>, tiles_of<2, true>, tiles_of<3, true>, tiles_of<4, true>,
+                                          tiles_of<5, true>, tiles_of<6, true>};
+    tiles[(rows < ROWS ? rows : ROWS) - 1](a, a_row, b, b_row, count, to, to_row, wide, next, bytes / count);
+    int r = ROWS;
+    for (; r + ROWS <= rows; r += ROWS)
+        tiles_of<ROWS, false>(a + r * a_row, a_row, b, b_row, count, to + r * to_row, to_row, wide, next, 0);
+    if (r < rows)
+        tiles[rows - r - 1](a + r * a_row, a_row, b, b_row, count, to + r * to_row, to_row, wide, next, 0);
 }
 
 // Attention ------------------------------------------------------------------------------------------------------------
 
 constexpr float LEAST = -1e30f;  // below every score
+constexpr float LOG2_E = 1.44269504f;
 constexpr long MOST_SUMS = WIDEST_HEAD + 2 * LINE;
 
 // Memory of a thread.
@@ -272,42 +294,55 @@ static void clear(float* sums, int count, long wide, long size) {
     }
 }
 
-// Queries times the scale, one after the other, turned as what is kept is.
-static void copy_queries(const Head& head, const Query* queries, int count, float scale, float* to) {
+// Queries, one after the other, turned as what is kept is, so that scores are powers of 2 (those without a cap).
+static void copy_queries(const Head& head, const Query* queries, int count, const Scores& how, float* to) {
+    const float factor = how.cap > 0 ? how.scale : how.scale * LOG2_E;
     for (int r = 0; r < count; ++r, to += head.width) {
-        for (long c = 0; c < head.width; ++c) to[c] = queries[r].x[c] * scale;
+        for (long c = 0; c < head.width; ++c) to[c] = queries[r].x[c] * factor;
         if (head.kept == Kept::q4_0) turn(to, head.width);
     }
+}
+
+// 2^x for x <= 0, and not less than 2^-126. Not a number stays that.
+INLINE F32 power(F32 x) {
+    x = larger(spread(-126.0f), x);
+    const F32 whole = x + MAGIC_VALUE, r = x - (whole - MAGIC_VALUE);
+    F32 y = spread(1.5403530e-4f);
+    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+        y = fma(y, r, spread(c));
+    return (F32)((I32)y + (((I32)whole - MAGIC) << 23));
 }
 
 // A row's scores become weights; sums so far are corrected where one is the largest yet.
 INLINE void weigh(const Query& query, long at, float cap, float* scores, const Sums& sums, long wide) {
     F32 s[VECTORS];
-    F32 highest = spread(*sums.most);
+    const F32 before = spread(*sums.most);
+    F32 highest = before;
     const bool edge = query.first > at || query.last < at + STRETCH - 1;
     const I32 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
         s[v] = load<F32>(scores + v * LANES);
-        if (cap > 0) s[v] = cap - 2 * cap / (exponential(s[v] * (2 / cap)) + 1.0f);
+        if (cap > 0) s[v] = (cap - 2 * cap / (exponential(s[v] * (2 / cap)) + 1.0f)) * LOG2_E;
         if (edge) {
             const I32 position = lanes + (int32_t)(at + v * LANES);
             const I32 seen = (position >= (int32_t)query.first) & (position <= (int32_t)query.last);
             s[v] = choose(seen, s[v], spread(LEAST));
         }
-        highest = choose(s[v] > highest, s[v], highest);
+        highest = larger(s[v], highest);
     }
-    const float now = largest_of(highest);
     F32 total = load<F32>(sums.weights);
-    if (now > *sums.most) {
-        const F32 shrink = exponential(spread(*sums.most - now));
+    float now = *sums.most;
+    if (any(highest > before)) {
+        now = largest_of(highest);
+        const F32 shrink = power(spread(*sums.most - now));
         for (long c = 0; c < wide; c += LANES) store(sums.values + c, load<F32>(sums.values + c) * shrink);
         total = total * shrink;
         *sums.most = now;
     }
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
-        F32 w = exponential(s[v] - spread(now));
+        F32 w = power(s[v] - now);
         if (edge) w = choose(s[v] == spread(LEAST), F32{}, w);
         store(scores + v * LANES, w);
         total = total + w;
@@ -319,23 +354,20 @@ INLINE void weigh(const Query& query, long at, float cap, float* scores, const S
 static void add(const Head& head, const Query* queries, const float* asked, int count, float cap, long first, long last,
                 float* sums) {
     Scratch& mine = Scratch::get();
+    const Planes planes = planes_of(head.kept, head.width);
     const long wide = wide_of(head), size = sums_of(head.width);
     for (long at = first / STRETCH * STRETCH; at <= last; at += STRETCH) {
-        const long positions = last + 1 - at < STRETCH ? last + 1 - at : STRETCH;
+        const long positions = last + 1 - at < STRETCH ? last + 1 - at : STRETCH, line = at / LINE;
+        const long lines = lined(positions) / LINE;
         widen_keys(head, at, positions, mine.wide);
-        for (int r = 0; r < count; r += ROWS) {
-            const int rows = count - r < ROWS ? count - r : ROWS;
-            float* weights = mine.weights + r * STRETCH;
-            memset(weights, 0, rows * STRETCH * sizeof(float));
-            tiles(rows, asked + r * head.width, head.width, mine.wide, STRETCH, head.width, weights, STRETCH,
-                  lined(positions));
-            for (int i = 0; i < rows; ++i)
-                weigh(queries[r + i], at, cap, weights + i * STRETCH, Sums(sums + (r + i) * size, wide), wide);
-        }
+        memset(mine.weights, 0, count * STRETCH * sizeof(float));
+        multiply(count, asked, head.width, mine.wide, STRETCH, head.width, mine.weights, STRETCH, lines * LINE,
+                 head.values + line * planes.values, lines * planes.values);
+        for (int r = 0; r < count; ++r)
+            weigh(queries[r], at, cap, mine.weights + r * STRETCH, Sums(sums + r * size, wide), wide);
         widen_values(head, at, positions, wide, mine.wide);
-        for (int r = 0; r < count; r += ROWS)
-            tiles(count - r < ROWS ? count - r : ROWS, mine.weights + r * STRETCH, STRETCH, mine.wide, wide, positions,
-                  sums + r * size, size, wide);
+        multiply(count, mine.weights, STRETCH, mine.wide, wide, positions, sums, size, wide,
+                 head.keys + (line + lines) * planes.keys, at + STRETCH <= last ? lines * planes.keys : 0);
     }
 }
 
@@ -362,7 +394,7 @@ static void gather_copied(const Head& head, const Query* queries, const float* a
 
 static void gather(const Head& head, const Query* queries, int count, const Scores& how, long segment, float* sums) {
     float* asked = Scratch::get().queries;
-    copy_queries(head, queries, count, how.scale, asked);
+    copy_queries(head, queries, count, how, asked);
     gather_copied(head, queries, asked, count, how.cap, span(queries, count), segment, sums);
 }
 
@@ -372,7 +404,7 @@ static void join(const Head& head, int count, const float* part, float* sums) {
     for (int r = 0; r < count; ++r) {
         const Sums to(sums + r * size, wide), from((float*)part + r * size, wide);
         const float now = *from.most > *to.most ? *from.most : *to.most;
-        const F32 keep = exponential(spread(*to.most - now)), take = exponential(spread(*from.most - now));
+        const F32 keep = power(spread(*to.most - now)), take = power(spread(*from.most - now));
         for (long c = 0; c < wide + LINE; c += LANES)  // weights lie behind the values
             store(to.values + c, fma(load<F32>(from.values + c), take, load<F32>(to.values + c) * keep));
         *to.most = now;
@@ -397,7 +429,7 @@ static void finish(const Head& head, const Query* queries, int count, long segme
 
 static void attend(const Head& head, const Query* queries, int count, const Scores& how) {
     Scratch& mine = Scratch::get();
-    copy_queries(head, queries, count, how.scale, mine.queries);
+    copy_queries(head, queries, count, how, mine.queries);
     const Span all = span(queries, count);
     const long first = all.first / SEGMENT, last = all.last / SEGMENT;
     gather_copied(head, queries, mine.queries, count, how.cap, all, first, mine.sums);

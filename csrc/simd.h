@@ -43,6 +43,8 @@ INLINE I32 spread(int32_t x) { return (I32)_mm512_set1_epi32(x); }
 INLINE F32 spread(float x) { return (F32)_mm512_set1_ps(x); }
 INLINE U8 bytes(uint8_t x) { return (U8)_mm512_set1_epi8((char)x); }
 INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE F32 larger(F32 a, F32 b) { return (F32)_mm512_max_ps((__m512)a, (__m512)b); }  // b where one is not a number
+INLINE bool any(I32 mask) { return _mm512_movepi32_mask((__m512i)mask); }
 
 // acc[i] + sum of four products of unsigned w and signed x
 template <bool>
@@ -281,6 +283,18 @@ INLINE F32 from_f16(const void* p) {
 }
 
 #endif  // ------------------------------------------------------------------------------------------------------------
+
+#if !defined(__AVX512F__)
+INLINE F32 larger(F32 a, F32 b) {
+    const I32 mask = a > b;
+    return (F32)(((I32)a & mask) | ((I32)b & ~mask));
+}
+INLINE bool any(I32 mask) {
+    uint64_t parts[8];
+    store(parts, mask);
+    return parts[0] | parts[1] | parts[2] | parts[3] | parts[4] | parts[5] | parts[6] | parts[7];
+}
+#endif
 
 // Vectors of one register each, PARTS of which make 64 bytes, under the same names in a namespace of their own: loops that
 // hold many of them are written there, as compilers keep wider vectors in memory.

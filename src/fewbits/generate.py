@@ -227,7 +227,7 @@ class _Run:
     def _checked(self, rows: np.ndarray, guesses: list[int], text: list[int]) -> Iterator[int]:
         """The sampler's tokens after each row, as long as they are the guesses that the next rows depend on."""
         for i, row in enumerate(rows):
-            token = self.sampler.pick(row, text, self.matcher.allowed() if self.matcher else None)
+            token = self._pick(row, text)
             if self.matcher and token not in self.session.tokenizer.ends:
                 self.matcher.accept(token)
             if self.top is not None and token not in self.session.tokenizer.ends:
@@ -237,6 +237,15 @@ class _Run:
             yield token
             if not right:
                 return
+
+    def _pick(self, row: np.ndarray, text: list[int]) -> int:
+        if self.matcher is None:
+            return self.sampler.pick(row, text)
+        if self.sampler.sampling.temperature == 0:
+            best = self.sampler.pick(row, text)
+            if self.matcher.fits(best):
+                return best
+        return self.sampler.pick(row, text, self.matcher.allowed())
 
     def _ended(self, full: bool, end: Ended) -> Ended | None:
         if self.stream.stopped is not None:

@@ -66,7 +66,7 @@ def test_forms(fewbits: Run, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
 
 def test_prompts(fewbits: Run, tiny: Path) -> None:  # noqa: F811
     said = ran(fewbits, tiny, "hi there", "--max-tokens", 4)
-    assert ran(fewbits, tiny, "-", "--max-tokens", 4, stdin="hi there")["tokens"] == said["tokens"]
+    assert ran(fewbits, tiny, "-", "--max-tokens", 4, stdin="hi there\n")["tokens"] == said["tokens"]
     with_system = ran(fewbits, tiny, "hi there", "--system", "Be nice.", "--max-tokens", 4)
     assert with_system["prompt_tokens"] > said["prompt_tokens"]
 

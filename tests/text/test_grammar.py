@@ -32,6 +32,7 @@ def drawn(grammar: Grammar, words: Tokenizer, seed: int, vocabulary: int, most: 
         token = sampler.pick(rng.normal(0, 3, vocabulary).astype(np.float32), tokens, matcher.allowed())
         if token in words.ends:
             break
+        assert matcher.fits(token)
         matcher.accept(token)
         tokens.append(token)
         if matcher.complete:
@@ -72,5 +73,8 @@ def test_wrong_grammars(kind: str, source: str, message: str, words: Tokenizer) 
 
 def test_a_token_that_is_not_allowed(words: Tokenizer) -> None:
     matcher = Grammar("regex", "a", words, words.size).begin()
+    allowed = matcher.allowed()
+    assert [matcher.fits(i) for i in range(words.size)] == allowed.tolist() and allowed.sum() == 1
+    assert not any(matcher.fits(end) for end in words.ends)
     with pytest.raises(FewbitsError, match="grammar: "):
         matcher.accept(words.encode("b", special=False)[0])

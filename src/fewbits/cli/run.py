@@ -40,6 +40,6 @@ def command(
 
 def _stdin() -> str:
     try:
-        return sys.stdin.read()
+        return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError:
         raise FewbitsError("the prompt on stdin is not UTF-8 text") from None

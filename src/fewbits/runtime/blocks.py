@@ -5,9 +5,11 @@ What the fields are is said where the codecs are; here is only where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
+from weakref import ref
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from fewbits.runtime.interleaved import BLOCK, TILE, form
 from fewbits.stored import Apart
 
 LINE = 64  # bytes: planes begin on lines of their own
+PAGE, ARENA = 2 << 20, 32 << 20  # bytes of a large page, and of what is allocated at a time
 
 
 @dataclass(frozen=True)
@@ -168,12 +171,32 @@ def _tiles(values: np.ndarray) -> np.ndarray:
 
 
 def empty(sizes: dict[str, int]) -> dict[str, np.ndarray]:
-    """Arrays of so many bytes each, side by side in one allocation."""
+    """Arrays of so many bytes each, side by side."""
     places, at = {}, 0
     for name, size in sizes.items():
         places[name] = at
         at += units(size, LINE) * LINE
-    whole = np.empty(at + LINE, np.uint8)
-    whole = whole[-whole.ctypes.data % LINE:]
-    _native.advise(whole)
+    whole = _arena.take(at)
     return {name: whole[begin:begin + sizes[name]] for name, begin in places.items()}
+
+
+class _Arena:
+    """Memory in large pages for one matrix after the other, which alone would fill few of them. Freed with its last."""
+
+    def __init__(self) -> None:
+        self._lock, self._at = Lock(), 0
+        self._whole: Callable[[], np.ndarray | None] = lambda: None
+
+    def take(self, size: int) -> np.ndarray:
+        with self._lock:
+            whole = self._whole()
+            if whole is None or self._at + size > len(whole):
+                whole = np.empty(max(size, ARENA) + PAGE, np.uint8)
+                _native.advise(whole)
+                self._whole, self._at = ref(whole), -whole.ctypes.data % PAGE
+            found = whole[self._at:self._at + size]
+            self._at += size
+        return found
+
+
+_arena = _Arena()

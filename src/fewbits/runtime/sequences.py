@@ -21,8 +21,9 @@ CACHES = ("f16", "q8_0", "q4_0")  # what keys and values are rounded to: 16, 8.5
 class Decoder:
     """A compiled model. Weights are held once; every sequence has a cache of its own."""
 
-    def __init__(self, plan: _native.Plan, vocabulary: int, context: int):
+    def __init__(self, plan: _native.Plan, vocabulary: int, context: int, original: int = 0):
         self.plan, self.vocabulary, self.context = plan, vocabulary, context
+        self.original = original  # longer sequences are turned by stretched frequencies; 0: none
         self._sequences: WeakSet[Sequence] = WeakSet()
 
     def logits(self, tokens: Tokens, last_only: bool = False) -> Array:
@@ -62,39 +63,41 @@ class Decoder:
             FewbitsError: a sequence is there twice or is another model's; it has no tokens, more than there is room
                 for, or one that the vocabulary lacks. No sequence was changed.
         """
-        asked = [(s, np.array(tokens, dtype=np.int64), wanted) for s, tokens, wanted in asked]
-        for i, (sequence, ids, wanted) in enumerate(asked):
+        if not asked:
+            return []
+        pieces = [(s, np.array(tokens, dtype=np.int64), wanted) for s, tokens, wanted in asked]
+        for i, (sequence, ids, wanted) in enumerate(pieces):
             try:
                 sequence._check(self, ids, wanted)
-                if any(sequence is other for other, _, _ in asked[:i]):
+                if any(sequence is other for other, _, _ in pieces[:i]):
                     raise FewbitsError("it is there already")
             except FewbitsError as error:
-                raise FewbitsError(f"sequence {i}: {error}", error.hint) if len(asked) > 1 else error from None
-        outs = [np.empty((wanted, self.vocabulary), np.float32) for _, _, wanted in asked]
-        before = [len(s) for s, _, _ in asked]
+                raise FewbitsError(f"sequence {i}: {error}", error.hint) if len(pieces) > 1 else error from None
+        out = np.empty((sum(wanted for _, _, wanted in pieces), self.vocabulary), np.float32)
+        before, done = [(s._native, len(s)) for s, _, _ in pieces], 0
         try:
-            for call in _calls([len(ids) for _, ids, _ in asked]):
-                self._call(asked, outs, call)
+            pieces = [(s, s._again(ids), wanted) for s, ids, wanted in pieces]
+            for call in _calls([len(ids) for _, ids, _ in pieces]):
+                done += self._call(pieces, call, out[done:])
+            for sequence, ids, _ in pieces:
+                sequence._tokens[len(sequence) - len(ids):] = ids.tolist()
         except BaseException:  # an interrupt between two calls
-            for (sequence, _, _), length in zip(asked, before, strict=True):
-                sequence._native.truncate(length)
+            for (sequence, _, _), (native, length) in zip(pieces, before, strict=True):
+                sequence._native = native
+                sequence.truncate(length)
             raise
-        for sequence, ids, _ in asked:
-            sequence._tokens += ids.tolist()
-        return outs
+        return np.split(out, np.cumsum([wanted for _, _, wanted in pieces])[:-1])
 
-    def _call(self, asked: list[tuple[Sequence, Array, int]], outs: list[Array], call: list[Part]) -> None:
-        """One native call: tokens `begin` to `end` of some sequences."""
-        skipped = [len(asked[i][1]) - asked[i][2] for i, _, _ in call]  # tokens whose logits nobody wants
-        rows = [(max(0, begin - skip), max(0, end - skip)) for (_, begin, end), skip in zip(call, skipped, strict=True)]
-        wanted = [end - begin for begin, end in rows]
-        alone = len(call) == 1
-        out = outs[call[0][0]][slice(*rows[0])] if alone else np.empty((sum(wanted), self.vocabulary), np.float32)
-        self.plan.step([asked[i][0]._native for i, _, _ in call], [end - begin for _, begin, end in call], wanted,
-                       np.concatenate([asked[i][1][begin:end] for i, begin, end in call]), out, threads())
-        if not alone:
-            for (i, _, _), (begin, end), part in zip(call, rows, np.split(out, np.cumsum(wanted)[:-1]), strict=True):
-                outs[i][begin:end] = part
+    def _call(self, pieces: list[tuple[Sequence, Array, int]], call: list[Part], out: Array) -> int:
+        """One native call: tokens `begin` to `end` of some sequences; how many rows of `out` it filled."""
+        wanted = []
+        for i, begin, end in call:
+            skipped = len(pieces[i][1]) - pieces[i][2]  # tokens whose logits nobody wants
+            wanted.append(max(0, end - max(begin, skipped)))
+        tokens = np.concatenate([pieces[i][1][begin:end] for i, begin, end in call])
+        self.plan.step([pieces[i][0]._native for i, _, _ in call], [end - begin for _, begin, end in call], wanted,
+                       tokens, out[:sum(wanted)], threads())
+        return sum(wanted)
 
 
 Part = tuple[int, int, int]  # of a call: a sequence's number, its first token and the one after its last
@@ -181,6 +184,15 @@ class Sequence:
             made._native.copy(self._native, length)
             made._tokens = self._tokens[:length]
         return made
+
+    def _again(self, ids: Array) -> Array:
+        """What is computed for `ids`: all tokens, if keys that are there were turned for another length."""
+        stretched = 0 < self.decoder.original < len(self) + len(ids)
+        if stretched == self._native.stretched:
+            return ids
+        self._native = _native.Cache(self.decoder.plan, self.capacity, self.cache)
+        self._native.stretched = stretched
+        return np.concatenate([np.array(self._tokens, np.int64), ids])
 
     def _check(self, decoder: Decoder, ids: Array, wanted: int) -> None:
         if self.decoder is not decoder:

@@ -25,20 +25,28 @@ Weight = _native.Weight | _native.Floats
 KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
-def matrix(entry: Entry, rows: np.ndarray | None = None) -> Weight:
+def matrix(entry: Entry, rows: slice | np.ndarray | None = None, expert: bool = False) -> Weight:
     """A matrix `[out, in]`, or the rows of it that `rows` (int64) numbers: parts of a fused one, another order.
 
     Floats stay where they are in a mapped file, unless their rows are in another order.
     """
     stored = _stored(entry)
     if stored is not None:
-        return _from_file(stored if rows is None else stored.pick(rows))
-    apart = entry.stored() if rows is None else None
+        return _from_file(_rows(stored, rows))
+    apart = None if rows is not None or expert and entry.codec.family == "int8" else entry.stored()
     made = _from_parts(apart) if isinstance(apart, Apart) else None
     if made is not None:
         return made
     q = entry.load()
-    return _prepared(q if rows is None else _apart(q).rows(torch.from_numpy(rows)))
+    if rows is None:
+        return _prepared(q, expert)
+    return _prepared(_apart(q).part(rows if isinstance(rows, slice) else torch.from_numpy(rows)))
+
+
+def _rows(stored: Stored, rows: slice | np.ndarray | None) -> Stored:
+    if isinstance(rows, slice):
+        return stored.part(rows.start, rows.stop)
+    return stored if rows is None else stored.pick(rows)
 
 
 def matrices(entry: Entry) -> list[Weight]:

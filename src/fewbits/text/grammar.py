@@ -64,6 +64,10 @@ class Matcher:
         self._check()
         return np.unpackbits(self._bits.view(np.uint8), count=self._grammar.vocabulary, bitorder="little").view(bool)
 
+    def fits(self, token: int) -> bool:
+        """Whether a token is allowed: much less work than which ones are."""
+        return bool(self._native.validate_tokens([token]) == 1)
+
     def accept(self, token: int) -> None:
         """Go on by a token that was allowed.
 
