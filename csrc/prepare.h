@@ -69,7 +69,7 @@ private:
 
 constexpr int MOST_WORDS = 64;  // of a block
 
-// Planes of a tile.
+// Planes of a tile, or of all of them; null: there is none.
 struct Planes {
     uint8_t *codes, *scales, *mins, *subscales, *submins;
 };

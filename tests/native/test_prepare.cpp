@@ -45,7 +45,9 @@ Bits bits(int at, int bits, int run, int each, int count, int to = 0) {
     return {0, count, at, bits, run, each, 0, to, false, false};
 }
 
-Bits digits(int first, int count, int at, int run, int each) { return {first, count, at, 2, run, each, 0, 0, true, false}; }
+Bits digits(int first, int count, int at, int run, int each) {
+    return {first, count, at, 2, run, each, 0, 0, true, false};
+}
 
 std::vector<Case> cases() {
     const Values none{{}, 0};
@@ -90,8 +92,8 @@ void test(const Case& c, long rows, long blocks, int threads, const std::string&
         return f.data + (f.count - 1 - r) * f.bytes;
     };
     prepare(unpacking, row, &from, rows, blocks,
-            {codes.fill(7).data(), scales.fill(7).data(), l.min_at < 0 ? nullptr : mins.fill(7).data(),
-             subscales.fill(7).data(), submins.fill(7).data()}, threads);
+            {codes.fill(7).data(), l.scale_bytes ? scales.fill(7).data() : nullptr,
+             l.min_at < 0 ? nullptr : mins.fill(7).data(), subscales.fill(7).data(), submins.fill(7).data()}, threads);
     bool right = true;
     for (long r = 0; r < tiles * TILE; ++r)
         for (long b = 0; b < blocks; ++b) {
