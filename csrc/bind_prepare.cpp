@@ -11,8 +11,8 @@ namespace {
 
 constexpr long MOST = 1L << 40;  // of any count: products of two still fit
 
-// first, count, at, bits, run, each, shift, to, digits
-using Field = std::tuple<int, int, int, int, int, int, int, int, bool>;
+// first, count, at, bits, run, each, shift, to, digits, swapped
+using Field = std::tuple<int, int, int, int, int, int, int, int, bool, bool>;
 
 Values values(const std::vector<Field>& fields, int minus) {
     Values found{{}, minus};
@@ -28,13 +28,13 @@ using Plane = std::optional<Array<uint8_t, 1>>;
 struct Rows {
     std::vector<const uint8_t*> begins;
     std::vector<long> ends;  // rows of this array and of those before it
-    long bytes;              // of a row
+    long stride;             // from a row to the next one
     const int64_t* index;    // null: as they lie
 
     const uint8_t* at(long row) const {
         const long r = index ? index[row] : row;
         const size_t i = std::upper_bound(ends.begin(), ends.end(), r) - ends.begin();
-        return begins[i] + (r - (i ? ends[i - 1] : 0)) * bytes;
+        return begins[i] + (r - (i ? ends[i - 1] : 0)) * stride;
     }
 };
 
@@ -54,6 +54,18 @@ Rows rows_of(const std::vector<Bytes>& data, const Index& index, long row_bytes,
     return found;
 }
 
+// Rows that lie in each other, blocks of all of them one after the other.
+Rows columns_of(const std::vector<Bytes>& data, const Index& index, const Unpacking& u, long stride, long rows,
+                long blocks) {
+    int reach = 0;
+    for (int word : u.words) reach = std::max(reach, word + 4);
+    require(data.size() == 1 && !index, "one array, without an index");
+    require(0 < stride && rows > 0 && rows <= (long)data[0].nbytes() / stride &&
+                (rows - 1) * stride + (blocks - 1) * u.layout.bytes + reach <= (long)data[0].nbytes(),
+            "rows lie beyond the array");
+    return {{data[0].data()}, {rows}, stride, nullptr};
+}
+
 uint8_t* plane(const Plane& array, long bytes, bool needed, const char* name) {
     require(array.has_value() == needed, std::string(name) + (needed ? " are missing" : " have no use here"));
     if (!needed) return nullptr;
@@ -64,7 +76,7 @@ uint8_t* plane(const Plane& array, long bytes, bool needed, const char* name) {
 
 void prepare_planes(const Unpacking& u, const std::vector<Bytes>& data, const Index& index, long rows, long columns,
                     const Plane& codes, const Plane& scales, const Plane& mins, const Plane& subscales,
-                    const Plane& submins, int threads) {
+                    const Plane& submins, int threads, std::optional<long> stride) {
     const BlockLayout& l = u.layout;
     check_threads(threads);
     require(0 <= rows && rows < MOST && 0 < columns && columns < MOST, "rows or columns out of range");
@@ -72,11 +84,12 @@ void prepare_planes(const Unpacking& u, const std::vector<Bytes>& data, const In
             std::to_string(columns) + " columns are no blocks of " + std::to_string(l.columns));
     const long blocks = columns / l.columns, entries = (rows + TILE - 1) / TILE * TILE * blocks;
     const Planes planes{plane(codes, entries * l.columns / 8 * l.bits, true, "codes"),
-                        plane(scales, entries * l.scale_bytes, true, "scales"),
+                        plane(scales, entries * l.scale_bytes, l.scale_bytes > 0, "scales"),
                         plane(mins, entries * l.scale_bytes, l.min_at >= 0, "mins"),
                         plane(subscales, entries * 4 * (long)u.subscales.size(), !u.subscales.empty(), "subscales"),
                         plane(submins, entries * 4 * (long)u.submins.size(), !u.submins.empty(), "submins")};
-    const Rows from = rows_of(data, index, blocks * l.bytes, rows);
+    const Rows from = stride ? columns_of(data, index, u, *stride, rows, blocks)
+                             : rows_of(data, index, blocks * l.bytes, rows);
     nb::gil_scoped_release release;
     prepare(u, [](const void* context, long r) { return static_cast<const Rows*>(context)->at(r); }, &from, rows,
             blocks, planes, threads);
@@ -97,8 +110,8 @@ void bind_prepare(nb::module_& m) {
            nb::arg("scale_at"), nb::arg("min_at"), nb::arg("codes"), nb::arg("codes_minus"), nb::arg("subscales"),
            nb::arg("subscales_minus"), nb::arg("submins"));
     m.def("prepare", prepare_planes, nb::arg("blocks"), array("data"), array("index").none(), nb::arg("rows"),
-          nb::arg("columns"), array("codes"), array("scales"), array("mins").none(), array("subscales").none(),
-          array("submins").none(), nb::arg("threads"));
+          nb::arg("columns"), array("codes"), array("scales").none(), array("mins").none(), array("subscales").none(),
+          array("submins").none(), nb::arg("threads"), nb::arg("stride") = nb::none());
 }
 
 }  // namespace fewbits

@@ -23,6 +23,7 @@ void check(const Bits& b, int bytes, int count) {
     if (b.digits) require(b.each <= 5 && b.run % 4 == 0 && !b.shift && !b.to, "a byte has at most five digits");
     else require(b.shift + b.each * b.bits <= 8, "a byte has eight bits");
     require(b.run % 4 == 0 || (b.run == 1 && b.each % 2 == 0 && b.each * b.bits == 8), "runs are of 1 or fours");
+    require(!b.swapped || (b.run == 1 && b.bits == 4), "halves of bytes are swapped");
     const int last = b.count - 1, span = b.run * b.each;
     const int end = b.at + last / span * b.run + std::min(last % span, b.run - 1);
     require(0 <= b.at && b.at < bytes && end < bytes, "bits lie beyond the block");
@@ -31,15 +32,16 @@ void check(const Bits& b, int bytes, int count) {
 }  // namespace
 
 Unpacking::Unpacking(const BlockLayout& l) : layout(l) {
-    require(4 <= l.bytes && l.bytes < 1 << 16, "a block has 4 bytes or more");
+    require(4 <= l.bytes && l.bytes < 1 << 28, "a block has 4 bytes or more");
     require(BLOCK <= l.columns && l.columns <= BLOCK * SUPER && l.columns % BLOCK == 0, "columns of a block");
     require((1 <= l.bits && l.bits <= 6) || l.bits == 8, "codes have 1 to 6, or 8 bits");
-    require(l.scale_bytes == 1 || l.scale_bytes == 2 || l.scale_bytes == 4, "scales have 1, 2 or 4 bytes");
+    require(0 <= l.scale_bytes && l.scale_bytes <= 4 && l.scale_bytes != 3, "scales have 1, 2 or 4 bytes");
+    require(l.scale_bytes || l.min_at < 0, "a minimum without a scale");
     codes = quads(l.codes, l.columns);
     require((int)codes.size() * 4 == l.columns, "a code for every column");
     subscales = quads(l.subscales, l.columns / 16);
     submins = quads(l.submins, l.columns / 16);
-    scale = lane(l.scale_at);
+    if (l.scale_bytes) scale = lane(l.scale_at);
     if (l.min_at >= 0) min = lane(l.min_at);
     require((int)words.size() <= MOST_WORDS, "too many words in a block");
 }
@@ -80,7 +82,8 @@ void Unpacking::add(const Bits& b, int i) {
     if (b.run == 1) {
         const int begin = std::min(b.at + (i / b.each & ~3), layout.bytes - 4);
         const uint32_t right = 8 * (b.at + i / b.each - begin) + i % b.each * b.bits;
-        steps.push_back({Kind::stream, word(begin), right, (uint32_t)b.to, mask, (uint32_t)b.bits, 0});
+        const Kind kind = b.swapped ? Kind::swapped : Kind::stream;
+        steps.push_back({kind, word(begin), right, (uint32_t)b.to, mask, (uint32_t)b.bits, 0});
         return;
     }
     require(b.at + byte <= layout.bytes - 4, "bits lie beyond the block");
@@ -109,7 +112,8 @@ void prepare(const Unpacking& s, const uint8_t* (*row)(const void*, long), const
             for (int r = 0; r < TILE; ++r) at[r] = row(context, t * TILE + std::min(r, count - 1));
             const long first = t * blocks;
             tile(s, at, count, blocks,
-                 {p.codes + first * record, p.scales + first * entry, p.mins ? p.mins + first * entry : nullptr,
+                 {p.codes + first * record, p.scales ? p.scales + first * entry : nullptr,
+                  p.mins ? p.mins + first * entry : nullptr,
                   p.subscales ? p.subscales + first * 4 * TILE * (long)s.subscales.size() : nullptr,
                   p.submins ? p.submins + first * 4 * TILE * (long)s.submins.size() : nullptr});
         }

@@ -12,10 +12,11 @@ namespace fewbits {
 
 // Some bits of values first … first + count - 1 of a block. Those of value first + i are in the byte
 // at + i / (run * each) * run + i % run, from bit shift + i / run % each * bits up; they are the value's bits from `to`
-// up. Or that byte holds `each` digits of a number in base 3, as TQ1_0 does, and digit i / run % each is the value.
+// up. Or that byte holds `each` digits of a number in base 3, as TQ1_0 does, and digit i / run % each is the value; or
+// two values, `swapped`: the first one in the upper half.
 struct Bits {
     int first, count, at, bits, run, each, shift, to;
-    bool digits;
+    bool digits, swapped;
 };
 
 struct Values {
@@ -23,7 +24,8 @@ struct Values {
     int minus;  // is taken from every value; they are bytes
 };
 
-// A block of `columns` in so many bytes. A scale, and a minimum, are `scale_bytes` wide and stored as they are.
+// A block of `columns` in so many bytes. A scale, and a minimum, are `scale_bytes` wide and stored as they are; 0: they
+// lie elsewhere.
 struct BlockLayout {
     int bytes, columns;
     int bits;  // of a code
@@ -34,7 +36,8 @@ struct BlockLayout {
 // A layout as steps on words. Word w of 16 rows side by side is a vector; four values of every row, a quad, become
 // another one, in steps that are or'ed.
 struct Unpacking {
-    enum class Kind : uint8_t { four, stream, digits };  // four bytes; bits beside each other; digits of four bytes
+    // four bytes; bits beside each other; the same with the halves of bytes swapped; digits of four bytes
+    enum class Kind : uint8_t { four, stream, swapped, digits };
     struct Step {
         Kind kind;
         int word;          // number in `words`

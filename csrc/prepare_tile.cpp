@@ -54,6 +54,9 @@ INLINE V quad(const Unpacking& u, const Unpacking::Quad& q, const Word* words, u
         switch (s.kind) {
             case Unpacking::Kind::four: found |= (word >> s.right << s.left) & s.mask; break;
             case Unpacking::Kind::stream: found |= stream(word, s); break;
+            case Unpacking::Kind::swapped:
+                found |= stream((word >> 4 & 0x0F0F0F0F) | (word & 0x0F0F0F0F) << 4, s);
+                break;
             case Unpacking::Kind::digits: found |= digits(word, s.power); break;
         }
     }
@@ -128,7 +131,7 @@ static void tile(const Unpacking& u, const uint8_t* const (&rows)[TILE], int cou
                 join<BITS>(quads, record + 4 * row);
             }
         }
-        lane(u.scale, l.scale_bytes, words, there, p.scales + b * entry);
+        if (p.scales) lane(u.scale, l.scale_bytes, words, there, p.scales + b * entry);
         if (p.mins) lane(u.min, l.scale_bytes, words, there, p.mins + b * entry);
         values(u, u.subscales, l.subscales.minus, words, there, p.subscales + b * 4 * TILE * u.subscales.size());
         values(u, u.submins, l.submins.minus, words, there, p.submins + b * 4 * TILE * u.submins.size());

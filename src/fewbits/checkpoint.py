@@ -11,7 +11,7 @@ from typing import Any
 from fewbits.codecs.base import Codec, Shape
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
-from fewbits.stored import Stored
+from fewbits.stored import Apart, Stored
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Entry:
     def as_(self, **changes: Any) -> Entry:
         return replace(self, **changes)
 
-    def stored(self) -> Stored | None:
+    def stored(self) -> Stored | Apart | None:
         """Where its bytes lie, if what loads it knows that."""
         find = getattr(self.load, "stored", None)
         return None if find is None else find()
@@ -45,7 +45,7 @@ class Filed:
     """Loads a tensor, and says where its bytes lie in a file."""
 
     load: Callable[[], QTensor]
-    stored: Callable[[], Stored | None]
+    stored: Callable[[], Stored | Apart | None]
 
     def __call__(self) -> QTensor:
         return self.load()

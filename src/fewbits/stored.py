@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +44,19 @@ class Stored:
             return replace(self, data=(self.data[0][begin * self.row_bytes:end * self.row_bytes],))
         return self.pick(np.arange(begin, end))
 
+    def forget(self) -> None:
+        """Let the pages of mapped files out of this process's memory; they come back when someone reads them."""
+        for part in self.data:
+            held: Any = part
+            while not isinstance(held, mmap.mmap | None):
+                held = held.obj if isinstance(held, memoryview) else getattr(held, "base", None)
+            if held is None or not hasattr(held, "madvise"):
+                continue
+            begin = part.ctypes.data - np.frombuffer(held, np.uint8).ctypes.data
+            first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, (begin + part.nbytes) // mmap.PAGESIZE
+            if first < last * mmap.PAGESIZE:
+                held.madvise(mmap.MADV_DONTNEED, first, last * mmap.PAGESIZE - first)
+
     def bytes(self) -> np.ndarray:
         """`[rows, row_bytes]`, without a copy where all lies in order."""
         parts = [part.reshape(-1, self.row_bytes) for part in self.data]
@@ -57,6 +72,21 @@ class Stored:
         else:
             found = raw.view("<f2" if self.codec.kind == "F16" else "<f4").astype(np.float32)
         return found + np.float32(self.plus) if self.plus else found
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A matrix whose codes and scales lie apart, as in GPTQ's and bitsandbytes' files.
+
+    `codes` are those of one row after the other; or, `across`, words of all rows side by side: `[words, rows]`.
+    """
+
+    codec: Codec
+    shape: tuple[int, int]
+    codes: np.ndarray  # uint8
+    scales: np.ndarray  # [rows, groups]; bfloat16 as uint16
+    zeros: np.ndarray | None = None  # uint8 [rows, groups]
+    across: bool = False
 
 
 def join(parts: list[Stored]) -> Stored | None:

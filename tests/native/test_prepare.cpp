@@ -12,7 +12,8 @@ int value_of(const Values& values, const uint8_t* block, int number) {
     for (const Bits& b : values.bits) {
         const int i = number - b.first;
         if (i < 0 || i >= b.count) continue;
-        const int byte = block[b.at + i / (b.run * b.each) * b.run + i % b.run], part = i / b.run % b.each;
+        int byte = block[b.at + i / (b.run * b.each) * b.run + i % b.run], part = i / b.run % b.each;
+        if (b.swapped) byte = byte >> 4 | (byte & 15) << 4;
         int power = 1;
         for (int digit = 0; digit < part; ++digit) power *= 3;
         found |= b.digits ? (byte * power & 255) * 3 >> 8
@@ -41,14 +42,15 @@ struct Case {
 };
 
 Bits bits(int at, int bits, int run, int each, int count, int to = 0) {
-    return {0, count, at, bits, run, each, 0, to, false};
+    return {0, count, at, bits, run, each, 0, to, false, false};
 }
 
-Bits digits(int first, int count, int at, int run, int each) { return {first, count, at, 2, run, each, 0, 0, true}; }
+Bits digits(int first, int count, int at, int run, int each) { return {first, count, at, 2, run, each, 0, 0, true, false}; }
 
 std::vector<Case> cases() {
     const Values none{{}, 0};
-    const Values sixes{{bits(4, 6, 4, 1, 4), {4, 4, 12, 4, 4, 1, 0, 0, false}, {4, 4, 4, 2, 4, 1, 6, 4, false}}, 0};
+    const Values sixes{{bits(4, 6, 4, 1, 4), {4, 4, 12, 4, 4, 1, 0, 0, false, false},
+                        {4, 4, 4, 2, 4, 1, 6, 4, false, false}}, 0};
     const Values ternary{{digits(0, 160, 0, 32, 5), digits(160, 80, 32, 16, 5), digits(240, 16, 48, 4, 4)}, 0};
     return {
         {"8 bits", {34, 32, 8, 2, 0, -1, {{bits(2, 8, 32, 1, 32)}, 128}, none, none}},
@@ -63,6 +65,8 @@ std::vector<Case> cases() {
           {{bits(192, 8, 16, 1, 16)}, 0}, none}},
         {"digits", {54, 256, 2, 2, 52, -1, ternary, none, none}},
         {"1 bit, scale of a byte", {17, 128, 1, 1, 16, -1, {{bits(0, 1, 1, 8, 128)}, 0}, none, none}},
+        {"halves swapped, scales elsewhere",
+         {16, 32, 4, 0, 0, -1, {{{0, 32, 0, 4, 1, 2, 0, 0, false, true}}, 0}, none, none}},
         {"scale of 4 bytes", {20, 32, 4, 4, 16, -1, {{bits(0, 4, 16, 2, 32)}, 0}, none, none}},
     };
 }

@@ -100,13 +100,13 @@ def test_what_does_not_fit_is_an_error_before_any_work(change: dict[str, object]
 
 @pytest.mark.parametrize("change", [
     {"bytes": 143}, {"bytes": 3}, {"columns": 512}, {"columns": 100}, {"bits": 7}, {"scale_bytes": 3},
-    {"scale_at": 143}, {"min_at": 143}, {"codes": []}, {"codes": [(0, 128, 16, 4, 32, 2, 0, 0, False)]},
-    {"codes": [(0, 256, 16, 4, 3, 2, 0, 0, False)]}, {"codes": [(0, 256, 16, 4, 32, 3, 0, 0, False)]},
-    {"codes_minus": 256}, {"submins": [(0, 20, 4, 6, 4, 1, 0, 0, False)]}])
+    {"scale_at": 143}, {"min_at": 143}, {"codes": []}, {"codes": [(0, 128, 16, 4, 32, 2, 0, 0, False, False)]},
+    {"codes": [(0, 256, 16, 4, 3, 2, 0, 0, False, False)]}, {"codes": [(0, 256, 16, 4, 32, 3, 0, 0, False, False)]},
+    {"codes_minus": 256}, {"submins": [(0, 20, 4, 6, 4, 1, 0, 0, False, False)]}])
 def test_descriptions_that_leave_the_block_are_errors(change: dict[str, object]) -> None:
     right = {"bytes": 144, "columns": 256, "bits": 4, "scale_bytes": 2, "scale_at": 0, "min_at": 2,
-             "codes": [(0, 256, 16, 4, 32, 2, 0, 0, False)], "codes_minus": 0, "subscales": [], "subscales_minus": 0,
-             "submins": []}
+             "codes": [(0, 256, 16, 4, 32, 2, 0, 0, False, False)], "codes_minus": 0, "subscales": [],
+             "subscales_minus": 0, "submins": []}
     _native.Blocks(**right)  # type: ignore[arg-type]
     with pytest.raises(ValueError):
         _native.Blocks(**(right | change))  # type: ignore[arg-type]
@@ -126,3 +126,22 @@ def test_memory_is_shared_in_large_pages_and_freed_with_the_last() -> None:
     assert whole() is None
     del large
     assert len(arena.take(64)) == 64
+
+
+def test_rows_that_lie_in_each_other_stay_in_their_array() -> None:
+    """Words of 40 rows side by side, 8 columns each: 64 columns."""
+    words = np.random.default_rng(0).integers(0, 256, 8 * 40 * 4, np.uint8)
+    described = {"bytes": 4 * 4 * 40, "columns": 32, "bits": 4, "scale_bytes": 0, "scale_at": 0, "min_at": -1,
+                 "codes": [(8 * w, 8, 160 * w, 4, 1, 2, 0, 0, False, False) for w in range(4)], "codes_minus": 0,
+                 "subscales": [], "subscales_minus": 0, "submins": []}
+    made = _native.Blocks(**described)  # type: ignore[arg-type]
+    codes, none = np.empty(3 * 16 * 64 // 2, np.uint8), (None, None, None, None)
+    _native.prepare(made, [words], None, 40, 64, codes, *none, 1, stride=4)
+    out = np.empty((40, 64), np.uint8)
+    _native.deinterleave(codes, 4, out)
+    numbers = words.view("<u4").reshape(8, 40)
+    assert np.array_equal(out, np.moveaxis(numbers[..., None] >> np.arange(0, 32, 4) & 15, 0, 1).reshape(40, 64))
+    for data, stride, rows in (([words[:-1]], 4, 40), ([words], 5, 40), ([words], 0, 40), ([words], -4, 40),
+                               ([words, words], 4, 40), ([], 4, 40)):
+        with pytest.raises(ValueError, match="rows lie beyond|one array"):
+            _native.prepare(made, data, None, rows, 64, codes, *none, 1, stride=stride)

@@ -19,6 +19,7 @@ from fewbits.qtensor import QTensor
 from fewbits.runtime import decoder, interleaved, weights
 from fewbits.runtime.cpu import Native
 from fewbits.solvers import solve
+from fewbits.stored import Apart
 from tests.arch.models import MODELS, SMALL, directory, tiny
 
 FAMILIES = ("llama", "gemma3", "phi3", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss")
@@ -160,14 +161,88 @@ def test_the_decoder_computes_with_what_is_stored(folder: Path) -> None:
     assert np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("recipe", ["Q4_K_M", "Q8_0"])
+@pytest.mark.parametrize("recipe", ["Q4_K_M", "Q8_0", "int4-g32", "int8", "nf4-dq"])
 def test_no_torch_from_the_file_to_the_kernels(recipe: str, tmp_path: Path) -> None:
-    sizes = SMALL | {"hidden_size": 256, "intermediate_size": 512}
-    fewbits.quantize(directory(tiny(type(MODELS["llama"])(**sizes)), tmp_path / "m"), tmp_path / "m.gguf", recipe,
-                     calibration="none")
+    sizes, out = SMALL | {"hidden_size": 256, "intermediate_size": 512}, tmp_path / "out.gguf"
+    out = out if recipe.startswith("Q") else out.with_suffix("")
+    fewbits.quantize(directory(tiny(type(MODELS["llama"])(**sizes)), tmp_path / "m"), out, recipe, calibration="none")
     code = ("import sys; from fewbits import containers; from fewbits.runtime import weights\n"
-            f"entries = containers.open({str(tmp_path / 'm.gguf')!r}).entries.values()\n"
+            f"entries = containers.open({str(out)!r}).entries.values()\n"
             "assert len({e.codec.name for e in entries}) > 1\n"
             "for e in entries: (weights.matrix if len(e.shape) == 2 else weights.vector)(e)\n"
             "assert not {'torch', 'transformers'} & sys.modules.keys(), sorted(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+APART = [("gptq-v1", "int4-g32"), ("gptq-v1", "int8-g128"), ("gptq-v2", "int4-g64-asym"), ("gptq-v1", "int2-g32"),
+         ("gptq-v2", "int2-g64-asym"), ("gptq-v1", "int8-row"), ("bitsandbytes", "nf4"), ("bitsandbytes", "nf4-dq"),
+         ("bitsandbytes", "fp4-b128"), ("bitsandbytes", "int8"), ("gptq-v1", "int4-g128-sbf16")]
+
+
+@pytest.mark.parametrize("container, codec", APART)
+def test_codes_and_scales_that_lie_apart(container: str, codec: str, folder: Path, tmp_path: Path) -> None:
+    source = wide(folder)
+    for name, entry in source.entries.items():
+        if "_proj.weight" in name:
+            q = solve(entry.load().dequantize(), codecs.get(codec), "nearest")
+            source.entries[name] = entry.as_(codec=q.codec, load=lambda q=q: q)
+    found = containers.write(containers.by_name(container), tmp_path / "m", source)
+    checked = 0
+    for entry in (e for e in found.entries.values() if "_proj.weight" in e.name):
+        assert isinstance(entry.stored(), Apart) and entry.codec.name == codec
+        q = entry.load()
+        weight, want = weights.matrix(entry), weights.matrix(entry_of(q))
+        a, b = (decoded(w, tuple(entry.shape)) for w in (weight, want))
+        assert torch.equal(a, b), entry.name
+        checked += 1
+    assert checked == 14
+
+
+def wide(folder: Path) -> Checkpoint:
+    """Groups of 128 columns fit; keys have 24 rows."""
+    if not (folder / "wide").exists():
+        sizes = SMALL | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 16,
+                         "num_key_value_heads": 1, "head_dim": 24}
+        directory(tiny(type(MODELS["llama"])(**sizes)), folder / "wide")
+    return containers.open(folder / "wide")
+
+
+def test_orders_of_columns_come_from_torch(folder: Path, tmp_path: Path) -> None:
+    source = wide(folder)
+    for name, entry in source.entries.items():
+        if "_proj.weight" in name:
+            order = torch.randperm(entry.shape[1])
+            q = solve(entry.load().dequantize()[:, order], codecs.get("int4-g32"), "nearest")
+            q = QTensor(q.codec, q.shape, q.planes, order)
+            source.entries[name] = entry.as_(codec=q.codec, load=lambda q=q: q)
+    found = containers.write(containers.by_name("gptq"), tmp_path / "m", source)
+    entry = found.entries["model.layers.0.mlp.up_proj.weight"]
+    assert entry.stored() is None and isinstance(weights.matrix(entry), _native.Weight)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_the_pages_of_what_was_prepared_are_let_go(folder: Path, tmp_path: Path) -> None:
+    """4 MB of Q8_0: the file's pages are no longer this process's, and its bytes are there again when asked for."""
+    config = type(MODELS["llama"])(**(SMALL | {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 1}))
+    source = containers.open(directory(tiny(config), tmp_path / "m"))
+    fewbits.quantize(source, tmp_path / "m.gguf", "Q8_0", calibration="none")
+    entry = containers.open(tmp_path / "m.gguf").entries["model.layers.0.mlp.up_proj.weight"]
+    stored = entry.stored()
+    assert stored is not None
+    address, before = stored.data[0].ctypes.data, stored.data[0].copy()
+    assert resident(address) > 0
+    weights.matrix(entry)
+    assert resident(address) < before.nbytes / 10
+    assert np.array_equal(stored.data[0], before)
+
+
+def resident(address: int) -> int:
+    """Bytes of the mapping around an address that are in this process's memory."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition("-")
+        if rest and " " in rest and ":" not in first:
+            inside = int(first, 16) <= address < int(rest.split()[0], 16)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("not mapped")

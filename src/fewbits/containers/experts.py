@@ -34,7 +34,7 @@ class Stack:
 
     def stored(self) -> Stored | None:
         found = [part.stored() for part in self.parts]
-        whole = [s for s in found if s is not None]
+        whole = [s for s in found if isinstance(s, Stored)]
         return join(whole) if len(whole) == len(found) else None
 
 

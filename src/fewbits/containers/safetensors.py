@@ -91,6 +91,21 @@ class Raw:
                               "with NaN or infinite weights")
         return tensor
 
+    def finite_array(self) -> np.ndarray | None:
+        """The tensor of floats without torch, bfloat16 as uint16; None as of `array`.
+
+        Raises:
+            FewbitsError: NaN or infinity, as of `finite`.
+        """
+        data = self.array()
+        if data is None:
+            return None
+        found = data.view({"F16": "<f2", "BF16": "<u2", "F32": "<f4"}[self.dtype]).reshape(self.shape)
+        fine = (found & 0x7F80) != 0x7F80 if self.dtype == "BF16" else np.isfinite(found)
+        if not fine.all():
+            self.finite()
+        return found
+
     def refuse(self, reason: str, hint: str | None = None) -> FewbitsError:
         return FewbitsError(f"{self.file.path}: {self.name}: {reason}", hint)
 

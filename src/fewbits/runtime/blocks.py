@@ -18,6 +18,7 @@ from fewbits.codecs.base import ITEM_BYTES, Codec, units
 from fewbits.codecs.ggml import Blocks
 from fewbits.instructions import threads
 from fewbits.runtime.interleaved import BLOCK, TILE, form
+from fewbits.stored import Apart
 
 LINE = 64  # bytes: planes begin on lines of their own
 PAGE, ARENA = 2 << 20, 32 << 20  # bytes of a large page, and of what is allocated at a time
@@ -40,11 +41,12 @@ class Bits:
     count: int = 0
     shift: int = 0
     digits: bool = False
+    swapped: bool = False  # halves of bytes: the first value in the upper one
 
-    def numbers(self, values: int) -> tuple[int, int, int, int, int, int, int, int, bool]:
+    def numbers(self, values: int) -> tuple[int, int, int, int, int, int, int, int, bool, bool]:
         """As the native extension takes them, for a block of so many values."""
         return (self.first, self.count or values, self.at, self.bits, self.run, self.each, self.shift, self.to,
-                self.digits)
+                self.digits, self.swapped)
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,41 @@ def planes(codec: Codec, data: Sequence[np.ndarray], rows: int, columns: int,
         sizes["mins"] = sizes["scales"]
     sizes |= {name: subs for name in ("subscales", "submins") if getattr(fields, name)}
     found = empty(sizes)
-    _native.prepare(blocks, data, index, rows, columns, threads=threads(),
-                    **{name: found.get(name) for name in ("codes", "scales", "mins", "subscales", "submins")})
+    _native.prepare(blocks, data, index, rows, columns, found["codes"], found["scales"], found.get("mins"),
+                    found.get("subscales"), found.get("submins"), threads())
     return found
+
+
+def planes_apart(found: Apart) -> dict[str, np.ndarray] | None:
+    """The same of a matrix whose codes and scales lie apart; None where its rows have no whole blocks."""
+    (rows, columns), f = found.shape, form(found.codec)
+    if columns % BLOCK or f is None:
+        return None
+    bits = f.bits
+    if found.across:  # a block of 32 columns is `bits` words of every row
+        per, run = 32 // bits, 1 if bits < 8 else 4
+        fields = [Bits(4 * rows * w, bits, run, 8 // bits, first=per * w, count=per) for w in range(bits)]
+    elif bits == 8:
+        fields = [Bits(0, 8, 32)]
+    else:
+        fields = [Bits(0, 4, 1, 2, swapped=True)]
+    blocks = _native.Blocks(
+        bytes=4 * bits * (rows if found.across else 1), columns=BLOCK, bits=bits, scale_bytes=0, scale_at=0, min_at=-1,
+        codes=[b.numbers(BLOCK) for b in fields], codes_minus=0 if found.across or bits < 8 else 128, subscales=[],
+        subscales_minus=0, submins=[])
+    codes = empty({"codes": units(rows, TILE) * columns // BLOCK * 64 * bits})["codes"]
+    _native.prepare(blocks, [found.codes], None, rows, columns, codes, None, None, None, None, threads(),
+                    stride=4 if found.across else None)
+    made = {"codes": codes, "scales": _tiles(found.scales)}
+    return made if found.zeros is None else made | {"mins": _tiles(found.zeros)}
+
+
+def _tiles(values: np.ndarray) -> np.ndarray:
+    """Bytes of `[rows, groups]`, 16 rows side by side."""
+    rows, groups = values.shape
+    whole = np.zeros((units(rows, TILE) * TILE, groups), values.dtype)
+    whole[:rows] = values
+    return np.ascontiguousarray(whole.reshape(-1, TILE, groups).swapaxes(1, 2)).reshape(-1).view(np.uint8)
 
 
 def empty(sizes: dict[str, int]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fewbits import _native
 from fewbits.checkpoint import Entry
+from fewbits.codecs.affine import IntK
 from fewbits.codecs.floats import F32, Float
 from fewbits.codecs.table import Table
 from fewbits.containers.experts import expert
@@ -18,7 +19,7 @@ from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 from fewbits.runtime import blocks
 from fewbits.runtime.interleaved import SCALES, form, scale_name, unfit, weight
-from fewbits.stored import Stored
+from fewbits.stored import Apart, Stored
 
 Weight = _native.Weight | _native.Floats
 KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -32,6 +33,10 @@ def matrix(entry: Entry, rows: slice | np.ndarray | None = None, expert: bool = 
     stored = _stored(entry)
     if stored is not None:
         return _from_file(_rows(stored, rows))
+    apart = entry.stored() if rows is None else None
+    made = _from_parts(apart) if isinstance(apart, Apart) else None
+    if made is not None:
+        return made
     q = entry.load()
     if rows is None:
         return _prepared(q, expert)
@@ -57,7 +62,7 @@ def matrices(entry: Entry) -> list[Weight]:
 def vector(entry: Entry) -> np.ndarray:
     """Values of any tensor, float32 in its shape: norms, biases, sinks."""
     stored = entry.stored()
-    if stored is not None and isinstance(stored.codec, Float) and 0 not in entry.shape:
+    if isinstance(stored, Stored) and isinstance(stored.codec, Float) and 0 not in entry.shape:
         return stored.values().reshape(entry.shape)
     return entry.load().dequantize(torch.float32).numpy()
 
@@ -67,7 +72,8 @@ def _stored(entry: Entry) -> Stored | None:
     codec, shape = entry.codec, entry.shape
     if 0 in shape or (unfit(codec, shape) if blocks.natively(codec) else not isinstance(codec, Float)):
         return None
-    return entry.stored()
+    found = entry.stored()
+    return found if isinstance(found, Stored) else None
 
 
 def _from_file(stored: Stored) -> Weight:
@@ -78,7 +84,17 @@ def _from_file(stored: Stored) -> Weight:
     f = form(codec)
     assert f is not None
     planes = blocks.planes(codec, stored.data, rows, columns, stored.index)
+    stored.forget()  # they take the place of the file's bytes
     return weight(f, rows, columns, codec.unit(columns), SCALES[blocks.FIELDS[codec.name].kind], planes)
+
+
+def _from_parts(found: Apart) -> Weight | None:
+    codec, (rows, columns), f = found.codec, found.shape, form(found.codec)
+    planes = None if unfit(codec, found.shape) else blocks.planes_apart(found)
+    if planes is None or f is None:
+        return None
+    scale = KINDS[codec.scale_kind] if isinstance(codec, IntK) else "f32"
+    return weight(f, rows, columns, codec.unit(columns), scale, planes, fine=codec.family == "int8")
 
 
 def _apart(q: QTensor) -> QTensor:
