@@ -1,6 +1,6 @@
 """Plain command lines, parsed in no time: typer's way of making values takes a tenth of a second.
 
-What is not plain (`--help`, mistakes, anything unusual) is left to typer: it parses by the same signature, and explains.
+What is not plain (`--help`, mistakes, anything unusual) is left to typer, which has the same signature, and explains.
 """
 
 from __future__ import annotations
