@@ -44,13 +44,21 @@ INLINE void to_f16(uint16_t* to, F32 v) {
 // own inverse, for as many columns at a time as is a power of two. Scores do not change when queries and keys are turned.
 INLINE void turn(float* x, long width) {
     const long block = width & -width;
-    for (long half = 1; half < block; half *= 2)
-        for (long i = 0; i < width; i += 2 * half)
-            for (long k = i; k < i + half; ++k) {
-                const float a = x[k], b = x[k + half];
-                x[k] = a + b, x[k + half] = a - b;
-            }
     const float factor = 1 / sqrtf((float)block);
+    for (long half = 1; half < block; half *= 2)
+        for (long i = 0; i < width; i += 2 * half) {
+            float *a = x + i, *b = a + half;
+            if (half < LANES)
+                for (long k = 0; k < half; ++k) {
+                    const float sum = a[k] + b[k], difference = a[k] - b[k];
+                    a[k] = sum, b[k] = difference;
+                }
+            else
+                for (long k = 0; k < half; k += LANES) {
+                    const F32 p = load<F32>(a + k), q = load<F32>(b + k);
+                    store(a + k, p + q), store(b + k, p - q);
+                }
+        }
     for (long i = 0; i < width; ++i) x[i] *= factor;
 }
 
@@ -67,25 +75,21 @@ static float value_of(uint16_t half) {
     return lanes[0];
 }
 
-INLINE float within(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
-
 // 32 values as signed bytes, or as codes 0 … 15, and their scale. One that is not finite makes the scale not a number.
 INLINE uint16_t round_run(Kept kept, const float* x, int8_t* codes) {
-    float least = 0, most = 0;
-    bool strange = false;
-    for (int i = 0; i < RUN; ++i) {
-        if (x[i] < least) least = x[i];
-        if (x[i] > most) most = x[i];
-        strange |= !(fabsf(x[i]) <= 3e38f);
-    }
-    const float end = -least > most ? least : most;
-    const uint16_t half = half_of(strange ? NAN : within(kept == Kept::q8_0 ? fabsf(end) / 127 : end / -8, 65504));
+    const F32 v[2] = {load<F32>(x), load<F32>(x + LANES)};
+    const float most = largest_of(larger(v[0], v[1])), least = -largest_of(larger(-v[0], -v[1]));
+    const F32 sizes = larger(choose(v[0] < 0.0f, -v[0], v[0]), choose(v[1] < 0.0f, -v[1], v[1]));
+    const bool strange = any(~(sizes <= 3e38f)) || any(v[0] != v[0]);
+    const float end = -least > most ? least : most, zero = kept == Kept::q8_0 ? 0 : 8;
+    const float low = kept == Kept::q8_0 ? -127 : 0, high = kept == Kept::q8_0 ? 127 : 15;
+    const float wanted = kept == Kept::q8_0 ? fabsf(end) / 127 : end / -8;
+    const uint16_t half = half_of(strange ? NAN : wanted > 65504 ? 65504 : wanted < -65504 ? -65504 : wanted);
     const float scale = value_of(half), inverse = scale != 0 && !strange ? 1 / scale : 0;
-    const float zero = kept == Kept::q8_0 ? 0 : 8, low = kept == Kept::q8_0 ? -127 : 0,
-                high = kept == Kept::q8_0 ? 127 : 15;
-    for (int i = 0; i < RUN; ++i) {
-        const float code = strange ? 0 : rintf(x[i] * inverse + zero);
-        codes[i] = (int8_t)(code < low ? low : code > high ? high : code);
+    for (int i = 0; i < 2; ++i) {
+        const F32 code = larger(spread(low), -larger(spread(-high), -(v[i] * inverse + zero)));
+        const I8x16 bytes = __builtin_convertvector((I32)(code + MAGIC_VALUE) - MAGIC, I8x16);
+        memcpy(codes + i * LANES, &bytes, sizeof bytes);
     }
     return half;
 }

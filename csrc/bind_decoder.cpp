@@ -24,7 +24,7 @@ public:
     void embed(nb::object table, int out) {
         require(!vocabulary_, "a plan begins with one table of tokens");
         const Matrix m = matrix(table);
-        require(!m.packed || !m.packed->order, "the table's columns lie in their own order");
+        require_rows(m);
         same(m.columns(), width(out), "the table's columns");
         vocabulary_ = m.rows();
         weights_.push_back(table);
@@ -34,6 +34,7 @@ public:
     void positions(nb::object table, int out) {
         require(!positions_, "a plan has one table of positions");
         const Matrix m = matrix(table);
+        require_rows(m);
         same(m.columns(), width(out), "the table's columns");
         positions_ = m.rows();
         weights_.push_back(table);
@@ -117,6 +118,7 @@ public:
                 "three weights for every expert");
         for (long i = 0; i < count; ++i) {
             const Experts::Expert expert{matrix(gates[i]), matrix(ups[i]), matrix(downs[i])};
+            for (const Matrix& m : {expert.gate, expert.up, expert.down}) require_rows(m);
             for (const Matrix& m : {expert.gate, expert.up})
                 same(m.columns(), hidden, "an expert's columns"), same(m.rows(), inner, "an expert's rows");
             same(expert.down.columns(), inner, "an expert's columns");
@@ -175,6 +177,10 @@ private:
     long width(int buffer) const {
         require(0 <= buffer && buffer < (int)plan.widths.size(), "no buffer " + std::to_string(buffer));
         return plan.widths[buffer];
+    }
+
+    static void require_rows(const Matrix& m) {
+        require(!m.packed || !m.packed->order, "the table's columns lie in their own order");
     }
 
     static Activation activation(const std::string& name) {

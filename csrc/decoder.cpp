@@ -126,10 +126,8 @@ public:
     void operator()(const Experts& s) {
         const long width = plan_.widths[s.in], inner = plan_.widths[s.gate] / s.chosen, all = (long)s.all.size();
         std::vector<float> scores(rows() * all);
-        if (s.router.packed)
-            product({{s.router.packed, scores.data(), nullptr}}, Rounded(at(s.in), rows(), width, threads_), threads_);
-        else
-            product(s.router.floats, at(s.in), rows(), scores.data(), nullptr, threads_);
+        if (s.router.packed) fewbits::multiply({{s.router.packed, scores.data(), nullptr}}, at(s.in), rows(), threads_);
+        else product(s.router.floats, at(s.in), rows(), scores.data(), nullptr, threads_);
         const Choice choice(scores.data(), rows(), all, s.chosen, s.normalised);
         each_row(width * s.chosen, [&](long i) {
             for (long k = i * s.chosen; k < (i + 1) * s.chosen; ++k)

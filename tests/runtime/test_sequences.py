@@ -101,12 +101,12 @@ def test_sequences_join_and_leave(either: Decoder, threads: int, monkeypatch: py
     assert steps > 10
 
 
-def counted(calls: list[int]) -> Callable[..., None]:
+def counted(calls: list[int]) -> Callable[..., int]:
     call = Decoder._call
 
-    def counting(self: Decoder, asked: Any, outs: Any, parts: list[sequences.Part]) -> None:
+    def counting(self: Decoder, pieces: Any, parts: list[sequences.Part], out: Any) -> int:
         calls.append(sum(end - begin for _, begin, end in parts))
-        call(self, asked, outs, parts)
+        return call(self, pieces, parts, out)
 
     return counting
 

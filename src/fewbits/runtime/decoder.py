@@ -34,7 +34,8 @@ HIDDEN, NORMED, QUERIES, KEYS, VALUES, SEEN, GATE, UP, CHOSEN = range(9)
 def compile(checkpoint: Checkpoint) -> Decoder:
     """The steps of a checkpoint's model, its weights prepared for the native kernels.
 
-    Matrices that no native kernel multiplies (orders of columns, `int8`, codebooks) are decoded to float32 once.
+    Matrices that no native kernel multiplies (codebooks; experts in `int8` or with columns in another order) are
+    decoded to float32 once.
 
     Raises:
         FewbitsError: a model type, or something in its configuration, that is not supported; tensors that are missing
@@ -253,7 +254,7 @@ class _Tensors:
         if whole in self.entries:
             return weights.matrices(self.entries[whole])
         count = sum(experts.stack_of(n) == whole for n in self.entries)
-        return [weights.matrix(self.entries[experts.one(whole, i)]) for i in range(count)]
+        return [weights.matrix(self.entries[experts.one(whole, i)], expert=True) for i in range(count)]
 
     def vector(self, name: str) -> Array:
         values = weights.vector(self._entry(name))

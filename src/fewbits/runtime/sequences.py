@@ -63,6 +63,8 @@ class Decoder:
             FewbitsError: a sequence is there twice or is another model's; it has no tokens, more than there is room
                 for, or one that the vocabulary lacks. No sequence was changed.
         """
+        if not asked:
+            return []
         pieces = [(s, np.array(tokens, dtype=np.int64), wanted) for s, tokens, wanted in asked]
         for i, (sequence, ids, wanted) in enumerate(pieces):
             try:
@@ -71,12 +73,12 @@ class Decoder:
                     raise FewbitsError("it is there already")
             except FewbitsError as error:
                 raise FewbitsError(f"sequence {i}: {error}", error.hint) if len(pieces) > 1 else error from None
-        outs = [np.empty((wanted, self.vocabulary), np.float32) for _, _, wanted in pieces]
-        before = [(s._native, len(s)) for s, _, _ in pieces]
+        out = np.empty((sum(wanted for _, _, wanted in pieces), self.vocabulary), np.float32)
+        before, done = [(s._native, len(s)) for s, _, _ in pieces], 0
         try:
             pieces = [(s, s._again(ids), wanted) for s, ids, wanted in pieces]
             for call in _calls([len(ids) for _, ids, _ in pieces]):
-                self._call(pieces, outs, call)
+                done += self._call(pieces, call, out[done:])
             for sequence, ids, _ in pieces:
                 sequence._tokens[len(sequence) - len(ids):] = ids.tolist()
         except BaseException:  # an interrupt between two calls
@@ -84,20 +86,18 @@ class Decoder:
                 sequence._native = native
                 sequence.truncate(length)
             raise
-        return outs
+        return np.split(out, np.cumsum([wanted for _, _, wanted in pieces])[:-1])
 
-    def _call(self, pieces: list[tuple[Sequence, Array, int]], outs: list[Array], call: list[Part]) -> None:
-        """One native call: tokens `begin` to `end` of some sequences."""
-        skipped = [len(pieces[i][1]) - pieces[i][2] for i, _, _ in call]  # tokens whose logits nobody wants
-        rows = [(max(0, begin - skip), max(0, end - skip)) for (_, begin, end), skip in zip(call, skipped, strict=True)]
-        wanted = [end - begin for begin, end in rows]
-        alone = len(call) == 1
-        out = outs[call[0][0]][slice(*rows[0])] if alone else np.empty((sum(wanted), self.vocabulary), np.float32)
+    def _call(self, pieces: list[tuple[Sequence, Array, int]], call: list[Part], out: Array) -> int:
+        """One native call: tokens `begin` to `end` of some sequences; how many rows of `out` it filled."""
+        wanted = []
+        for i, begin, end in call:
+            skipped = len(pieces[i][1]) - pieces[i][2]  # tokens whose logits nobody wants
+            wanted.append(max(0, end - max(begin, skipped)))
+        tokens = np.concatenate([pieces[i][1][begin:end] for i, begin, end in call])
         self.plan.step([pieces[i][0]._native for i, _, _ in call], [end - begin for _, begin, end in call], wanted,
-                       np.concatenate([pieces[i][1][begin:end] for i, begin, end in call]), out, threads())
-        if not alone:
-            for (i, _, _), (begin, end), part in zip(call, rows, np.split(out, np.cumsum(wanted)[:-1]), strict=True):
-                outs[i][begin:end] = part
+                       tokens, out[:sum(wanted)], threads())
+        return sum(wanted)
 
 
 Part = tuple[int, int, int]  # of a call: a sequence's number, its first token and the one after its last

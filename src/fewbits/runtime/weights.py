@@ -24,7 +24,7 @@ Weight = _native.Weight | _native.Floats
 KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
-def matrix(entry: Entry, rows: slice | np.ndarray | None = None) -> Weight:
+def matrix(entry: Entry, rows: slice | np.ndarray | None = None, expert: bool = False) -> Weight:
     """A matrix `[out, in]`, or the rows of it that `rows` (int64) numbers: parts of a fused one, another order.
 
     Floats stay where they are in a mapped file, unless their rows are in another order.
@@ -34,7 +34,7 @@ def matrix(entry: Entry, rows: slice | np.ndarray | None = None) -> Weight:
         return _from_file(_rows(stored, rows))
     q = entry.load()
     if rows is None:
-        return _prepared(q)
+        return _prepared(q, expert)
     return _prepared(_apart(q).part(rows if isinstance(rows, slice) else torch.from_numpy(rows)))
 
 
