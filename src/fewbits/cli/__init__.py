@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -16,6 +17,7 @@ COMMANDS: dict[str, dict[str, Any]] = {name: {} for name in (
     "quantize", "finish", "convert", "imatrix", "info", "plan", "verify", "explain", "eval", "run", "chat")}
 COMMANDS["explain"] = {"context_settings": {"ignore_unknown_options": True}}  # a negative number is no option
 MODULES = {"eval": "evaluate"}
+PLAIN = ("run", "chat")  # where a tenth of a second counts
 
 
 def application(asked: str = "") -> typer.Typer:
@@ -32,10 +34,23 @@ def _fewbits() -> None:
     """Put any language model into few bits: quantize, run, measure."""
 
 
+def _plain(asked: str) -> bool:
+    """Run a command whose line is plain."""
+    from fewbits.cli import plain
+
+    command = import_module(f"fewbits.cli.{asked}").command
+    given = plain.parse(command, sys.argv[2:])
+    if given is not None:
+        command(**given)
+    return given is not None
+
+
 def main() -> None:
     """Entry point: errors become one line and a hint on stderr, and an exit code."""
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
-        application(sys.argv[1] if len(sys.argv) > 1 else "")()
+        if asked not in PLAIN or not _plain(asked):
+            application(asked)()
     except Ended:
         raise
     except Elsewhere:
@@ -49,7 +64,11 @@ def main() -> None:
         if end.code == 130:  # what typer makes of Ctrl-C
             _say("interrupted: nothing half-written is left; the same command resumes")
         raise
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
     except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what is left to say goes nowhere
         sys.exit(141)
     except MemoryError:
         _say("error: out of memory")
