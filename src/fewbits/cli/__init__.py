@@ -17,7 +17,6 @@ COMMANDS: dict[str, dict[str, Any]] = {name: {} for name in (
     "quantize", "finish", "convert", "imatrix", "info", "plan", "verify", "explain", "eval", "run", "chat")}
 COMMANDS["explain"] = {"context_settings": {"ignore_unknown_options": True}}  # a negative number is no option
 MODULES = {"eval": "evaluate"}
-PLAIN = ("run", "chat")  # where a tenth of a second counts
 
 
 def application(asked: str = "") -> typer.Typer:
@@ -34,23 +33,10 @@ def _fewbits() -> None:
     """Put any language model into few bits: quantize, run, measure."""
 
 
-def _plain(asked: str) -> bool:
-    """Run a command whose line is plain."""
-    from fewbits.cli import plain
-
-    command = import_module(f"fewbits.cli.{asked}").command
-    given = plain.parse(command, sys.argv[2:])
-    if given is not None:
-        command(**given)
-    return given is not None
-
-
 def main() -> None:
     """Entry point: errors become one line and a hint on stderr, and an exit code."""
-    asked = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
-        if asked not in PLAIN or not _plain(asked):
-            application(asked)()
+        application(sys.argv[1] if len(sys.argv) > 1 else "")()
     except Ended:
         raise
     except Elsewhere:
