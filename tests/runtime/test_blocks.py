@@ -112,6 +112,22 @@ def test_descriptions_that_leave_the_block_are_errors(change: dict[str, object])
         _native.Blocks(**(right | change))  # type: ignore[arg-type]
 
 
+def test_memory_is_shared_in_large_pages_and_freed_with_the_last() -> None:
+    arena = blocks._Arena()
+    one, two = arena.take(640), arena.take(128)
+    one[:], two[:] = 1, 2
+    assert (one == 1).all() and one.ctypes.data % blocks.PAGE == 0 and two.ctypes.data == one.ctypes.data + 640
+    whole = ref(two.base)
+    large = arena.take(blocks.ARENA + blocks.PAGE)  # does not fit behind them
+    assert len(large) == blocks.ARENA + blocks.PAGE and large.ctypes.data % blocks.PAGE == 0
+    del one
+    assert whole() is not None
+    del two
+    assert whole() is None
+    del large
+    assert len(arena.take(64)) == 64
+
+
 def test_rows_that_lie_in_each_other_stay_in_their_array() -> None:
     """Words of 40 rows side by side, 8 columns each: 64 columns."""
     words = np.random.default_rng(0).integers(0, 256, 8 * 40 * 4, np.uint8)
@@ -129,19 +145,3 @@ def test_rows_that_lie_in_each_other_stay_in_their_array() -> None:
                                ([words, words], 4, 40), ([], 4, 40)):
         with pytest.raises(ValueError, match="rows lie beyond|one array"):
             _native.prepare(made, data, None, rows, 64, codes, *none, 1, stride=stride)
-
-
-def test_memory_is_shared_in_large_pages_and_freed_with_the_last() -> None:
-    arena = blocks._Arena()
-    one, two = arena.take(640), arena.take(128)
-    one[:], two[:] = 1, 2
-    assert (one == 1).all() and one.ctypes.data % blocks.PAGE == 0 and two.ctypes.data == one.ctypes.data + 640
-    whole = ref(two.base)
-    large = arena.take(blocks.ARENA + blocks.PAGE)  # does not fit behind them
-    assert len(large) == blocks.ARENA + blocks.PAGE and large.ctypes.data % blocks.PAGE == 0
-    del one
-    assert whole() is not None
-    del two
-    assert whole() is None
-    del large
-    assert len(arena.take(64)) == 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -49,7 +50,11 @@ def main() -> None:
         if end.code == 130:  # what typer makes of Ctrl-C
             _say("interrupted: nothing half-written is left; the same command resumes")
         raise
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
     except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what is left to say goes nowhere
         sys.exit(141)
     except MemoryError:
         _say("error: out of memory")

@@ -37,7 +37,7 @@ def family_of(file: GgufFile) -> Architecture:
     name = get(file, "general.architecture", "STRING")
     family = arch.by_gguf(name, experts=bool(get(file, f"{name}.expert_count", *INTEGERS)))
     if family is None:
-        known = ", ".join(sorted({a.gguf for a in arch.ARCHITECTURES if a.gguf}))
+        known = ", ".join(sorted({a.gguf for a in arch.architectures() if a.gguf}))
         raise FewbitsError(f"{file.path}: general.architecture is {name!r}; there are tables for {known}")
     return family
 
