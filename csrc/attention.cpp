@@ -135,12 +135,19 @@ static void keep(const Head& head, long position, const float* key, const float*
 // What was kept, in float32 -------------------------------------------------------------------------------------------
 
 constexpr int STRETCH = 64;                // positions whose scores are known before their values are added up
-constexpr int VECTORS = STRETCH / LANES;
 
 // Bytes of two columns, or of one.
 INLINE F32 low_of(const uint8_t* p) { return floats((widen_u8(p) & 15) - 8); }
 INLINE F32 high_of(const uint8_t* p) { return floats((I32)((U32)widen_u8(p) >> 4) - 8); }
 INLINE F32 byte_of(const uint8_t* p) { return floats(widen_i8(p)); }
+
+INLINE void widen_halves(const uint16_t* from, float* to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    for (int i = 0; i < LANES; i += OWN) store(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+#else
+    store(to, from_f16(from));
+#endif
+}
 
 // to [columns][STRETCH], from position `at` on, as many lines as hold `count` positions
 static void widen_keys(const Head& head, long at, long count, float* to) {
@@ -149,7 +156,7 @@ static void widen_keys(const Head& head, long at, long count, float* to) {
         const long line = (at + p) / LINE;
         if (head.kept == Kept::f16) {
             const uint16_t* from = (const uint16_t*)head.keys + line * head.width * LINE;
-            for (long c = 0; c < head.width; ++c) store(to + c * STRETCH + p, from_f16(from + c * LINE));
+            for (long c = 0; c < head.width; ++c) widen_halves(from + c * LINE, to + c * STRETCH + p);
             continue;
         }
         for (long run = 0; run < runs; ++run) {
@@ -173,7 +180,7 @@ static void widen_keys(const Head& head, long at, long count, float* to) {
 static void widen_values(const Head& head, long at, long count, long wide, float* to) {
     if (head.kept == Kept::f16) {
         const uint16_t* from = (const uint16_t*)head.values + at * wide;
-        for (long i = 0; i < count * wide; i += LANES) store(to + i, from_f16(from + i));
+        for (long i = 0; i < count * wide; i += LANES) widen_halves(from + i, to + i);
         return;
     }
     const long runs = wide / RUN, first = at * runs;
@@ -193,10 +200,10 @@ static void widen_values(const Head& head, long at, long count, long wide, float
 
 // Sums -----------------------------------------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
-constexpr int TOGETHER = VECTORS;  // 24 of 32 registers hold sums of 6 rows, 4 what they meet
+#if defined(__AVX512F__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr int TOGETHER = 4;  // 24 of 32 registers hold sums of 6 rows, 4 what they meet
 #else
-constexpr int TOGETHER = 1;  // a vector is 2 or 4 registers
+constexpr int TOGETHER = 2;  // 12 of 16, and 2
 #endif
 constexpr int ROWS = 6;
 
@@ -205,23 +212,23 @@ constexpr int ROWS = 6;
 template <int R, int V, bool FETCH>
 INLINE void tile(const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row,
                  const uint8_t* next, long step) {
-    F32 sums[R][V];
+    Own sums[R][V];
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sums[r][v] = load<F32>(to + r * to_row + v * LANES);
+        for (int v = 0; v < V; ++v) sums[r][v] = load<Own>(to + r * to_row + v * OWN);
     long k = 0;
     do {
         if (FETCH) {
             for (long i = 0; i < step; i += 64) __builtin_prefetch(next + i);
             next += step;
         }
-        F32 with[V];
+        Own with[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) with[v] = load<F32>(b + v * LANES);
+        for (int v = 0; v < V; ++v) with[v] = load<Own>(b + v * OWN);
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
-            const F32 factor = spread(a[r * a_row + k]);
+            const Own factor = own(a[r * a_row + k]);
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sums[r][v] = fma(factor, with[v], sums[r][v]);
         }
@@ -230,16 +237,17 @@ INLINE void tile(const float* a, long a_row, const float* b, long b_row, long co
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) store(to + r * to_row + v * LANES, sums[r][v]);
+        for (int v = 0; v < V; ++v) store(to + r * to_row + v * OWN, sums[r][v]);
 }
 
+// `wide` is a multiple of LANES
 template <int R, bool FETCH>
 static void tiles_of(const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row,
                      long wide, const uint8_t* next, long step) {
     long at = 0;
-    for (; at + TOGETHER * LANES <= wide; at += TOGETHER * LANES, step = 0)
+    for (; at + TOGETHER * OWN <= wide; at += TOGETHER * OWN, step = 0)
         tile<R, TOGETHER, FETCH>(a, a_row, b + at, b_row, count, to + at, to_row, next, step);
-    for (; at < wide; at += LANES, step = 0)
+    for (; at < wide; at += OWN, step = 0)
         tile<R, 1, FETCH>(a, a_row, b + at, b_row, count, to + at, to_row, next, step);
 }
 
@@ -304,50 +312,63 @@ static void copy_queries(const Head& head, const Query* queries, int count, cons
 }
 
 // 2^x for x <= 0, and not less than 2^-126. Not a number stays that.
-INLINE F32 power(F32 x) {
-    x = larger(spread(-126.0f), x);
-    const F32 whole = x + MAGIC_VALUE, r = x - (whole - MAGIC_VALUE);
-    F32 y = spread(1.5403530e-4f);
+INLINE Own power(Own x) {
+    x = larger(own(-126.0f), x);
+    const Own whole = x + MAGIC_VALUE, r = x - (whole - MAGIC_VALUE);
+    Own y = own(1.5403530e-4f);
     for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
-        y = fma(y, r, spread(c));
-    return (F32)((I32)y + (((I32)whole - MAGIC) << 23));
+        y = fma(y, r, own(c));
+    return (Own)((OwnI)y + (((OwnI)whole - MAGIC) << 23));
+}
+
+INLINE float power(float x) {
+    float lanes[OWN];
+    store(lanes, power(own(x)));
+    return lanes[0];
+}
+
+// What a stretch's scores are where there is a cap, and where some positions are not seen.
+static void change(const Query& query, long at, float cap, float* scores) {
+    const I32 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (long p = 0; p < STRETCH; p += LANES) {
+        F32 s = load<F32>(scores + p);
+        if (cap > 0) s = (cap - 2 * cap / (exponential(s * (2 / cap)) + 1.0f)) * LOG2_E;
+        const I32 position = lanes + (int32_t)(at + p);
+        const I32 seen = (position >= (int32_t)query.first) & (position <= (int32_t)query.last);
+        store(scores + p, choose(seen, s, spread(LEAST)));
+    }
 }
 
 // A row's scores become weights; sums so far are corrected where one is the largest yet.
 INLINE void weigh(const Query& query, long at, float cap, float* scores, const Sums& sums, long wide) {
-    F32 s[VECTORS];
-    const F32 before = spread(*sums.most);
-    F32 highest = before;
     const bool edge = query.first > at || query.last < at + STRETCH - 1;
-    const I32 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-        s[v] = load<F32>(scores + v * LANES);
-        if (cap > 0) s[v] = (cap - 2 * cap / (exponential(s[v] * (2 / cap)) + 1.0f)) * LOG2_E;
-        if (edge) {
-            const I32 position = lanes + (int32_t)(at + v * LANES);
-            const I32 seen = (position >= (int32_t)query.first) & (position <= (int32_t)query.last);
-            s[v] = choose(seen, s[v], spread(LEAST));
-        }
-        highest = larger(s[v], highest);
-    }
-    F32 total = load<F32>(sums.weights);
+    if (edge || cap > 0) change(query, at, cap, scores);
+    const Own before = own(*sums.most);
+    Own highest = before;
+#pragma GCC unroll 16
+    for (int i = 0; i < STRETCH; i += OWN) highest = larger(load<Own>(scores + i), highest);
     float now = *sums.most;
     if (any(highest > before)) {
-        now = largest_of(highest);
-        const F32 shrink = power(spread(*sums.most - now));
-        for (long c = 0; c < wide; c += LANES) store(sums.values + c, load<F32>(sums.values + c) * shrink);
-        total = total * shrink;
+        float lanes[OWN];
+        store(lanes, highest);
+        for (float s : lanes) now = s > now ? s : now;
+        const Own shrink = own(power(*sums.most - now));
+        for (long c = 0; c < wide + LINE; c += OWN)  // weights lie behind the values
+            store(sums.values + c, load<Own>(sums.values + c) * shrink);
         *sums.most = now;
     }
+    for (int lane = 0; lane < LANES; lane += OWN) {
+        Own total = load<Own>(sums.weights + lane);
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-        F32 w = power(s[v] - now);
-        if (edge) w = choose(s[v] == spread(LEAST), F32{}, w);
-        store(scores + v * LANES, w);
-        total = total + w;
+        for (int i = lane; i < STRETCH; i += LANES) {
+            const Own s = load<Own>(scores + i);
+            Own w = power(s - now);
+            if (edge) w = (Own)((OwnI)w & (s > LEAST));
+            store(scores + i, w);
+            total = total + w;
+        }
+        store(sums.weights + lane, total);
     }
-    store(sums.weights, total);
 }
 
 // What queries (copied: `asked`) add to their sums in positions first … last.
@@ -404,9 +425,9 @@ static void join(const Head& head, int count, const float* part, float* sums) {
     for (int r = 0; r < count; ++r) {
         const Sums to(sums + r * size, wide), from((float*)part + r * size, wide);
         const float now = *from.most > *to.most ? *from.most : *to.most;
-        const F32 keep = power(spread(*to.most - now)), take = power(spread(*from.most - now));
-        for (long c = 0; c < wide + LINE; c += LANES)  // weights lie behind the values
-            store(to.values + c, fma(load<F32>(from.values + c), take, load<F32>(to.values + c) * keep));
+        const Own keep = own(power(*to.most - now)), take = own(power(*from.most - now));
+        for (long c = 0; c < wide + LINE; c += OWN)
+            store(to.values + c, fma(load<Own>(from.values + c), take, load<Own>(to.values + c) * keep));
         *to.most = now;
     }
 }

@@ -301,6 +301,35 @@ INLINE I32 dot_word(I32 acc, U8 w, const int32_t* x) {
 }
 #endif
 
+// Vectors of one register, for loops whose sums are to stay there: compilers keep those of several in memory.
+#if defined(__AVX512F__)
+typedef F32 Own;
+typedef I32 OwnI;
+INLINE Own own(float x) { return spread(x); }
+#elif defined(__AVX2__)
+typedef float Own __attribute__((vector_size(32)));
+typedef int32_t OwnI __attribute__((vector_size(32)));
+INLINE Own own(float x) { return (Own)_mm256_set1_ps(x); }
+INLINE Own fma(Own a, Own b, Own c) { return (Own)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE Own larger(Own a, Own b) { return (Own)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE bool any(OwnI mask) { return _mm256_movemask_epi8((__m256i)mask); }
+#else
+typedef float Own __attribute__((vector_size(16)));
+typedef int32_t OwnI __attribute__((vector_size(16)));
+INLINE Own own(float x) { return Own{x, x, x, x}; }
+INLINE Own larger(Own a, Own b) {
+    const OwnI mask = a > b;
+    return (Own)(((OwnI)a & mask) | ((OwnI)b & ~mask));
+}
+INLINE bool any(OwnI mask) { return mask[0] | mask[1] | mask[2] | mask[3]; }
+#if defined(__ARM_FEATURE_DOTPROD)
+INLINE Own fma(Own a, Own b, Own c) { return (Own)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+INLINE Own fma(Own a, Own b, Own c) { return a * b + c; }
+#endif
+#endif
+constexpr int OWN = sizeof(Own) / 4;  // lanes
+
 // table[index], indices 0 … 15
 INLINE F32 pick(F32 table, I32 index) {
 #if defined(__AVX512F__)
