@@ -141,13 +141,11 @@ INLINE F32 low_of(const uint8_t* p) { return floats((widen_u8(p) & 15) - 8); }
 INLINE F32 high_of(const uint8_t* p) { return floats((I32)((U32)widen_u8(p) >> 4) - 8); }
 INLINE F32 byte_of(const uint8_t* p) { return floats(widen_i8(p)); }
 
+namespace reg {
 INLINE void widen_halves(const uint16_t* from, float* to) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    for (int i = 0; i < LANES; i += OWN) store(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
-#else
-    store(to, from_f16(from));
-#endif
+    for (int i = 0; i < LINE; i += LANES) store(to + i, from_f16(from + i));
 }
+}  // namespace reg
 
 // to [columns][STRETCH], from position `at` on, as many lines as hold `count` positions
 static void widen_keys(const Head& head, long at, long count, float* to) {
@@ -156,7 +154,7 @@ static void widen_keys(const Head& head, long at, long count, float* to) {
         const long line = (at + p) / LINE;
         if (head.kept == Kept::f16) {
             const uint16_t* from = (const uint16_t*)head.keys + line * head.width * LINE;
-            for (long c = 0; c < head.width; ++c) widen_halves(from + c * LINE, to + c * STRETCH + p);
+            for (long c = 0; c < head.width; ++c) reg::widen_halves(from + c * LINE, to + c * STRETCH + p);
             continue;
         }
         for (long run = 0; run < runs; ++run) {
@@ -180,7 +178,7 @@ static void widen_keys(const Head& head, long at, long count, float* to) {
 static void widen_values(const Head& head, long at, long count, long wide, float* to) {
     if (head.kept == Kept::f16) {
         const uint16_t* from = (const uint16_t*)head.values + at * wide;
-        for (long i = 0; i < count * wide; i += LANES) widen_halves(from + i, to + i);
+        for (long i = 0; i < count * wide; i += LANES) reg::widen_halves(from + i, to + i);
         return;
     }
     const long runs = wide / RUN, first = at * runs;
@@ -207,28 +205,30 @@ constexpr int TOGETHER = 2;  // 12 of 16, and 2
 #endif
 constexpr int ROWS = 6;
 
+namespace reg {
+
 // to[r][v] += sum of a[r][k] * b[k][v] over k = 0 … count - 1, in this order, for R rows and V vectors. FETCH: `step`
 // bytes from `next` on are asked for at each k.
 template <int R, int V, bool FETCH>
 INLINE void tile(const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row,
                  const uint8_t* next, long step) {
-    Own sums[R][V];
+    F32 sums[R][V];
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sums[r][v] = load<Own>(to + r * to_row + v * OWN);
+        for (int v = 0; v < V; ++v) sums[r][v] = load<F32>(to + r * to_row + v * LANES);
     long k = 0;
     do {
         if (FETCH) {
             for (long i = 0; i < step; i += 64) __builtin_prefetch(next + i);
             next += step;
         }
-        Own with[V];
+        F32 with[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) with[v] = load<Own>(b + v * OWN);
+        for (int v = 0; v < V; ++v) with[v] = load<F32>(b + v * LANES);
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
-            const Own factor = own(a[r * a_row + k]);
+            const F32 factor = spread(a[r * a_row + k]);
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sums[r][v] = fma(factor, with[v], sums[r][v]);
         }
@@ -237,17 +237,17 @@ INLINE void tile(const float* a, long a_row, const float* b, long b_row, long co
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) store(to + r * to_row + v * OWN, sums[r][v]);
+        for (int v = 0; v < V; ++v) store(to + r * to_row + v * LANES, sums[r][v]);
 }
 
-// `wide` is a multiple of LANES
+// `wide` is a multiple of LINE
 template <int R, bool FETCH>
 static void tiles_of(const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row,
                      long wide, const uint8_t* next, long step) {
     long at = 0;
-    for (; at + TOGETHER * OWN <= wide; at += TOGETHER * OWN, step = 0)
+    for (; at + TOGETHER * LANES <= wide; at += TOGETHER * LANES, step = 0)
         tile<R, TOGETHER, FETCH>(a, a_row, b + at, b_row, count, to + at, to_row, next, step);
-    for (; at < wide; at += OWN, step = 0)
+    for (; at < wide; at += LANES, step = 0)
         tile<R, 1, FETCH>(a, a_row, b + at, b_row, count, to + at, to_row, next, step);
 }
 
@@ -264,6 +264,8 @@ static void multiply(int rows, const float* a, long a_row, const float* b, long 
     if (r < rows)
         tiles[rows - r - 1](a + r * a_row, a_row, b, b_row, count, to + r * to_row, to_row, wide, next, 0);
 }
+
+}  // namespace reg
 
 // Attention ------------------------------------------------------------------------------------------------------------
 
@@ -311,21 +313,25 @@ static void copy_queries(const Head& head, const Query* queries, int count, cons
     }
 }
 
+namespace reg {
+
 // 2^x for x <= 0, and not less than 2^-126. Not a number stays that.
-INLINE Own power(Own x) {
-    x = larger(own(-126.0f), x);
-    const Own whole = x + MAGIC_VALUE, r = x - (whole - MAGIC_VALUE);
-    Own y = own(1.5403530e-4f);
+INLINE F32 power(F32 x) {
+    x = larger(spread(-126.0f), x);
+    const F32 whole = x + MAGIC_VALUE, r = x - (whole - MAGIC_VALUE);
+    F32 y = spread(1.5403530e-4f);
     for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
-        y = fma(y, r, own(c));
-    return (Own)((OwnI)y + (((OwnI)whole - MAGIC) << 23));
+        y = fma(y, r, spread(c));
+    return (F32)((I32)y + (((I32)whole - MAGIC) << 23));
 }
 
 INLINE float power(float x) {
-    float lanes[OWN];
-    store(lanes, power(own(x)));
+    float lanes[LANES];
+    store(lanes, power(spread(x)));
     return lanes[0];
 }
+
+}  // namespace reg
 
 // What a stretch's scores are where there is a cap, and where some positions are not seen.
 static void change(const Query& query, long at, float cap, float* scores) {
@@ -339,37 +345,41 @@ static void change(const Query& query, long at, float cap, float* scores) {
     }
 }
 
+namespace reg {
+
 // A row's scores become weights; sums so far are corrected where one is the largest yet.
 INLINE void weigh(const Query& query, long at, float cap, float* scores, const Sums& sums, long wide) {
     const bool edge = query.first > at || query.last < at + STRETCH - 1;
     if (edge || cap > 0) change(query, at, cap, scores);
-    const Own before = own(*sums.most);
-    Own highest = before;
+    const F32 before = spread(*sums.most);
+    F32 highest = before;
 #pragma GCC unroll 16
-    for (int i = 0; i < STRETCH; i += OWN) highest = larger(load<Own>(scores + i), highest);
+    for (int i = 0; i < STRETCH; i += LANES) highest = larger(load<F32>(scores + i), highest);
     float now = *sums.most;
     if (any(highest > before)) {
-        float lanes[OWN];
+        float lanes[LANES];
         store(lanes, highest);
         for (float s : lanes) now = s > now ? s : now;
-        const Own shrink = own(power(*sums.most - now));
-        for (long c = 0; c < wide + LINE; c += OWN)  // weights lie behind the values
-            store(sums.values + c, load<Own>(sums.values + c) * shrink);
+        const F32 shrink = spread(power(*sums.most - now));
+        for (long c = 0; c < wide + LINE; c += LANES)  // weights lie behind the values
+            store(sums.values + c, load<F32>(sums.values + c) * shrink);
         *sums.most = now;
     }
-    for (int lane = 0; lane < LANES; lane += OWN) {
-        Own total = load<Own>(sums.weights + lane);
+    for (int lane = 0; lane < LINE; lane += LANES) {
+        F32 total = load<F32>(sums.weights + lane);
 #pragma GCC unroll 4
-        for (int i = lane; i < STRETCH; i += LANES) {
-            const Own s = load<Own>(scores + i);
-            Own w = power(s - now);
-            if (edge) w = (Own)((OwnI)w & (s > LEAST));
+        for (int i = lane; i < STRETCH; i += LINE) {
+            const F32 s = load<F32>(scores + i);
+            F32 w = power(s - now);
+            if (edge) w = (F32)((I32)w & (s > LEAST));
             store(scores + i, w);
             total = total + w;
         }
         store(sums.weights + lane, total);
     }
 }
+
+}  // namespace reg
 
 // What queries (copied: `asked`) add to their sums in positions first … last.
 static void add(const Head& head, const Query* queries, const float* asked, int count, float cap, long first, long last,
@@ -382,12 +392,12 @@ static void add(const Head& head, const Query* queries, const float* asked, int 
         const long lines = lined(positions) / LINE;
         widen_keys(head, at, positions, mine.wide);
         memset(mine.weights, 0, count * STRETCH * sizeof(float));
-        multiply(count, asked, head.width, mine.wide, STRETCH, head.width, mine.weights, STRETCH, lines * LINE,
+        reg::multiply(count, asked, head.width, mine.wide, STRETCH, head.width, mine.weights, STRETCH, lines * LINE,
                  head.values + line * planes.values, lines * planes.values);
         for (int r = 0; r < count; ++r)
-            weigh(queries[r], at, cap, mine.weights + r * STRETCH, Sums(sums + r * size, wide), wide);
+            reg::weigh(queries[r], at, cap, mine.weights + r * STRETCH, Sums(sums + r * size, wide), wide);
         widen_values(head, at, positions, wide, mine.wide);
-        multiply(count, mine.weights, STRETCH, mine.wide, wide, positions, sums, size, wide,
+        reg::multiply(count, mine.weights, STRETCH, mine.wide, wide, positions, sums, size, wide,
                  head.keys + (line + lines) * planes.keys, at + STRETCH <= last ? lines * planes.keys : 0);
     }
 }
@@ -419,18 +429,22 @@ static void gather(const Head& head, const Query* queries, int count, const Scor
     gather_copied(head, queries, asked, count, how.cap, span(queries, count), segment, sums);
 }
 
+namespace reg {
+
 // Adds a segment's sums to those of the ones before.
 static void join(const Head& head, int count, const float* part, float* sums) {
     const long wide = wide_of(head), size = sums_of(head.width);
     for (int r = 0; r < count; ++r) {
         const Sums to(sums + r * size, wide), from((float*)part + r * size, wide);
         const float now = *from.most > *to.most ? *from.most : *to.most;
-        const Own keep = own(power(*to.most - now)), take = own(power(*from.most - now));
-        for (long c = 0; c < wide + LINE; c += OWN)
-            store(to.values + c, fma(load<Own>(from.values + c), take, load<Own>(to.values + c) * keep));
+        const F32 keep = spread(power(*to.most - now)), take = spread(power(*from.most - now));
+        for (long c = 0; c < wide + LINE; c += LANES)
+            store(to.values + c, fma(load<F32>(from.values + c), take, load<F32>(to.values + c) * keep));
         *to.most = now;
     }
 }
+
+}  // namespace reg
 
 static void write(const Head& head, const Query* queries, int count, const float* sums) {
     const long wide = wide_of(head), size = sums_of(head.width);
@@ -444,7 +458,7 @@ static void write(const Head& head, const Query* queries, int count, const float
 
 static void finish(const Head& head, const Query* queries, int count, long segments, float* sums) {
     const long size = count * sums_of(head.width);
-    for (long i = 1; i < segments; ++i) join(head, count, sums + i * size, sums);
+    for (long i = 1; i < segments; ++i) reg::join(head, count, sums + i * size, sums);
     write(head, queries, count, sums);
 }
 
@@ -456,7 +470,7 @@ static void attend(const Head& head, const Query* queries, int count, const Scor
     gather_copied(head, queries, mine.queries, count, how.cap, all, first, mine.sums);
     for (long i = first + 1; i <= last; ++i) {
         gather_copied(head, queries, mine.queries, count, how.cap, all, i, mine.part);
-        join(head, count, mine.part, mine.sums);
+        reg::join(head, count, mine.part, mine.sums);
     }
     write(head, queries, count, mine.sums);
 }

@@ -40,6 +40,7 @@ struct Held {
     Weight weight;
     Bytes codes, scales;
     std::optional<Bytes> mins, subscales, submins;
+    std::optional<Array<const int32_t, 1>> order;
 };
 struct HeldFloats {
     FloatWeight weight;
@@ -48,7 +49,9 @@ struct HeldFloats {
 
 void bind_columns(nb::module_& m);
 void bind_products(nb::module_& m);
+void bind_prepare(nb::module_& m);
 void bind_encoders(nb::module_& m);
 void bind_decoder(nb::module_& m);
+void bind_text(nb::module_& m);
 
 }  // namespace fewbits

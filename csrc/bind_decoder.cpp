@@ -3,6 +3,8 @@
 #include "bind.h"
 #include "decoder.h"
 
+#include <algorithm>
+
 namespace fewbits {
 namespace {
 
@@ -22,18 +24,31 @@ public:
     void embed(nb::object table, int out) {
         require(!vocabulary_, "a plan begins with one table of tokens");
         const Matrix m = matrix(table);
+        require_rows(m);
         same(m.columns(), width(out), "the table's columns");
         vocabulary_ = m.rows();
         weights_.push_back(table);
         plan.steps.push_back(Embed{m, out});
     }
 
-    void norm(int in, int out, Vector weight, float epsilon) {
+    void positions(nb::object table, int out) {
+        require(!positions_, "a plan has one table of positions");
+        const Matrix m = matrix(table);
+        require_rows(m);
+        same(m.columns(), width(out), "the table's columns");
+        positions_ = m.rows();
+        weights_.push_back(table);
+        plan.steps.push_back(Positions{m, out});
+    }
+
+    void norm(int in, int out, Vector weight, float epsilon, bool centred, std::optional<Vector> bias) {
         const long run = (long)weight.shape(0);
         require(run > 0 && width(in) % run == 0, "the norm's width");
         same(width(in), width(out), "the norm's result");
+        require(!bias || (centred && (long)bias->shape(0) == run), "the norm's bias");
         vectors_.push_back(weight);
-        plan.steps.push_back(Norm{in, out, weight.data(), run, epsilon});
+        if (bias) vectors_.push_back(*bias);
+        plan.steps.push_back(Norm{in, out, weight.data(), run, epsilon, centred, bias ? bias->data() : nullptr});
     }
 
     void multiply(int in, const std::vector<nb::object>& matrices, const std::vector<std::optional<Vector>>& biases,
@@ -45,7 +60,7 @@ public:
             const Matrix m = matrix(matrices[i]);
             require(outs[i] != in, "a product cannot overwrite its input");
             same(m.columns(), width(in), "the weight's columns");
-            if (outs[i] == RESULT) require(!result_, "a plan has one result"), result_ = m.rows();
+            if (outs[i] == RESULT) require(!plan.result, "a plan has one result"), plan.result = m.rows();
             else same(m.rows(), width(outs[i]), "the weight's rows");
             if (biases[i]) same((long)biases[i]->shape(0), m.rows(), "the bias's shape");
             step.parts.push_back({m, biases[i] ? biases[i]->data() : nullptr, outs[i]});
@@ -56,9 +71,10 @@ public:
         plan.steps.push_back(step);
     }
 
-    int rotation(const std::vector<float>& frequencies, float factor) {
+    int rotation(const std::vector<float>& frequencies, float factor, const std::vector<float>& stretched) {
         require(2 * (long)frequencies.size() <= plan.sizes.head, "rotated columns of a head");
-        plan.rotations.push_back({frequencies, factor});
+        require(stretched.empty() || stretched.size() == frequencies.size(), "as many stretched frequencies");
+        plan.rotations.push_back({frequencies, stretched.empty() ? frequencies : stretched, factor});
         return (int)plan.rotations.size() - 1;
     }
 
@@ -80,10 +96,49 @@ public:
         plan.steps.push_back(Attend{queries, keys, values, out, layer, window, cap});
     }
 
-    void gate(int gate, int up, int out) {
-        same(width(gate), width(up), "the gate's width");
+    void gate(const std::string& act, int gate, int up, int out) {
+        if (up != NONE) same(width(gate), width(up), "the gate's width");
         same(width(gate), width(out), "the gate's result");
-        plan.steps.push_back(Gate{gate, up, out});
+        plan.steps.push_back(Gate{gate, up, out, activation(act)});
+    }
+
+    void experts(int in, nb::object router, const std::vector<nb::object>& gates, const std::vector<nb::object>& ups,
+                 const std::vector<nb::object>& downs, const std::vector<int>& room, int out, int chosen,
+                 bool normalised, const std::string& act) {
+        require(room.size() == 3, "room for rows, gates and ups of experts");
+        Experts step{matrix(router), {}, in, out, room[0], room[1], room[2], chosen, normalised, activation(act)};
+        const long count = step.router.rows(), hidden = width(in), inner = width(room[1]) / std::max(chosen, 1);
+        require(1 <= chosen && chosen <= count && count < 1 << 16, "a token goes to 1 or more of the experts");
+        same(step.router.columns(), hidden, "the router's columns");
+        same(width(out), hidden, "the experts' result");
+        same(width(room[0]), hidden * chosen, "room for rows of experts");
+        same(width(room[1]), inner * chosen, "room for gates of experts");
+        same(width(room[2]), inner * chosen, "room for ups of experts");
+        require((long)gates.size() == count && (long)ups.size() == count && (long)downs.size() == count,
+                "three weights for every expert");
+        for (long i = 0; i < count; ++i) {
+            const Experts::Expert expert{matrix(gates[i]), matrix(ups[i]), matrix(downs[i])};
+            for (const Matrix& m : {expert.gate, expert.up, expert.down}) require_rows(m);
+            for (const Matrix& m : {expert.gate, expert.up})
+                same(m.columns(), hidden, "an expert's columns"), same(m.rows(), inner, "an expert's rows");
+            same(expert.down.columns(), inner, "an expert's columns");
+            same(expert.down.rows(), hidden, "an expert's rows");
+            step.all.push_back(expert);
+        }
+        weights_.push_back(router);
+        for (const auto& part : {gates, ups, downs}) weights_.insert(weights_.end(), part.begin(), part.end());
+        plan.steps.push_back(step);
+    }
+
+    void scale(int buffer, float factor) {
+        width(buffer);
+        plan.steps.push_back(Scaled{buffer, factor});
+    }
+
+    void cap(int buffer, float most) {
+        if (buffer == RESULT) require(plan.result > 0, "no result yet");
+        else width(buffer);
+        plan.steps.push_back(Cap{buffer, most});
     }
 
     void add(int in, int out) {
@@ -100,16 +155,17 @@ public:
     void check_call(const std::vector<Piece>& pieces, const Array<const int64_t, 1>& tokens,
                     const Array<float, 2>& out) const {
         const long count = (long)tokens.shape(0);
-        require(vocabulary_ && result_ && narrow_, "a plan embeds tokens, narrows and has a result");
+        require(vocabulary_ && plan.result && narrow_, "a plan embeds tokens, narrows and has a result");
         require(1 <= count && count <= Plan::MOST_TOKENS, "1 to " + std::to_string(Plan::MOST_TOKENS) + " tokens a call");
         long all = 0, wanted = 0;
         for (const Piece& p : pieces) {
             require(1 <= p.count && p.count <= count && 0 <= p.wanted && p.wanted <= p.count, "a sequence's tokens");
             require(p.count <= p.cache->capacity - p.cache->length, "more tokens than the cache has room for");
+            require(!positions_ || p.count <= positions_ - p.cache->length, "more tokens than the table has positions");
             for (const Piece* q = pieces.data(); q != &p; ++q) require(q->cache != p.cache, "a cache is there twice");
             all += p.count, wanted += p.wanted;
         }
-        require(all == count && wanted == (long)out.shape(0) && result_ == (long)out.shape(1), "the result's shape");
+        require(all == count && wanted == (long)out.shape(0) && plan.result == (long)out.shape(1), "the result's shape");
         for (long i = 0; i < count; ++i)
             require(0 <= tokens.data()[i] && tokens.data()[i] < vocabulary_,
                     "token " + std::to_string(tokens.data()[i]) + " is not in 0 … " + std::to_string(vocabulary_ - 1));
@@ -121,6 +177,17 @@ private:
     long width(int buffer) const {
         require(0 <= buffer && buffer < (int)plan.widths.size(), "no buffer " + std::to_string(buffer));
         return plan.widths[buffer];
+    }
+
+    static void require_rows(const Matrix& m) {
+        require(!m.packed || !m.packed->order, "the table's columns lie in their own order");
+    }
+
+    static Activation activation(const std::string& name) {
+        const char* names[] = {"silu", "gelu", "gelu_tanh", "relu"};
+        for (int i = 0; i < 4; ++i)
+            if (name == names[i]) return (Activation)i;
+        throw nb::value_error(("no activation is called " + name).c_str());
     }
 
     static void same(long found, long wanted, const char* what) {
@@ -135,7 +202,7 @@ private:
 
     std::vector<nb::object> weights_;  // what steps point into
     std::vector<Vector> vectors_;
-    long vocabulary_ = 0, result_ = 0;
+    long vocabulary_ = 0, positions_ = 0;
     bool narrow_ = false;
 };
 
@@ -175,6 +242,14 @@ void truncate(HeldCache& self, long length) {
     self.cache.length = length;
 }
 
+void stretch(HeldCache& self, bool stretched) {
+    nb::gil_scoped_release release;
+    std::lock_guard<std::mutex> alone(self.plan.plan.busy);
+    if (self.cache.length && self.cache.stretched != stretched)
+        throw nb::value_error("keys that were turned stay as they are");
+    self.cache.stretched = stretched;
+}
+
 void copy(HeldCache& self, const HeldCache& from, long length) {
     require(&self.plan == &from.plan && &self != &from, "a cache is copied to another one of its plan");
     nb::gil_scoped_release release;
@@ -197,6 +272,8 @@ void check_capacity(long capacity) { require(1 <= capacity && capacity < 1L << 3
 
 void bind_decoder(nb::module_& m) {
     m.attr("RESULT") = RESULT;
+    m.attr("NONE") = NONE;
+    m.attr("WIDEST_HEAD") = WIDEST_HEAD;
     m.attr("MOST_TOKENS") = Plan::MOST_TOKENS;
     nb::class_<HeldPlan>(m, "Plan")
         .def("__init__", [](HeldPlan* self, const std::vector<long>& widths, long layers, long heads, long kv_heads,
@@ -205,13 +282,21 @@ void bind_decoder(nb::module_& m) {
         }, nb::kw_only(), nb::arg("widths"), nb::arg("layers"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head"),
            nb::arg("scale"))
         .def("embed", &HeldPlan::embed, nb::arg("table"), nb::arg("out"))
-        .def("norm", &HeldPlan::norm, nb::arg("x"), nb::arg("out"), array("weight"), nb::arg("epsilon"))
+        .def("positions", &HeldPlan::positions, nb::arg("table"), nb::arg("out"))
+        .def("norm", &HeldPlan::norm, nb::arg("x"), nb::arg("out"), array("weight"), nb::arg("epsilon"),
+             nb::arg("centred") = false, array("bias").none() = nb::none())
         .def("multiply", &HeldPlan::multiply, nb::arg("x"), nb::arg("weights"), array("biases"), nb::arg("outs"))
-        .def("rotation", &HeldPlan::rotation, nb::arg("frequencies"), nb::arg("factor"))
+        .def("rotation", &HeldPlan::rotation, nb::arg("frequencies"), nb::arg("factor"),
+             nb::arg("stretched") = std::vector<float>())
         .def("rotate", &HeldPlan::rotate, nb::arg("x"), nb::arg("rotation"))
         .def("attend", &HeldPlan::attend, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("out"),
              nb::arg("layer"), nb::arg("window"), nb::arg("cap"))
-        .def("gate", &HeldPlan::gate, nb::arg("gate"), nb::arg("up"), nb::arg("out"))
+        .def("gate", &HeldPlan::gate, nb::arg("activation"), nb::arg("gate"), nb::arg("up"), nb::arg("out"))
+        .def("experts", &HeldPlan::experts, nb::arg("x"), nb::arg("router"), nb::arg("gates"), nb::arg("ups"),
+             nb::arg("downs"), nb::arg("room"), nb::arg("out"), nb::arg("chosen"), nb::arg("normalised"),
+             nb::arg("activation"))
+        .def("scale", &HeldPlan::scale, nb::arg("x"), nb::arg("factor"))
+        .def("cap", &HeldPlan::cap, nb::arg("x"), nb::arg("most"))
         .def("add", &HeldPlan::add, nb::arg("x"), nb::arg("to"))
         .def("narrow", &HeldPlan::narrow)
         .def("step", step, nb::arg("caches"), nb::arg("counts"), nb::arg("wanted"), array("tokens"), array("out"),
@@ -226,6 +311,7 @@ void bind_decoder(nb::module_& m) {
             check_capacity(capacity);
             new (self) HeldCache{held, plan, Cache(held.plan.sizes, kept_of(kept), capacity)};
         }, nb::arg("plan"), nb::arg("capacity"), nb::arg("kept"))
+        .def_prop_rw("stretched", [](const HeldCache& s) { return s.cache.stretched; }, stretch, nb::arg("value"))
         .def_prop_ro("length", [](const HeldCache& s) { return s.cache.length; })
         .def_prop_ro("capacity", [](const HeldCache& s) { return s.cache.capacity; })
         .def("copy", copy, nb::arg("source"), nb::arg("length"))

@@ -33,7 +33,8 @@ const uint8_t* plane(const std::optional<Bytes>& array, long bytes, bool needed,
 Held hold(long rows, long columns, int bits, int zero, int sub, int group, float factor,
           const std::string& scaling, const std::string& scale, const std::vector<float>& values,
           const std::vector<int>& levels, Bytes codes, Bytes scales, std::optional<Bytes> mins,
-          std::optional<Bytes> subscales, std::optional<Bytes> submins) {
+          std::optional<Bytes> subscales, std::optional<Bytes> submins, std::optional<Array<const int32_t, 1>> order,
+          bool fine) {
     require(0 <= rows && rows < MOST && 0 < columns && columns < MOST, "rows or columns out of range");
     require(sub == 16 || sub == 32, "sub-blocks have 16 or 32 columns");
     require(0 < group && group < MOST && 0 <= zero && zero < 256, "group or zero out of range");
@@ -61,7 +62,12 @@ Held hold(long rows, long columns, int bits, int zero, int sub, int group, float
     w.mins = plane(mins, w.scaling == Scaling::zeros ? entries : scale_bytes, w.offsets(), "mins");
     w.subscales = plane(subscales, subs, w.scaling == Scaling::small || lines || nibbles, "subscales");
     w.submins = plane(submins, subs, lines, "submins");
-    return {w, codes, scales, mins, subscales, submins};
+    require(!order || (long)order->shape(0) == columns, "an order of as many columns");
+    for (long c = 0; order && c < columns; ++c)
+        require(0 <= order->data()[c] && order->data()[c] < columns,
+                "column " + std::to_string(order->data()[c]) + " of " + std::to_string(columns));
+    w.order = order ? order->data() : nullptr, w.fine = fine;
+    return {w, codes, scales, mins, subscales, submins, order};
 }
 
 void check_ids(const Array<const int64_t, 1>& ids, long limit) {
@@ -73,6 +79,7 @@ void check_ids(const Array<const int64_t, 1>& ids, long limit) {
 void check_columns(long activations, const Weight& w) {
     require(activations == w.columns, "activations have " + std::to_string(activations) + " columns, the weight " +
                                           std::to_string(w.columns));
+    require(!w.order && !w.fine, "orders of columns, and fine rounding, are for plans of decoders");
 }
 
 using Out = Array<float, 2>;
@@ -147,13 +154,13 @@ void bind_products(nb::module_& m) {
                             float factor, const std::string& scaling, const std::string& scale,
                             const std::vector<float>& values, const std::vector<int>& levels, Bytes codes,
                             Bytes scales, std::optional<Bytes> mins, std::optional<Bytes> subscales,
-                            std::optional<Bytes> submins) {
+                            std::optional<Bytes> submins, std::optional<Array<const int32_t, 1>> order, bool fine) {
             new (self) Held(hold(rows, columns, bits, zero, sub, group, factor, scaling, scale, values, levels, codes,
-                                 scales, mins, subscales, submins));
+                                 scales, mins, subscales, submins, order, fine));
         }, nb::kw_only(), nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("zero"), nb::arg("sub"),
            nb::arg("group"), nb::arg("factor"), nb::arg("scaling"), nb::arg("scale"), nb::arg("values"),
            nb::arg("levels"), array("codes"), array("scales"), array("mins").none(), array("subscales").none(),
-           array("submins").none())
+           array("submins").none(), array("order").none() = nb::none(), nb::arg("fine") = false)
         .def("rows", [](const Held& w, Array<const int64_t, 1> ids, Out out, int threads) {
             check_threads(threads);
             check_ids(ids, w.weight.rows);

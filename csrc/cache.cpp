@@ -37,7 +37,7 @@ void Cache::copy(const Cache& from, long positions) {
             memcpy(to.key_scales, source.key_scales, lines * planes_.key_scales);
             memcpy(to.value_scales, source.value_scales, lines * planes_.value_scales);
         }
-    length = positions;
+    length = positions, stretched = from.stretched;
 }
 
 }  // namespace fewbits

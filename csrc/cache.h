@@ -24,6 +24,7 @@ public:
     const Kept kept;
     const long capacity;
     long length = 0;  // positions that are filled
+    bool stretched = false;  // which frequencies turned its keys
 
 private:
     const Planes planes_;

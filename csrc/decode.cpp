@@ -9,9 +9,11 @@ using Quads = uint32_t[8][TILE];
 
 template <int BITS>
 static void unpack(const uint8_t* record, Quads quads) {
-    U8 w[8];
-    Codes<BITS, false>::unpack(record, U8{}, w);
-    for (int q = 0; q < 8; ++q) store(quads[q], w[q]);
+    for (int lane = 0; lane < TILE; lane += reg::LANES) {
+        reg::U8 w[8];
+        reg::Codes<BITS, false>::unpack(record + 4 * lane, reg::U8{}, w);
+        for (int q = 0; q < 8; ++q) store(quads[q] + lane, w[q]);
+    }
 }
 
 static void unpack(const Weight& w, long tile, long block, Quads quads) {
@@ -34,13 +36,15 @@ struct Lines {
 
 template <Scaling KIND, int SUB>
 static void lines(const Weight& w, long tile, long block, Lines& to) {
-    using Scales = Scales<KIND, SUB>;
-    const Scales group = Scales::group(w, tile, block / w.group);
-    for (int half = 0; half < 2; ++half) {
-        F32 scale, offset = F32{};
-        Scales::part(group, w, tile, block, half * Scales::PARTS / 2, scale, offset);
-        store(to.scale[half], scale);
-        store(to.offset[half], Scales::OFFSETS ? offset : F32{});
+    using Scales = reg::Scales<KIND, SUB>;
+    for (int lane = 0; lane < TILE; lane += reg::LANES) {
+        const Scales group = Scales::group(w, tile, block / w.group, lane);
+        for (int half = 0; half < 2; ++half) {
+            reg::F32 scale, offset = {};
+            Scales::part(group, w, tile, block, half * Scales::PARTS / 2, lane, scale, offset);
+            store(to.scale[half] + lane, scale);
+            store(to.offset[half] + lane, Scales::OFFSETS ? offset : reg::F32{});
+        }
     }
 }
 

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <new>
 
+#include "experts.h"
 #include "pool.h"
 #include "product.h"
+#include "rounding.h"
 
 namespace fewbits {
 namespace {
@@ -25,6 +27,7 @@ public:
             for (long i = 0; i < p.count; ++i) {
                 if (i >= p.count - p.wanted) wanted_.push_back((long)positions_.size());
                 positions_.push_back(p.cache->length + i);
+                stretched_.push_back(p.cache->stretched);
             }
         count_ = rows_ = (long)positions_.size();
         for (const Rotation& r : plan.rotations) turns_.push_back(turns_of(r));
@@ -34,19 +37,22 @@ public:
     long rows() const { return rows_; }
 
     void operator()(const Embed& s) {
-        if (s.table.packed) return fewbits::rows(*s.table.packed, tokens_, count_, at(s.out), threads_);
-        const FloatWeight& w = s.table.floats;
-        const long bytes = w.columns * (w.kind == Scale::f32 ? 4 : 2);
-        each_row(w.columns, [&](long i) {
-            steps_.widen(w.kind, w.values + tokens_[i] * bytes, w.columns, at(s.out) + i * w.columns);
-        });
+        values_of(s.table, tokens_, at(s.out));
+    }
+
+    void operator()(const Positions& s) {
+        values_of(s.table, std::vector<int64_t>(positions_.begin(), positions_.end()).data(), at(s.out));
     }
 
     void operator()(const Norm& s) {
         const long width = plan_.widths[s.in], runs = width / s.width;
         each_row(width, [&](long i) {
-            for (long k = i * runs; k < (i + 1) * runs; ++k)
-                steps_.norm(at(s.in) + k * s.width, s.weight, s.width, s.epsilon, at(s.out) + k * s.width);
+            for (long k = i * runs; k < (i + 1) * runs; ++k) {
+                const float* in = at(s.in) + k * s.width;
+                float* out = at(s.out) + k * s.width;
+                if (s.centred) steps_.layer_norm(in, s.weight, s.bias, s.width, s.epsilon, out);
+                else steps_.norm(in, s.weight, s.width, s.epsilon, out);
+            }
         });
     }
 
@@ -55,8 +61,7 @@ public:
         for (const Multiply::Part& p : s.parts)
             if (p.matrix.packed) terms.push_back({p.matrix.packed, at(p.out), p.bias});
             else product(p.matrix.floats, at(s.in), rows(), at(p.out), p.bias, threads_);
-        if (terms.empty()) return;
-        product(terms, Rounded(at(s.in), rows(), plan_.widths[s.in], threads_), threads_);
+        fewbits::multiply(terms, at(s.in), rows(), threads_);
     }
 
     void operator()(const Rotate& s) {
@@ -113,13 +118,49 @@ public:
     void operator()(const Gate& s) {
         const long width = plan_.widths[s.out];
         each_row(width, [&](long i) {
-            steps_.gate(at(s.gate) + i * width, at(s.up) + i * width, width, at(s.out) + i * width);
+            steps_.gate(s.act, at(s.gate) + i * width, s.up == NONE ? nullptr : at(s.up) + i * width, width,
+                        at(s.out) + i * width);
         });
+    }
+
+    void operator()(const Experts& s) {
+        const long width = plan_.widths[s.in], inner = plan_.widths[s.gate] / s.chosen, all = (long)s.all.size();
+        std::vector<float> scores(rows() * all);
+        if (s.router.packed) fewbits::multiply({{s.router.packed, scores.data(), nullptr}}, at(s.in), rows(), threads_);
+        else product(s.router.floats, at(s.in), rows(), scores.data(), nullptr, threads_);
+        const Choice choice(scores.data(), rows(), all, s.chosen, s.normalised);
+        each_row(width * s.chosen, [&](long i) {
+            for (long k = i * s.chosen; k < (i + 1) * s.chosen; ++k)
+                memcpy(at(s.rows) + choice.row[k] * width, at(s.in) + i * width, width * sizeof(float));
+        });
+        multiply(s, &Experts::Expert::gate, choice, at(s.rows), at(s.gate));
+        multiply(s, &Experts::Expert::up, choice, at(s.rows), at(s.up));
+        each_row(inner * s.chosen, [&](long i) {
+            const long first = i * inner * s.chosen;
+            steps_.gate(s.act, at(s.gate) + first, at(s.up) + first, inner * s.chosen, at(s.gate) + first);
+        });
+        multiply(s, &Experts::Expert::down, choice, at(s.gate), at(s.rows));
+        each_row(width * s.chosen, [&](long i) {
+            float* out = at(s.out) + i * width;
+            memset(out, 0, width * sizeof(float));
+            for (long k = i * s.chosen; k < (i + 1) * s.chosen; ++k)
+                steps_.add(at(s.rows) + choice.row[k] * width, choice.weight[k], width, out);
+        });
+    }
+
+    void operator()(const Scaled& s) {
+        const long width = plan_.widths[s.buffer];
+        each_row(width, [&](long i) { steps_.scale(at(s.buffer) + i * width, s.factor, width); });
+    }
+
+    void operator()(const Cap& s) {
+        const long width = s.buffer == RESULT ? plan_.result : plan_.widths[s.buffer];
+        each_row(width, [&](long i) { steps_.cap(at(s.buffer) + i * width, s.most, width); });
     }
 
     void operator()(const Add& s) {
         const long width = plan_.widths[s.out];
-        each_row(width, [&](long i) { steps_.add(at(s.in) + i * width, width, at(s.out) + i * width); });
+        each_row(width, [&](long i) { steps_.add(at(s.in) + i * width, 1, width, at(s.out) + i * width); });
     }
 
     void operator()(const Narrow&) {
@@ -169,16 +210,41 @@ private:
         sums_.resize(sums);
     }
 
+    // Products of every expert with its rows.
+    void multiply(const Experts& s, Matrix Experts::Expert::*part, const Choice& choice, const float* in, float* out) {
+        std::vector<Share> shares;
+        for (size_t e = 0; e < s.all.size(); ++e) {
+            const Matrix& m = s.all[e].*part;
+            const long first = choice.first[e], count = choice.first[e + 1] - first;
+            if (!count) continue;
+            if (m.packed) shares.push_back({m.packed, first, count});
+            else product(m.floats, in + first * m.columns(), count, out + first * m.rows(), nullptr, threads_);
+        }
+        if (!shares.empty()) grouped(shares, in, out, threads_);
+    }
+
+    // Rows `ids` of a table, one for each token.
+    void values_of(const Matrix& table, const int64_t* ids, float* out) {
+        if (table.packed) return fewbits::rows(*table.packed, ids, count_, out, threads_);
+        const FloatWeight& w = table.floats;
+        const long bytes = w.columns * (w.kind == Scale::f32 ? 4 : 2);
+        each_row(w.columns, [&](long i) {
+            steps_.widen(w.kind, w.values + ids[i] * bytes, w.columns, out + i * w.columns);
+        });
+    }
+
     // [tokens, 2, half]: cosines and sines; angles are float32, as Transformers computes them
     std::vector<float> turns_of(const Rotation& r) const {
         const long half = (long)r.frequencies.size();
         std::vector<float> turns(count_ * 2 * half);
-        for (long i = 0; i < count_; ++i)
+        for (long i = 0; i < count_; ++i) {
+            const std::vector<float>& frequencies = stretched_[i] ? r.stretched : r.frequencies;
             for (long k = 0; k < half; ++k) {
-                const double angle = (float)positions_[i] * r.frequencies[k];
+                const double angle = (float)positions_[i] * frequencies[k];
                 turns[2 * i * half + k] = (float)::cos(angle) * r.factor;
                 turns[(2 * i + 1) * half + k] = (float)::sin(angle) * r.factor;
             }
+        }
         return turns;
     }
 
@@ -198,6 +264,7 @@ private:
     const Attention& attention_;
     long count_, rows_;            // tokens of the call, and rows that buffers have now
     std::vector<long> positions_;  // of every token in its sequence
+    std::vector<bool> stretched_;  // whether its cache is
     std::vector<long> wanted_;     // tokens whose results are
     bool narrowed_ = false;        // rows are those of wanted tokens
     std::vector<std::vector<float>> turns_;  // by rotation

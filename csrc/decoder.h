@@ -27,8 +27,13 @@ struct Matrix {
 
 // Steps. `in`, `out` … are numbers of buffers [tokens, width].
 constexpr int RESULT = -1;  // what the caller gets, in place of a buffer
+constexpr int NONE = -2;
 
 struct Embed {
+    Matrix table;
+    int out;
+};
+struct Positions {  // rows of the tokens' positions
     Matrix table;
     int out;
 };
@@ -37,6 +42,8 @@ struct Norm {  // of every run of `width` columns
     const float* weight;
     long width;
     float epsilon;
+    bool centred;  // by their mean, or by 0
+    const float* bias;  // of centred ones, or null
 };
 struct Multiply {
     struct Part {
@@ -55,18 +62,40 @@ struct Attend {  // keeps keys and values first
     long layer, window;  // positions that are seen, or 0: all
     float cap;           // of scores, or 0: none
 };
-struct Gate {
-    int gate, up, out;
+struct Gate {  // act(gate) * up
+    int gate, up, out;  // `up` may be NONE
+    Activation act;
+};
+struct Experts {  // of every token a few, whose feed-forward parts are added up
+    struct Expert {
+        Matrix gate, up, down;
+    };
+    Matrix router;
+    std::vector<Expert> all;
+    int in, out;
+    int rows, gate, up;  // room for what they read and make, `chosen` times as wide
+    int chosen;
+    bool normalised;  // whether the weights of those chosen sum to 1, or those of all
+    Activation act;
+};
+struct Scaled {
+    int buffer;
+    float factor;
+};
+struct Cap {  // cap * tanh(x / cap)
+    int buffer;
+    float most;
 };
 struct Add {
     int in, out;
 };
 struct Narrow {};  // from here on only tokens whose result is wanted
 
-using Step = std::variant<Embed, Norm, Multiply, Rotate, Attend, Gate, Add, Narrow>;
+using Step = std::variant<Embed, Positions, Norm, Multiply, Rotate, Attend, Gate, Experts, Scaled, Cap, Add, Narrow>;
 
 struct Rotation {
     std::vector<float> frequencies;  // half of the columns that are rotated
+    std::vector<float> stretched;    // the same in a cache that is stretched
     float factor;                    // of cosines and sines
 };
 
@@ -81,6 +110,7 @@ public:
     const std::vector<long> widths;
     std::vector<Step> steps;
     std::vector<Rotation> rotations;
+    long result = 0;  // its width
     std::mutex busy;  // one call at a time
 
 private:

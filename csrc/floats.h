@@ -1,4 +1,5 @@
-// Products of float weights, as they are stored, with few rows of float32 activations: bound by memory.
+// Products of float weights, as they are stored, with rows of float32 activations. However many rows there are, results
+// have the same bits.
 #pragma once
 
 #include "cpu.h"
@@ -13,9 +14,9 @@ struct FloatWeight {
 };
 
 struct FloatProducts {
-    int rows;  // of the weight that go together
-    // out[row of x, row of the weight] = their product + bias, for rows `first` … first + rows - 1 of the weight
-    void (*multiply)(const FloatWeight&, const float* x, long count, long first, float* out, const float* bias);
+    // out[row of x, row of the weight] = their product + bias, for `rows` rows of the weight from `first` on
+    void (*multiply)(const FloatWeight&, const float* x, long count, long first, long rows, float* out,
+                     const float* bias);
 };
 
 FEWBITS_TABLE(FloatProducts, float_products)

@@ -56,4 +56,7 @@ INLINE F32 exponential(F32 x) {
     return (F32)((I32)y + (((I32)whole - MAGIC) << 23));
 }
 
+// To some units of 2^-24: small results are not relatively exact.
+INLINE F32 tangent(F32 x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0f); }  // hyperbolic
+
 }  // namespace fewbits::FEWBITS_ISA

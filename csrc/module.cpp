@@ -37,6 +37,8 @@ NB_MODULE(_native, m) {
         parallel(threads, threads, [&](long) { probes_of(current()).dots(rounds); });
     }, nb::arg("rounds"), nb::arg("threads"));
     bind_products(m);
+    bind_prepare(m);
     bind_encoders(m);
     bind_decoder(m);
+    bind_text(m);
 }

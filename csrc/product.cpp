@@ -175,9 +175,8 @@ void product(const FloatWeight& weight, const float* x, long count, float* out, 
     const FloatProducts& kernels = float_products_of(current());
     constexpr long PART = 64;  // rows of the weight that a thread takes at a time
     parallel(threads, (weight.rows + PART - 1) / PART, [&](long part) {
-        const long last = std::min(weight.rows, (part + 1) * PART);
-        for (long row = part * PART; row < last; row += kernels.rows)
-            kernels.multiply(weight, x, count, row, out, bias);
+        const long first = part * PART;
+        kernels.multiply(weight, x, count, first, std::min(PART, weight.rows - first), out, bias);
     });
 }
 

@@ -126,6 +126,7 @@ static void quantize(const float* x, const Activations& all, long panel, long fi
 
 static void correct(const Weight& w, const Activations& a, const Corrections& to, long panel, long first, long last) {
     const long width = a.width, parts = BLOCK / w.sub;
+    const int zero = w.zero - (reg::run_of(w.bits, w.table, w.offsets()) == 0 ? reg::Sum<0>::BASE : 0);
     for (long b = panel * a.blocks + first; b < panel * a.blocks + last; ++b)
         for (int part = 0; part < parts; ++part) {
             const int32_t* sums = a.sums + (b * 2 + part) * width;
@@ -134,12 +135,14 @@ static void correct(const Weight& w, const Activations& a, const Corrections& to
             for (int p = 0; p < width; ++p) {
                 const int32_t sum = parts == 2 ? sums[p] : sums[p] + sums[width + p];
                 if (w.offsets()) to.sums[at + p] = scales[p] * (float)sum;
-                else to.starts[at + p] = MAGIC - w.zero * sum;
+                else to.starts[at + p] = MAGIC - zero * sum;
             }
         }
 }
 
 // Inner loops ---------------------------------------------------------------------------------------------------------
+
+namespace reg {
 
 // One panel, from a block on.
 struct Cursor {
@@ -153,45 +156,57 @@ INLINE Cursor cursor(const Activations& a, const Corrections& c, int parts, long
     return {(const int32_t*)a.codes + at * 8, a.scales + at, a.shifts + at, c.sums + at * parts, c.starts + at * parts};
 }
 
-// sums[p] of TILE rows with P rows of activations, as codes come out of the records
+// Whether a sum over QUADS quads is to be settled after quad `q`.
+template <int RUN, int QUADS>
+constexpr bool ends(int q) {
+    return (q + 1) % (RUN && RUN < QUADS ? RUN : QUADS) == 0;
+}
+
+// sums[p] of LANES rows with P rows of activations, as codes come out of the records
 template <class Codes, Scaling KIND, int SUB, int P>
-static void few(const Weight& w, const Activations& a, const Corrections& c, long tile, F32* sums) {
+INLINE void few_lanes(const Weight& w, const Activations& a, const Corrections& c, long tile, int lane,
+                      float (*sums)[TILE]) {
     using Scales = Scales<KIND, SUB>;
-    constexpr int PARTS = Scales::PARTS, QUADS = SUB / 4, CHAINS = P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1;
+    constexpr int PARTS = Scales::PARTS, QUADS = SUB / 4, CHAINS = P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1,
+                  RUN = Codes::run(Scales::OFFSETS);
     const U8 table = table_of(w);
     Cursor x = cursor(a, c, PARTS, 0, 0);
-    const uint8_t* record = w.codes + tile * w.blocks * Codes::BYTES;
+    const uint8_t* record = w.codes + tile * w.blocks * Codes::BYTES + 4 * lane;
     F32 y[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) y[p] = F32{};
     for (long g = 0; g < w.groups; ++g) {
-        const Scales group = Scales::group(w, tile, g);
+        const Scales group = Scales::group(w, tile, g, lane);
         const long last = (g + 1) * w.group < w.blocks ? (g + 1) * w.group : w.blocks;
         for (long b = g * w.group; b < last; ++b) {
             U8 code[8];
             Codes::unpack(record, table, code);
-            Scales::fetch(w, tile, b);
+            if (lane == 0) {
+                Scales::fetch(w, tile, b);
 #pragma GCC unroll 8
-            for (int line = 0; line < Codes::BYTES; line += 64) __builtin_prefetch(record + FETCHED + line);
+                for (int line = 0; line < Codes::BYTES; line += 64) __builtin_prefetch(record + FETCHED + line);
+            }
 #pragma GCC unroll 2
             for (int part = 0; part < PARTS; ++part) {
                 F32 scale, offset;
-                Scales::part(group, w, tile, b, part, scale, offset);
+                Scales::part(group, w, tile, b, part, lane, scale, offset);
 #pragma GCC unroll 16
                 for (int first = 0; first < P; first += CHAINS) {
-                    I32 sum[CHAINS];
+                    Sum<RUN> sum[CHAINS];
 #pragma GCC unroll 4
                     for (int i = 0; i < CHAINS; ++i)
-                        sum[i] = spread(Scales::OFFSETS ? MAGIC : x.starts[part * P + first + i]);
+                        sum[i] = Sum<RUN>::from(spread(Scales::OFFSETS ? MAGIC : x.starts[part * P + first + i]));
 #pragma GCC unroll 8
                     for (int q = part * QUADS; q < (part + 1) * QUADS; ++q)
 #pragma GCC unroll 4
-                        for (int i = 0; i < CHAINS; ++i)
-                            sum[i] = dot_word<Codes::WIDE>(sum[i], code[q], &x.codes[q * P + first + i]);
+                        for (int i = 0; i < CHAINS; ++i) {
+                            sum[i].add(code[q], &x.codes[q * P + first + i]);
+                            if (ends<RUN, QUADS>(q)) sum[i].settle();
+                        }
 #pragma GCC unroll 4
                     for (int i = 0; i < CHAINS; ++i) {
                         const int p = first + i;
-                        y[p] = fma(scaled(sum[i], spread(x.scales[p]), spread(x.shifts[p])), scale, y[p]);
+                        y[p] = fma(scaled(sum[i].all, spread(x.scales[p]), spread(x.shifts[p])), scale, y[p]);
                         if (Scales::OFFSETS) y[p] = fma(spread(x.sums[part * P + p]), offset, y[p]);
                     }
                 }
@@ -201,34 +216,43 @@ static void few(const Weight& w, const Activations& a, const Corrections& c, lon
         }
     }
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) sums[p] = y[p];
+    for (int p = 0; p < P; ++p) store(sums[p] + lane, y[p]);
+}
+
+template <class Codes, Scaling KIND, int SUB, int P>
+static void few(const Weight& w, const Activations& a, const Corrections& c, long tile, float (*sums)[TILE]) {
+    few_lanes<Codes, KIND, SUB, P>(w, a, c, tile, 0, sums);
+#pragma GCC unroll 1
+    for (int lane = LANES; lane < TILE; lane += LANES) few_lanes<Codes, KIND, SUB, P>(w, a, c, tile, lane, sums);
 }
 
 // Bytes of TILES tiles, quad after quad, and their scales, sub-block after sub-block.
 struct Unpacked {
-    uint8_t* codes;  // [quads][TILES][64]
-    F32 *scales, *offsets;  // [sub-blocks][TILES]
+    uint8_t* codes;           // [quads][TILES][64]
+    float *scales, *offsets;  // [sub-blocks][TILES][16]
 };
 
 template <class Codes, Scaling KIND, int SUB>
 static void unpack(const Weight& w, const long* tiles, long first, long last, const Unpacked& to) {
     using Scales = Scales<KIND, SUB>;
     const U8 table = table_of(w);
-    for (int t = 0; t < TILES; ++t)
+    for (int i = 0; i < TILES * PARTS; ++i)
         for (long b = first; b < last;) {
+            const int t = i / PARTS, lane = i % PARTS * LANES;
             const long g = b / w.group, end = (g + 1) * w.group < last ? (g + 1) * w.group : last;
-            const Scales group = Scales::group(w, tiles[t], g);
+            const Scales group = Scales::group(w, tiles[t], g, lane);
             for (; b < end; ++b) {
                 U8 code[8];
-                Codes::unpack(w.codes + (tiles[t] * w.blocks + b) * Codes::BYTES, table, code);
+                Codes::unpack(w.codes + (tiles[t] * w.blocks + b) * Codes::BYTES + 4 * lane, table, code);
 #pragma GCC unroll 8
-                for (int q = 0; q < 8; ++q) store(to.codes + (((b - first) * 8 + q) * TILES + t) * 64, code[q]);
+                for (int q = 0; q < 8; ++q)
+                    store(to.codes + (((b - first) * 8 + q) * TILES + t) * 64 + 4 * lane, code[q]);
                 for (int part = 0; part < Scales::PARTS; ++part) {
-                    const long at = ((b - first) * Scales::PARTS + part) * TILES + t;
+                    const long at = (((b - first) * Scales::PARTS + part) * TILES + t) * TILE + lane;
                     F32 scale, offset;
-                    Scales::part(group, w, tiles[t], b, part, scale, offset);
-                    to.scales[at] = scale;
-                    if (Scales::OFFSETS) to.offsets[at] = offset;
+                    Scales::part(group, w, tiles[t], b, part, lane, scale, offset);
+                    store(to.scales + at, scale);
+                    if (Scales::OFFSETS) store(to.offsets + at, offset);
                 }
             }
         }
@@ -246,23 +270,24 @@ struct Ahead {
     }
 };
 
-// sums[p][t] += product of P rows with TILES unpacked tiles
-template <int SUB, bool OFFSETS, bool WIDE, int P>
-static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, F32* sums) {
-    constexpr int PARTS = BLOCK / SUB, QUADS = SUB / 4;
-    const uint8_t* codes = w.codes;
+// sums[p][t] += product of P rows with LANES rows of TILES unpacked tiles
+template <int SUB, bool OFFSETS, int RUN, int P>
+INLINE void many_lanes(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, int lane, float (*sums)[TILE]) {
+    constexpr int SUBS = BLOCK / SUB, QUADS = SUB / 4;
+    const uint8_t* codes = w.codes + 4 * lane;
+    const float *scales = w.scales + lane, *offsets = w.offsets + lane;
     F32 y[P][TILES];
 #pragma GCC unroll 6
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-        for (int t = 0; t < TILES; ++t) y[p][t] = sums[p * TILES + t];
-    for (long sub = 0; sub < blocks * PARTS; ++sub) {
-        ahead.fetch();
-        I32 sum[P][TILES];
+        for (int t = 0; t < TILES; ++t) y[p][t] = load<F32>(sums[p * TILES + t] + lane);
+    for (long sub = 0; sub < blocks * SUBS; ++sub) {
+        if (lane == 0) ahead.fetch();
+        Sum<RUN> sum[P][TILES];
 #pragma GCC unroll 6
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-            for (int t = 0; t < TILES; ++t) sum[p][t] = spread(OFFSETS ? MAGIC : x.starts[p]);
+            for (int t = 0; t < TILES; ++t) sum[p][t] = Sum<RUN>::from(spread(OFFSETS ? MAGIC : x.starts[p]));
 #pragma GCC unroll 8
         for (int q = 0; q < QUADS; ++q) {
             U8 code[TILES];
@@ -272,7 +297,10 @@ static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, F32* su
             for (int p = 0; p < P; ++p) {
                 const I32 four = spread(x.codes[p]);
 #pragma GCC unroll 2
-                for (int t = 0; t < TILES; ++t) sum[p][t] = dot<WIDE>(sum[p][t], code[t], four);
+                for (int t = 0; t < TILES; ++t) {
+                    sum[p][t].add(code[t], four);
+                    if (ends<RUN, QUADS>(q)) sum[p][t].settle();
+                }
             }
             codes += 64 * TILES, x.codes += P;
         }
@@ -281,24 +309,33 @@ static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, F32* su
             const F32 factor = spread(x.scales[p]), shift = spread(x.shifts[p]);
 #pragma GCC unroll 2
             for (int t = 0; t < TILES; ++t) {
-                y[p][t] = fma(scaled(sum[p][t], factor, shift), w.scales[sub * TILES + t], y[p][t]);
-                if (OFFSETS) y[p][t] = fma(spread(x.sums[p]), w.offsets[sub * TILES + t], y[p][t]);
+                y[p][t] = fma(scaled(sum[p][t].all, factor, shift), load<F32>(scales + t * TILE), y[p][t]);
+                if (OFFSETS) y[p][t] = fma(spread(x.sums[p]), load<F32>(offsets + t * TILE), y[p][t]);
             }
         }
+        scales += TILES * TILE, offsets += TILES * TILE;
         x.starts += P, x.sums += P;
-        if (PARTS == 1 || sub % 2) x.scales += P, x.shifts += P;
+        if (SUBS == 1 || sub % 2) x.scales += P, x.shifts += P;
     }
 #pragma GCC unroll 6
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-        for (int t = 0; t < TILES; ++t) sums[p * TILES + t] = y[p][t];
+        for (int t = 0; t < TILES; ++t) store(sums[p * TILES + t] + lane, y[p][t]);
+}
+
+template <int SUB, bool OFFSETS, int RUN, int P>
+static void many(const Unpacked& w, Cursor x, long blocks, Ahead& ahead, float (*sums)[TILE]) {
+    many_lanes<SUB, OFFSETS, RUN, P>(w, x, blocks, ahead, 0, sums);
+#pragma GCC unroll 1
+    for (int lane = LANES; lane < TILE; lane += LANES)
+        many_lanes<SUB, OFFSETS, RUN, P>(w, x, blocks, ahead, lane, sums);
 }
 
 // Choosing among instances --------------------------------------------------------------------------------------------
 
-using Few = void (*)(const Weight&, const Activations&, const Corrections&, long, F32*);
+using Few = void (*)(const Weight&, const Activations&, const Corrections&, long, float (*)[TILE]);
 using Unpack = void (*)(const Weight&, const long*, long, long, const Unpacked&);
-using Many = void (*)(const Unpacked&, Cursor, long, Ahead&, F32*);
+using Many = void (*)(const Unpacked&, Cursor, long, Ahead&, float (*)[TILE]);
 
 struct Instances {
     Few few[FEWS];
@@ -341,44 +378,50 @@ static const Instances* find(const Weight& w) {
 
 static bool knows(const Weight& w) { return find(w) != nullptr; }
 
-template <int SUB, bool OFFSETS, bool WIDE>
+template <int SUB, bool OFFSETS, int RUN>
 static Many many_of(int width) {
     switch (width) {
 #if defined(__AVX512F__)
-        case 5: return many<SUB, OFFSETS, WIDE, 5>;
-        case 6: return many<SUB, OFFSETS, WIDE, 6>;
+        case 5: return many<SUB, OFFSETS, RUN, 5>;
+        case 6: return many<SUB, OFFSETS, RUN, 6>;
 #else
-        case 3: return many<SUB, OFFSETS, WIDE, 3>;
-        case 4: return many<SUB, OFFSETS, WIDE, 4>;
+        case 3: return many<SUB, OFFSETS, RUN, 3>;
+        case 4: return many<SUB, OFFSETS, RUN, 4>;
 #endif
     }
     return nullptr;
 }
 
-template <bool WIDE>
+template <int RUN>
 static Many many_of(const Weight& w, int width) {
-    if (w.sub == 16) return w.offsets() ? many_of<16, true, WIDE>(width) : many_of<16, false, WIDE>(width);
-    return w.offsets() ? many_of<32, true, WIDE>(width) : many_of<32, false, WIDE>(width);
+    if (w.sub == 16) return w.offsets() ? many_of<16, true, RUN>(width) : many_of<16, false, RUN>(width);
+    return w.offsets() ? many_of<32, true, RUN>(width) : many_of<32, false, RUN>(width);
 }
 
 static Many many_of(const Weight& w, int width) {
-#if !defined(__AVX512F__)  // which takes one instruction for either
-    if (w.bits != 8 && !w.table) return many_of<false>(w, width);
+#if !defined(__AVX512F__)  // which takes one instruction whatever the codes are
+    switch (run_of(w.bits, w.table, w.offsets())) {
+        case 1: return many_of<1>(w, width);
+        case 2: return many_of<2>(w, width);
+        case 4: return many_of<4>(w, width);
+        case 8: return many_of<8>(w, width);
+    }
 #endif
-    return many_of<true>(w, width);
+    return many_of<0>(w, width);
 }
+
+}  // namespace reg
 
 // Whole products ------------------------------------------------------------------------------------------------------
 
-INLINE void put(const Weight& w, const F32& sums, long tile, const float* bias, float* row) {
+INLINE void put(const Weight& w, const float* sums, long tile, const float* bias, float* row) {
     const long first = tile * TILE, count = w.rows - first < TILE ? w.rows - first : TILE;
     if (count == TILE) {
-        store(row + first, bias ? sums + load<F32>(bias + first) : sums);
+        const F32 all = load<F32>(sums);
+        store(row + first, bias ? all + load<F32>(bias + first) : all);
         return;
     }
-    float values[TILE];
-    store(values, sums);
-    for (long i = 0; i < count; ++i) row[first + i] = values[i] + (bias ? bias[first + i] : 0);
+    for (long i = 0; i < count; ++i) row[first + i] = sums[i] + (bias ? bias[first + i] : 0);
 }
 
 // Memory that a thread keeps for unpacked tiles.
@@ -390,7 +433,7 @@ struct Scratch {
 };
 
 // The records from `block` on, or where it is the last the first ones of the next tiles, during `subs` sub-blocks.
-static Ahead next(const Weight& w, long tile, long block, long subs) {
+static reg::Ahead next(const Weight& w, long tile, long block, long subs) {
     const long bytes = 64 * w.bits, row = w.blocks * bytes;
     if (block == w.blocks) tile += TILES, block = 0;
     if (tile + TILES > w.tiles) return {nullptr, 0, 0, 0};
@@ -400,31 +443,31 @@ static Ahead next(const Weight& w, long tile, long block, long subs) {
 
 static void multiply(const Weight& w, const Activations& a, const Corrections& c, long tile, long first_panel,
                      long last_panel, float* out, long stride, const float* bias) {
-    const Instances* instances = find(w);
+    const reg::Instances* instances = reg::find(w);
     if (a.panels == 1) {
-        const Few few = instances->few[std::find(FEW, FEW + FEWS, a.width) - FEW];
+        const reg::Few few = instances->few[std::find(FEW, FEW + FEWS, a.width) - FEW];
         for (int t = 0; t < TILES && tile + t < w.tiles; ++t) {
-            F32 sums[MOST];
+            float sums[MOST][TILE];
             few(w, a, c, tile + t, sums);
             for (long row = 0; row < a.rows; ++row) put(w, sums[row], tile + t, bias, out + row * stride);
         }
         return;
     }
     static thread_local Scratch scratch;
-    const Unpacked unpacked{(uint8_t*)scratch.at, (F32*)(scratch.at + Scratch::CODES),
-                            (F32*)(scratch.at + Scratch::CODES + Scratch::SCALES)};
-    F32* sums = (F32*)(scratch.at + Scratch::CODES + 2 * Scratch::SCALES);  // [panels][width][TILES]
+    const reg::Unpacked unpacked{(uint8_t*)scratch.at, (float*)(scratch.at + Scratch::CODES),
+                                 (float*)(scratch.at + Scratch::CODES + Scratch::SCALES)};
+    float(*sums)[TILE] = (float(*)[TILE])(scratch.at + Scratch::CODES + 2 * Scratch::SCALES);  // [panels][width][TILES]
     const long panels = last_panel - first_panel;
-    memset((void*)sums, 0, panels * a.width * TILES * sizeof(F32));
+    memset(sums, 0, panels * a.width * TILES * sizeof *sums);
     long tiles[TILES];
     for (int t = 0; t < TILES; ++t) tiles[t] = tile + t < w.tiles ? tile + t : tile;
-    const Many many = many_of(w, a.width);
+    const reg::Many many = reg::many_of(w, a.width);
     for (long block = 0; block < w.blocks; block += STRETCH) {
         const long end = block + STRETCH < w.blocks ? block + STRETCH : w.blocks;
         instances->unpack(w, tiles, block, end, unpacked);
-        Ahead ahead = next(w, tile, end, panels * (end - block) * (BLOCK / w.sub));
+        reg::Ahead ahead = next(w, tile, end, panels * (end - block) * (BLOCK / w.sub));
         for (long p = 0; p < panels; ++p)
-            many(unpacked, cursor(a, c, BLOCK / w.sub, first_panel + p, block), end - block, ahead,
+            many(unpacked, reg::cursor(a, c, BLOCK / w.sub, first_panel + p, block), end - block, ahead,
                  sums + p * a.width * TILES);
     }
     for (long p = 0; p < panels * a.width; ++p) {
@@ -435,6 +478,6 @@ static void multiply(const Weight& w, const Activations& a, const Corrections& c
     }
 }
 
-extern const Products products = {knows, width, quantize, correct, TILES, PANELS, multiply};
+extern const Products products = {reg::knows, width, quantize, correct, TILES, PANELS, multiply};
 
 }  // namespace fewbits::FEWBITS_ISA

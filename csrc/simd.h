@@ -294,41 +294,142 @@ INLINE bool any(I32 mask) {
     store(parts, mask);
     return parts[0] | parts[1] | parts[2] | parts[3] | parts[4] | parts[5] | parts[6] | parts[7];
 }
+#endif
+
+// Vectors of one register each, PARTS of which make 64 bytes, under the same names in a namespace of their own: loops that
+// hold many of them are written there, as compilers keep wider vectors in memory.
+namespace reg {
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+typedef uint8_t U8 __attribute__((vector_size(32)));
+typedef uint16_t U16 __attribute__((vector_size(32)));
+typedef int32_t I32 __attribute__((vector_size(32)));
+typedef float F32 __attribute__((vector_size(32)));
+
+INLINE I32 spread(int32_t x) { return (I32)_mm256_set1_epi32(x); }
+INLINE F32 spread(float x) { return (F32)_mm256_set1_ps(x); }
+INLINE U8 bytes(uint8_t x) { return (U8)_mm256_set1_epi8((char)x); }
+INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE F32 larger(F32 a, F32 b) { return (F32)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE bool any(I32 mask) { return _mm256_movemask_epi8((__m256i)mask); }
 
 template <bool WIDE>
-INLINE I32 dot_word(I32 acc, U8 w, const int32_t* x) {
-    return dot<WIDE>(acc, w, spread(*x));
+INLINE I32 dot(I32 acc, U8 w, I32 x) {
+    if (!WIDE) return (I32)dot_half((__m256i)acc, (__m256i)w, (__m256i)x);
+    const __m256i top = _mm256_set1_epi8((char)128);
+    return (I32)dot_half(dot_half((__m256i)acc, _mm256_andnot_si256(top, (__m256i)w), (__m256i)x),
+                         _mm256_and_si256(top, (__m256i)w), (__m256i)x);
 }
+
+INLINE U8 lookup(U8 table, U8 index) { return (U8)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
+INLINE U8 merge(U8 a, U8 b, U8 mask) { return a | (b & mask); }
+INLINE I32 widen16(const void* p) { return (I32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE I32 widen_u8(const void* p) { return (I32)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE I32 widen_i8(const void* p) { return (I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE F32 from_f16(const void* p) { return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE F32 floats(I32 x) { return (F32)_mm256_cvtepi32_ps((__m256i)x); }
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+typedef uint8_t U8 __attribute__((vector_size(16)));
+typedef uint16_t U16 __attribute__((vector_size(16)));
+typedef int32_t I32 __attribute__((vector_size(16)));
+typedef float F32 __attribute__((vector_size(16)));
+
+INLINE I32 spread(int32_t x) { return (I32)vdupq_n_s32(x); }
+INLINE F32 spread(float x) { return (F32)vdupq_n_f32(x); }
+INLINE U8 bytes(uint8_t x) { return (U8)vdupq_n_u8(x); }
+INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+INLINE F32 larger(F32 a, F32 b) { return (F32)vbslq_f32((uint32x4_t)(a > b), (float32x4_t)a, (float32x4_t)b); }
+INLINE bool any(I32 mask) { return vmaxvq_u32((uint32x4_t)mask); }
+
+template <bool WIDE>
+INLINE I32 dot(I32 acc, U8 w, I32 x) {
+    const int8x16_t half = vdupq_n_s8(64), b = (int8x16_t)x;
+    const int32x4_t sum = vdotq_s32((int32x4_t)acc, (int8x16_t)(WIDE ? w ^ bytes(128) : w), b);
+    return (I32)(WIDE ? vdotq_s32(vdotq_s32(sum, half, b), half, b) : sum);
+}
+
+INLINE U8 lookup(U8 table, U8 index) { return (U8)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index); }
+INLINE U8 merge(U8 a, U8 b, U8 mask) { return a | (b & mask); }
+INLINE I32 widen16(const void* p) { return (I32)vmovl_u16(vld1_u16((const uint16_t*)p)); }
+INLINE uint8x8_t four(const void* p) {
+    uint32_t bits;
+    memcpy(&bits, p, sizeof bits);
+    return vreinterpret_u8_u32(vdup_n_u32(bits));
+}
+INLINE I32 widen_u8(const void* p) { return (I32)vmovl_u16(vget_low_u16(vmovl_u8(four(p)))); }
+INLINE I32 widen_i8(const void* p) {
+    return (I32)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(four(p)))));
+}
+INLINE F32 from_f16(const void* p) { return (F32)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t*)p))); }
+INLINE F32 floats(I32 x) { return (F32)vcvtq_f32_s32((int32x4_t)x); }
+
+#else
+
+using FEWBITS_ISA::U8, FEWBITS_ISA::U16, FEWBITS_ISA::I32, FEWBITS_ISA::F32;
+
 #endif
 
-// Vectors of one register, for loops whose sums are to stay there: compilers keep those of several in memory.
+constexpr int LANES = sizeof(F32) / sizeof(float), PARTS = 64 / sizeof(F32);
+
+// A sum of products, four bytes of unsigned w times signed x a lane. RUN says how small w is: so many products fit into 16
+// bits, after as many it is to be settled; 1: w may be 128 or more; 0: it may, and BASE is taken from it.
+template <int RUN>
+struct Sum {
+    static constexpr int BASE = 0;
+    I32 all;
+
+    INLINE Sum from(I32 start) { return {start}; }
+    __attribute__((always_inline)) void add(U8 w, I32 x) { all = dot<(RUN < 2)>(all, w, x); }
+    __attribute__((always_inline)) void add(U8 w, const int32_t* x) {
 #if defined(__AVX512F__)
-typedef F32 Own;
-typedef I32 OwnI;
-INLINE Own own(float x) { return spread(x); }
-#elif defined(__AVX2__)
-typedef float Own __attribute__((vector_size(32)));
-typedef int32_t OwnI __attribute__((vector_size(32)));
-INLINE Own own(float x) { return (Own)_mm256_set1_ps(x); }
-INLINE Own fma(Own a, Own b, Own c) { return (Own)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-INLINE Own larger(Own a, Own b) { return (Own)_mm256_max_ps((__m256)a, (__m256)b); }
-INLINE bool any(OwnI mask) { return _mm256_movemask_epi8((__m256i)mask); }
+        all = dot_word<(RUN < 2)>(all, w, x);
 #else
-typedef float Own __attribute__((vector_size(16)));
-typedef int32_t OwnI __attribute__((vector_size(16)));
-INLINE Own own(float x) { return Own{x, x, x, x}; }
-INLINE Own larger(Own a, Own b) {
-    const OwnI mask = a > b;
-    return (Own)(((OwnI)a & mask) | ((OwnI)b & ~mask));
-}
-INLINE bool any(OwnI mask) { return mask[0] | mask[1] | mask[2] | mask[3]; }
-#if defined(__ARM_FEATURE_DOTPROD)
-INLINE Own fma(Own a, Own b, Own c) { return (Own)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-#else
-INLINE Own fma(Own a, Own b, Own c) { return a * b + c; }
+        add(w, spread(*x));
 #endif
+    }
+    __attribute__((always_inline)) void settle() {}
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+struct Sum<0> {
+    static constexpr int BASE = 128;
+    I32 all;
+
+    INLINE Sum from(I32 start) { return {start}; }
+    __attribute__((always_inline)) void add(U8 w, I32 x) {  // the size of w - 128, and its sign on x
+        const __m256i level = (__m256i)(w ^ bytes(128)), signed_x = _mm256_sign_epi8((__m256i)x, level);
+        all = (I32)dot_half((__m256i)all, _mm256_abs_epi8(level), signed_x);
+    }
+    __attribute__((always_inline)) void add(U8 w, const int32_t* x) { add(w, spread(*x)); }
+    __attribute__((always_inline)) void settle() {}
+};
+
+template <int RUN>
+struct Pairs {
+    static constexpr int BASE = 0;
+    I32 all;
+    __m256i pairs;
+
+    INLINE Pairs from(I32 start) { return {start, _mm256_setzero_si256()}; }
+    __attribute__((always_inline)) void add(U8 w, I32 x) {
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+    }
+    __attribute__((always_inline)) void add(U8 w, const int32_t* x) { add(w, spread(*x)); }
+    __attribute__((always_inline)) void settle() {
+        all = (I32)_mm256_add_epi32((__m256i)all, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        pairs = _mm256_setzero_si256();
+    }
+};
+template <> struct Sum<2> : Pairs<2> { INLINE Sum from(I32 start) { return {Pairs<2>::from(start)}; } };
+template <> struct Sum<4> : Pairs<4> { INLINE Sum from(I32 start) { return {Pairs<4>::from(start)}; } };
+template <> struct Sum<8> : Pairs<8> { INLINE Sum from(I32 start) { return {Pairs<8>::from(start)}; } };
 #endif
-constexpr int OWN = sizeof(Own) / 4;  // lanes
+
+}  // namespace reg
 
 // table[index], indices 0 … 15
 INLINE F32 pick(F32 table, I32 index) {
@@ -343,11 +444,16 @@ INLINE F32 pick(F32 table, I32 index) {
 #endif
 }
 
-INLINE F32 from_bf16(const void* p) { return (F32)((U32)widen16(p) << 16); }
+INLINE F32 from_bf16(const void* p) { return (F32)(widen16(p) << 16); }
+namespace reg {
+INLINE F32 from_bf16(const void* p) { return (F32)(widen16(p) << 16); }
+}
 
 // The integers that `dot` gathers start at MAGIC: read as floats they are then 1.5 * 2^23 + sum, without a conversion.
 constexpr int32_t MAGIC = 0x4B400000;
 constexpr float MAGIC_VALUE = 12582912.0f;
+
+namespace reg {
 
 // scale times the sum in `acc`; `shift` is scale * -MAGIC_VALUE, exact as scales have 12 bits
 INLINE F32 scaled(I32 acc, F32 scale, F32 shift) {
@@ -359,4 +465,5 @@ INLINE F32 scaled(I32 acc, F32 scale, F32 shift) {
 #endif
 }
 
+}  // namespace reg
 }  // namespace fewbits::FEWBITS_ISA

@@ -1,10 +1,11 @@
-// From records to bytes and floats: the only place that knows how codes and scales lie.
+// From records to bytes and floats: the only place that knows how codes and scales lie. A register holds LANES rows of
+// a tile: those from `lane` on, 4 * lane bytes into every 64 of a record.
 #pragma once
 
 #include "simd.h"
 #include "weight.h"
 
-namespace fewbits::FEWBITS_ISA {
+namespace fewbits::FEWBITS_ISA::reg {
 
 // Shifts bytes right by `by` bits (left if negative); bits that enter from a neighbour are left to a mask.
 template <int by>
@@ -28,11 +29,17 @@ INLINE void plane(const uint8_t* record, U8* w) {
 #undef ONE
 }
 
+// How many products of four codes with bytes fit into 16 bits. Codes that may be 128 or more have 0, but 1 with offsets,
+// which are those of the codes as they are.
+constexpr int run_of(int bits, bool table, bool offsets) {
+    return table || bits == 8 ? offsets : bits == 6 ? 2 : bits == 5 ? 4 : 8;
+}
+
 // A record: planes of 4, 2 and 1 bits, lowest bits first, as many as BITS needs; or 8 bits.
 template <int BITS, bool TABLE>
 struct Codes {
-    static constexpr bool WIDE = BITS == 8 || TABLE;  // codes may be 128 or more
     static constexpr int BYTES = 64 * BITS;
+    static constexpr int run(bool offsets) { return run_of(BITS, TABLE, offsets); }
 
     INLINE void unpack(const uint8_t* record, U8 table, U8* w) {
         if constexpr (BITS == 8) {
@@ -56,15 +63,15 @@ INLINE U8 table_of(const Weight& w) {
     return load<U8>(four);
 }
 
-// 16 scales, number `at` of a plane
+// scales of a plane from number `at` on
 INLINE F32 scales_at(Scale kind, const uint8_t* plane, long at) {
     switch (kind) {
-        case Scale::f16: return from_f16(plane + at * 32);
-        case Scale::bf16: return from_bf16(plane + at * 32);
-        case Scale::f32: return load<F32>(plane + at * 64);
+        case Scale::f16: return from_f16(plane + at * 2);
+        case Scale::bf16: return from_bf16(plane + at * 2);
+        case Scale::f32: return load<F32>(plane + at * 4);
         case Scale::e8m0: break;
     }
-    const I32 e = widen_u8(plane + at * 16);
+    const I32 e = widen_u8(plane + at);
     const I32 denormal = e < 2;  // exponents 0 and 1 stand for 2^-128 and 2^-127
     return (F32)((denormal & (spread(1 << 21) << (e & 1))) | (~denormal & ((e - 1) << 23)));
 }
@@ -76,12 +83,12 @@ struct Scales {
     static constexpr int PARTS = BLOCK / SUB;
     F32 scale, offset;  // of the group
 
-    INLINE Scales group(const Weight& w, long tile, long group) {
-        const long at = tile * w.groups + group;
+    INLINE Scales group(const Weight& w, long tile, long group, int lane) {
+        const long at = (tile * w.groups + group) * TILE + lane;
         Scales s;
         s.scale = scales_at(w.scale, w.scales, at) * spread(w.factor);
         if constexpr (KIND == Scaling::minimum) s.offset = scales_at(w.scale, w.mins, at);
-        if constexpr (KIND == Scaling::zeros) s.offset = -(s.scale * floats(widen_u8(w.mins + at * TILE)));
+        if constexpr (KIND == Scaling::zeros) s.offset = -(s.scale * floats(widen_u8(w.mins + at)));
         if constexpr (KIND == Scaling::lines || KIND == Scaling::nibbles) s.offset = -scales_at(w.scale, w.mins, at);
         return s;
     }
@@ -95,8 +102,9 @@ struct Scales {
     }
 
     // of sub-block `part` of a block
-    INLINE void part(const Scales& s, const Weight& w, long tile, long block, int part, F32& scale, F32& offset) {
-        const long at = ((tile * w.blocks + block) * PARTS + part) * TILE;
+    INLINE void part(const Scales& s, const Weight& w, long tile, long block, int part, int lane, F32& scale,
+                     F32& offset) {
+        const long at = ((tile * w.blocks + block) * PARTS + part) * TILE + lane;
         if constexpr (KIND == Scaling::small) {
             scale = s.scale * floats(widen_i8(w.subscales + at));
         } else if constexpr (KIND == Scaling::lines) {
@@ -113,4 +121,4 @@ struct Scales {
     }
 };
 
-}  // namespace fewbits::FEWBITS_ISA
+}  // namespace fewbits::FEWBITS_ISA::reg

@@ -43,6 +43,8 @@ struct Weight {
     const uint8_t* mins;       // [tiles][groups][16]
     const uint8_t* subscales;  // [tiles][sub-blocks][16]
     const uint8_t* submins;    // [tiles][sub-blocks][16]
+    const int32_t* order;      // [columns]: which column of the activations each one meets; null: they lie alike
+    bool fine;                 // whether what rounding takes from activations is to be multiplied too
 
     bool offsets() const { return scaling != Scaling::plain && scaling != Scaling::small; }
     long subs() const { return blocks * (BLOCK / sub); }

@@ -11,6 +11,7 @@ from typing import Any
 from fewbits.codecs.base import Codec, Shape
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
+from fewbits.stored import Apart, Stored
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,22 @@ class Entry:
 
     def as_(self, **changes: Any) -> Entry:
         return replace(self, **changes)
+
+    def stored(self) -> Stored | Apart | None:
+        """Where its bytes lie, if what loads it knows that."""
+        find = getattr(self.load, "stored", None)
+        return None if find is None else find()
+
+
+@dataclass(frozen=True)
+class Filed:
+    """Loads a tensor, and says where its bytes lie in a file."""
+
+    load: Callable[[], QTensor]
+    stored: Callable[[], Stored | Apart | None]
+
+    def __call__(self) -> QTensor:
+        return self.load()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from fewbits import codecs, containers, hub, solvers
 from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.codecs import floats
 from fewbits.codecs.base import Codec
 from fewbits.codecs.floats import BF16, F16, F32, Float
 from fewbits.containers import experts, gguf_lora
@@ -138,7 +139,7 @@ def _target(source: Checkpoint, out: Path, to: str | None, split: int | None) ->
     if to in names:
         target, kind = containers.by_name(to), None
     else:
-        kind = codecs.floats.parse(to)
+        kind = floats.parse(to)
         if kind is None:
             raise FewbitsError(f"--to {to}: neither a container nor a float type", "one of " + ", ".join(names)
                                + ", f16, bf16, f32; to choose another number format, use fewbits quantize")

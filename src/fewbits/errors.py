@@ -13,3 +13,7 @@ class FewbitsError(ValueError):
 
 class Elsewhere(FewbitsError):
     """Another process of the same call failed, and says why."""
+
+
+class Unsupported(FewbitsError):
+    """One of several ways to do it does not know how: another may."""

@@ -6,6 +6,7 @@ The environment variable `FEWBITS_CPU` names one, for tests and comparisons; it 
 from __future__ import annotations
 
 import os
+import sys
 
 from fewbits import _native
 from fewbits.errors import FewbitsError
@@ -39,6 +40,17 @@ def current() -> str:
 
 
 def threads() -> int:
-    """Threads of a native call, as many as torch uses, within what is allowed; it will run on `current()` kernels."""
+    """Threads of a native call, within what is allowed; it will run on `current()` kernels.
+
+    As many as torch uses; before anything imported it, what OMP_NUM_THREADS says, or one for every CPU.
+    """
     current()
-    return max(1, min(torch.get_num_threads(), _native.MOST_THREADS))
+    wanted = torch.get_num_threads() if "torch" in sys.modules else _without_torch()
+    return max(1, min(wanted, _native.MOST_THREADS))
+
+
+def _without_torch() -> int:
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if said.isdecimal() and int(said):
+        return int(said)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

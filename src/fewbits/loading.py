@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fewbits import containers, hub
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
-from fewbits.planning import available_bytes
+from fewbits.memory import available_bytes
 from fewbits.runtime.build import empty_model, tokenizer_of
 from fewbits.runtime.dispatch import choose
 from fewbits.runtime.linear import QEmbedding, QLinear

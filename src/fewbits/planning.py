@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers import experts
 from fewbits.containers.directory import CARRIED, read_json
 from fewbits.errors import FewbitsError
+from fewbits.memory import available_bytes
 from fewbits.qtensor import CHUNK, QTensor
 from fewbits.recipe import PRESETS, Choice, ModelFacts, Overrides, get
 from fewbits.recipe.facts import LINEAR
@@ -177,15 +177,6 @@ def working_bytes(facts: ModelFacts, context: int) -> int:
     head = "output" if facts.has_output else "token_embd"
     largest = max([f.shape[-2] * f.shape[-1] for f in facts.tensors if f.role in LINEAR or f.role == head] or [0])
     return 4 * (activations + largest + 4 * CHUNK + facts.number("vocab_size"))
-
-
-def available_bytes() -> int:
-    """Memory that can be had on this machine without swapping."""
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # choosing -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import fewbits
 from fewbits.errors import FewbitsError
 from fewbits.loading import tokenizer
 from fewbits.measure.divergence import cut, read_text
+from tests.arch.models import directory
+from tests.arch.models import tiny as tiny_model
 
 
 def test_figures_follow_their_definitions(tiny: Path, tmp_path: Path, english: Path) -> None:
     out = fewbits.quantize(tiny, tmp_path / "q", "int2-g32", calibration="none").path
-    found = fewbits.evaluate(out, tiny, text=english, chunks=3, context=64)
+    found = fewbits.evaluate(fewbits.load(out), fewbits.load(tiny), text=english, chunks=3, context=64)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     quantized = fewbits.load(out)
     windows = cut(read_text(english), tokenizer(quantized), 64, 3, "text", None)
@@ -34,6 +37,27 @@ def test_figures_follow_their_definitions(tiny: Path, tmp_path: Path, english: P
     assert found.perplexity == pytest.approx(float((-q.gather(1, t[:, None]).log()).mean().exp()), rel=1e-5)
     assert found.reference_perplexity == pytest.approx(float((-p.gather(1, t[:, None]).log()).mean().exp()), rel=1e-5)
     assert found.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+
+
+def test_the_native_decoder_computes_files(tiny: Path, tmp_path: Path, english: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    out = fewbits.quantize(tiny, tmp_path / "q", "int2-g32", calibration="none").path
+    want = fewbits.evaluate(out, tiny, text=english, chunks=2, context=200, kernel="decoded")
+    monkeypatch.setattr("fewbits.loading.load", None)
+    found = fewbits.evaluate(out, tiny, text=english, chunks=2, context=200)
+    assert found.tokens == want.tokens == 2 * 199
+    assert found.reference_perplexity == pytest.approx(want.reference_perplexity, rel=1e-4)  # the cache's rounding
+    assert found.perplexity == pytest.approx(want.perplexity, rel=1e-2)  # activations' rounding
+    assert found.kl_mean == pytest.approx(want.kl_mean, rel=1e-2)
+
+
+def test_families_without_a_native_decoder(tmp_path: Path, english: Path, tiny: Path) -> None:
+    config = transformers.OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=32, num_hidden_layers=1,
+                                    num_attention_heads=2, max_position_embeddings=64, word_embed_proj_dim=32)
+    model = directory(tiny_model(config), tmp_path / "opt", tokenizer=tiny)
+    found = fewbits.evaluate(model, text=english, chunks=1, context=32)
+    assert found == replace(fewbits.evaluate(fewbits.load(model), text=english, chunks=1, context=32),
+                            seconds=found.seconds)
 
 
 def test_without_a_reference_only_perplexity(tiny: Path, english: Path) -> None:

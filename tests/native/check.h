@@ -72,5 +72,8 @@ void test_floats(const std::string& set);
 void test_encoders(const std::string& set);
 void test_steps(const std::string& set);
 void test_attention(const std::string& set);
+void test_prepare(const std::string& set);
+void test_rounding(const std::string& set);
+void test_bpe();
 
 }  // namespace fewbits

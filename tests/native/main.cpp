@@ -20,6 +20,7 @@ int main(int count, char** arguments) {
     std::vector<std::string> sets(arguments + 1, arguments + count), here;
     for (Set set : usable()) here.emplace_back(name_of(set));
     if (sets.empty()) sets = here;
+    test_bpe();
     for (const std::string& set : sets) {
         const int before = failures;
         if (use(set)) {
@@ -28,6 +29,8 @@ int main(int count, char** arguments) {
             test_encoders(set);
             test_steps(set);
             test_attention(set);
+            test_prepare(set);
+            test_rounding(set);
         } else {
             check(false, "no usable set of kernels is called " + set);
         }

@@ -52,6 +52,11 @@ void test_product(Scale kind, long rows, long columns, long count, int threads, 
             error.add(plain[i * rows + r], sum);
             error.add(out[i * rows + r], sum + bias[r]);
         }
+    for (long i = 0; i < count; ++i) {
+        Buffer<float> one(rows);
+        product(w, x.data() + i * columns, 1, one.fill(7).data(), bias.data(), threads);
+        check(!memcmp(one.data(), out.data() + i * rows, rows * sizeof(float)), name + ", a row by itself");
+    }
     check(error.nmse() <= 1e-11, name + ", " + std::to_string(rows) + " x " + std::to_string(columns) + ", " +
                                      std::to_string(count) + " rows");
 }
@@ -61,7 +66,7 @@ void test_product(Scale kind, long rows, long columns, long count, int threads, 
 void test_floats(const std::string& set) {
     for (Scale kind : {Scale::f16, Scale::bf16, Scale::f32}) {
         const std::string name = set + ", floats of kind " + std::to_string((int)kind);
-        for (long count : {0, 1, 2, 3, 4, 5, 7, 16}) {
+        for (long count : {0, 1, 2, 3, 4, 5, 7, 16, 17, 70}) {
             test_product(kind, 67, 1100, count, 1 + (int)(count % 3), name);
             for (long rows : {0, 1, 4}) test_product(kind, rows, 33, count, 1, name);
             test_product(kind, 5, 1, count, 1, name);

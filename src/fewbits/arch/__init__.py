@@ -6,40 +6,34 @@ Families that do not go to GGUF have an `Outline` instead, the roles of their we
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from fewbits.arch import wrapped
 from fewbits.arch.base import DIMS, Architecture, Config, Tensor, Weight, head_dim
-from fewbits.arch.bert import BERT
-from fewbits.arch.gemma2 import GEMMA2
-from fewbits.arch.gemma3 import GEMMA3
-from fewbits.arch.gpt2 import GPT2
-from fewbits.arch.gpt_neox import GPT_NEOX
-from fewbits.arch.gpt_oss import GPT_OSS
-from fewbits.arch.llama import LLAMA
-from fewbits.arch.mixtral import MIXTRAL
-from fewbits.arch.olmo2 import OLMO2
-from fewbits.arch.opt import OPT
-from fewbits.arch.outline import Outline, of_type
-from fewbits.arch.phi3 import PHI3
-from fewbits.arch.qwen2 import QWEN2
-from fewbits.arch.qwen3 import QWEN3
-from fewbits.arch.qwen3_moe import QWEN3_MOE
-from fewbits.arch.vit import VIT
-from fewbits.arch.whisper import WHISPER
 
-ARCHITECTURES = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2, GPT_NEOX, OLMO2,
-                 MIXTRAL, QWEN3_MOE, GPT_OSS)
-OUTLINES = (OPT, WHISPER, BERT, VIT)
+if TYPE_CHECKING:
+    from fewbits.arch.outline import Outline
 
-__all__ = ["ARCHITECTURES", "OUTLINES", "Architecture", "Outline", "Tensor", "Weight", "by_gguf", "complete",
-           "goes_to_gguf", "head_dim", "lookup", "outline", "spelled", "tensors", "transposed", "why_not_gguf"]
+# modules with a family each, in the order in which they are asked: imported as far as a name needs them
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "olmo2", "mixtral",
+                 "qwen3_moe", "gpt_oss")
+OUTLINES = ("opt", "whisper", "bert", "vit")
+
+__all__ = ["Architecture", "Tensor", "Weight", "architectures", "by_gguf", "complete", "goes_to_gguf", "head_dim",
+           "lookup", "outline", "spelled", "tensors", "transposed", "why_not_gguf"]
+
+
+def architectures() -> Iterator[Architecture]:
+    for name in ARCHITECTURES:
+        yield getattr(import_module(f"fewbits.arch.{name}"), name.upper())
 
 
 def lookup(config: Config) -> Architecture | None:
     """The family of a Transformers configuration, by its class name or, where it states none, its model type."""
     name, kind = _class_name(config), config.get("model_type")
-    for architecture in ARCHITECTURES:
+    for architecture in architectures():
         if name in architecture.architectures if name else kind in architecture.model_types:
             return architecture
     return None
@@ -52,7 +46,9 @@ def _class_name(config: Config) -> str | None:
 
 def outline(config: Config) -> Outline | None:
     """What is known of a family that goes to Transformers-style layouts only."""
-    found = of_type(OUTLINES, config)
+    from fewbits.arch.outline import of_type
+
+    found = of_type((getattr(import_module(f"fewbits.arch.{name}"), name.upper()) for name in OUTLINES), config)
     inner = wrapped.inner_type(config)
     family = lookup({"model_type": inner}) if inner else None
     return found or (wrapped.outline(family) if family else None)
@@ -68,8 +64,12 @@ def why_not_gguf(config: Config) -> str:
 
 def by_gguf(name: str, experts: bool = False) -> Architecture | None:
     """The family that GGUF files call `name`; of two called alike, the one with `experts` or the one without."""
-    called = [a for a in ARCHITECTURES if a.gguf == name]
-    return next((a for a in called if a.experts == experts), called[0] if called else None)
+    first = None
+    for architecture in architectures():
+        if architecture.gguf == name and architecture.experts == experts:
+            return architecture
+        first = first or (architecture if architecture.gguf == name else None)
+    return first
 
 
 def complete(architecture: Architecture, config: Config, names: Container[str] | None = None) -> Config:
@@ -100,7 +100,7 @@ def transposed(config: Config, name: str) -> bool:
 
 def goes_to_gguf() -> str:
     """Transformers' class names of the families that GGUF has, for messages."""
-    return ", ".join(name for a in ARCHITECTURES for name in a.architectures)
+    return ", ".join(name for a in architectures() for name in a.architectures)
 
 
 def tensors(architecture: Architecture, config: Config) -> list[Tensor]:

@@ -19,8 +19,17 @@ def _same(config: Config) -> Ops:
     return ()
 
 
-def _pair(hf: str, gguf: str, role: str, ops: Callable[[Config], Ops] = _same) -> tuple[Weight, Weight]:
-    return Weight(f"{hf}.weight", f"{gguf}.weight", role, ops), Weight(f"{hf}.bias", f"{gguf}.bias", "bias", ops)
+def _always(config: Config) -> bool:
+    return True
+
+
+def _attention_bias(config: Config) -> bool:
+    return bool(config.get("attention_bias", True))
+
+
+def _pair(hf: str, gguf: str, role: str, ops: Callable[[Config], Ops] = _same,
+          bias: Callable[[Config], bool] = _always) -> tuple[Weight, Weight]:
+    return Weight(f"{hf}.weight", f"{gguf}.weight", role, ops), Weight(f"{hf}.bias", f"{gguf}.bias", "bias", ops, bias)
 
 
 def _refuse(config: Config) -> str | None:
@@ -44,8 +53,8 @@ GPT_NEOX = Architecture(
     model_types=("gpt_neox",),
     weights=(
         Weight("gpt_neox.embed_in.weight", "token_embd.weight", "token_embd"),
-        *_pair(BLOCK + "attention.dense", "blk.{i}.attn_output", "attn_output"),
-        *_pair(BLOCK + "attention.query_key_value", "blk.{i}.attn_qkv", "attn_qkv", _apart),
+        *_pair(BLOCK + "attention.dense", "blk.{i}.attn_output", "attn_output", bias=_attention_bias),
+        *_pair(BLOCK + "attention.query_key_value", "blk.{i}.attn_qkv", "attn_qkv", _apart, _attention_bias),
         *_pair(BLOCK + "input_layernorm", "blk.{i}.attn_norm", "norm"),
         *_pair(BLOCK + "mlp.dense_4h_to_h", "blk.{i}.ffn_down", "ffn_down"),
         *_pair(BLOCK + "mlp.dense_h_to_4h", "blk.{i}.ffn_up", "ffn_up"),

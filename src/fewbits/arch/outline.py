@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fewbits.arch.base import Config
@@ -35,5 +35,5 @@ def linear(prefix: str, **roles: str) -> dict[str, str]:
     return {f"{prefix}{name.replace('__', '.')}.weight": role for name, role in roles.items()}
 
 
-def of_type(outlines: tuple[Outline, ...], config: Config) -> Outline | None:
+def of_type(outlines: Iterable[Outline], config: Config) -> Outline | None:
     return next((o for o in outlines if config.get("model_type") in o.model_types), None)

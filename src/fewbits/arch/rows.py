@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
+from fewbits import stored
 from fewbits.codecs.base import Codec, Shape
 from fewbits.codecs.floats import F32, Float
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
+from fewbits.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -34,44 +38,51 @@ class Op:
         """From the file's form to Transformers'."""
         raise NotImplementedError
 
+    def find(self, tensor: Stored) -> Stored:
+        """`undo` of what lies in a file, without loading it."""
+        raise NotImplementedError
+
+
+class _Permute(Op):
+    """Rows in another order."""
+
+    def index(self, rows: int) -> np.ndarray:
+        """Which row of Transformers' tensor each row of the file is."""
+        raise NotImplementedError
+
+    def apply(self, tensor: QTensor) -> QTensor:
+        return tensor.rows(torch.from_numpy(self.index(tensor.shape[0])))
+
+    def undo(self, tensor: QTensor) -> QTensor:
+        return tensor.rows(torch.from_numpy(np.argsort(self.index(tensor.shape[0]))))
+
+    def find(self, tensor: Stored) -> Stored:
+        return tensor.pick(np.argsort(self.index(tensor.rows)))
+
 
 @dataclass(frozen=True)
-class RopePermute(Op):
+class RopePermute(_Permute):
     """Rows of a query or key projection from half-split rotary pairs (i, i + d/2) to neighbouring ones (2i, 2i + 1)."""
 
     heads: int
 
-    def index(self, rows: int) -> torch.Tensor:
-        """Which row of Transformers' tensor each row of the file is."""
+    def index(self, rows: int) -> np.ndarray:
         if rows % (2 * self.heads):
             raise ValueError(f"{rows} rows do not divide into {self.heads} heads of rotary pairs")
-        return torch.arange(rows).view(self.heads, 2, -1).transpose(1, 2).reshape(-1)
-
-    def apply(self, tensor: QTensor) -> QTensor:
-        return tensor.rows(self.index(tensor.shape[0]))
-
-    def undo(self, tensor: QTensor) -> QTensor:
-        return tensor.rows(torch.argsort(self.index(tensor.shape[0])))
+        return np.arange(rows).reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 @dataclass(frozen=True)
-class Regroup(Op):
+class Regroup(_Permute):
     """Rows of a fused projection from head by head (q0 k0 v0 q1 ...) to part by part (q0 q1 ... k0 k1 ... v0 ...)."""
 
     heads: int
     parts: int
 
-    def index(self, rows: int) -> torch.Tensor:
-        """Which row of Transformers' tensor each row of the file is."""
+    def index(self, rows: int) -> np.ndarray:
         if rows % (self.parts * self.heads):
             raise ValueError(f"{rows} rows do not divide into {self.heads} heads of {self.parts} parts")
-        return torch.arange(rows).view(self.heads, self.parts, -1).transpose(0, 1).reshape(-1)
-
-    def apply(self, tensor: QTensor) -> QTensor:
-        return tensor.rows(self.index(tensor.shape[0]))
-
-    def undo(self, tensor: QTensor) -> QTensor:
-        return tensor.rows(torch.argsort(self.index(tensor.shape[0])))
+        return np.arange(rows).reshape(self.heads, self.parts, -1).swapaxes(0, 1).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,9 @@ class AddOne(Op):
 
     def undo(self, tensor: QTensor) -> QTensor:
         return self._shift(tensor, -1.0)
+
+    def find(self, tensor: Stored) -> Stored:
+        return replace(tensor, plus=tensor.plus - 1.0)
 
     def _shift(self, tensor: QTensor, by: float) -> QTensor:
         return QTensor(F32, tensor.shape, {"data": (tensor.dequantize() + by).view(F32.matrix(tensor.shape))})
@@ -143,6 +157,16 @@ class Every(Op):
             planes[key] = turns.reshape(first.codec.planes(shape)[key][1])
         return QTensor(first.codec, shape, planes)
 
+    def find_all(self, parts: list[Stored], shape: Shape) -> Stored | None:
+        """`join` of what lies in a file, each part of `shape`."""
+        if self.axis == -1:  # entries are rows
+            parts = [replace(p, columns=1) for p in parts]
+        found = stored.join(parts)
+        if found is None or len(parts) != self.count:
+            return None
+        turns = np.arange(found.rows).reshape(self.count, math.prod(shape[:self.axis]), shape[self.axis])
+        return found.pick(np.moveaxis(turns, 0, -1).reshape(-1))
+
 
 Ops = tuple[Op, ...]
 
@@ -159,6 +183,13 @@ def undo(ops: Ops, tensor: QTensor) -> QTensor:
     return tensor
 
 
+def find(ops: Ops, tensor: Stored) -> Stored:
+    """`undo` of what lies in a file, without loading it."""
+    for op in reversed(ops):
+        tensor = op.find(tensor)
+    return tensor
+
+
 def join(parts: list[tuple[Ops, QTensor]]) -> QTensor:
     """One tensor of those that several rows of a table make of it, each with `Every` as its first operation.
 
@@ -171,6 +202,14 @@ def join(parts: list[tuple[Ops, QTensor]]) -> QTensor:
         assert isinstance(op, Every), op
         found[op.first] = op, undo(ops[1:], tensor)
     return found[0][0].join([found[i][1] for i in sorted(found)])
+
+
+def find_all(parts: list[tuple[Ops, Stored]], shape: Shape) -> Stored | None:
+    """`join` of what lies in a file, each part of `shape`; None where the parts do not lie alike."""
+    first = parts[0][0][0]
+    assert isinstance(first, Every), first
+    found = {ops[0].first: find(ops[1:], tensor) for ops, tensor in parts if isinstance(ops[0], Every)}
+    return first.find_all([found[i] for i in sorted(found)], shape)
 
 
 def whole(ops: Ops, shape: Shape) -> Shape:

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
 
-from fewbits.cli import chat, convert, evaluate, explain, finish, imatrix, info, plan, quantize, run, verify
+from fewbits.cli.common import Ended
 from fewbits.errors import Elsewhere, FewbitsError
 
-app = typer.Typer(name="fewbits", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Put any language model into few bits: quantize, run, measure.")
-app.command("quantize")(quantize.command)
-app.command("finish")(finish.command)
-app.command("convert")(convert.command)
-app.command("imatrix")(imatrix.command)
-app.command("info")(info.command)
-app.command("plan")(plan.command)
-app.command("verify")(verify.command)
-# a negative number is no option
-app.command("explain", context_settings={"ignore_unknown_options": True})(explain.command)
-app.command("eval")(evaluate.command)
-app.command("run")(run.command)
-app.command("chat")(chat.command)
+# command -> its settings; `eval` is a name of Python's
+COMMANDS: dict[str, dict[str, Any]] = {name: {} for name in (
+    "quantize", "finish", "convert", "imatrix", "info", "plan", "verify", "explain", "eval", "run", "chat")}
+COMMANDS["explain"] = {"context_settings": {"ignore_unknown_options": True}}  # a negative number is no option
+MODULES = {"eval": "evaluate"}
+
+
+def application(asked: str = "") -> typer.Typer:
+    """The command that is asked for, where it is one; else all, to list them. Others are not even imported."""
+    app = typer.Typer(name="fewbits", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_fewbits)
+    for name in [asked] if asked in COMMANDS else COMMANDS:
+        module = import_module(f"fewbits.cli.{MODULES.get(name, name)}")
+        app.command(name, **COMMANDS[name])(module.command)
+    return app
+
+
+def _fewbits() -> None:
+    """Put any language model into few bits: quantize, run, measure."""
 
 
 def main() -> None:
     """Entry point: errors become one line and a hint on stderr, and an exit code."""
     try:
-        app()
+        application(sys.argv[1] if len(sys.argv) > 1 else "")()
+    except Ended:
+        raise
     except Elsewhere:
         sys.exit(1)
     except FewbitsError as error:
@@ -40,7 +50,11 @@ def main() -> None:
         if end.code == 130:  # what typer makes of Ctrl-C
             _say("interrupted: nothing half-written is left; the same command resumes")
         raise
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
     except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what is left to say goes nowhere
         sys.exit(141)
     except MemoryError:
         _say("error: out of memory")

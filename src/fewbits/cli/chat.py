@@ -7,32 +7,41 @@ from typing import Annotated
 
 import typer
 
-from fewbits.cli.common import log, quiet_libraries
+from fewbits.cli.answering import Options, report, show, with_options
+from fewbits.cli.common import Ended, quiet_libraries
+from fewbits.errors import FewbitsError
 
 
+@with_options(max_tokens=512)
 def command(
     model: Annotated[str, typer.Argument(help="A path in any format, or a hub id.")],
-    system: Annotated[str | None, typer.Option(help="What the model should be.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    kernel: Annotated[str | None, typer.Option(help="native, decoded (exact) or decode (exact, small).")] = None,
+    options: Options,
 ) -> None:
-    """Talk to a model; an empty line or end of file ends it."""
-    from fewbits.generate import Session
-
+    """Talk to a model. Ctrl-C ends an answer; an empty line or end of file ends the conversation."""
     quiet_libraries()
-    session = Session(model, kernel=kernel)
-    messages = [{"role": "system", "content": system}] if system else []
+    session = options.session(model)
     session.check_chat()
+    how = options.answering(session)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
     while True:
-        if sys.stdin.isatty():
-            log.print("> ", end="")
-        line = sys.stdin.readline().strip()
+        line = ask().strip()
         if not line:
             return
         messages.append({"role": "user", "content": line})
-        answer = session.generate(session.encode_chat(messages), max_tokens=max_tokens, temperature=temperature,
-                                  seed=seed, on_text=lambda piece: print(piece, end="", flush=True))
-        print()
+        answer = session.generate(session.encode_chat(messages), **how, on_text=show)
+        print(flush=True)
+        report(answer, session.context)
         messages.append({"role": "assistant", "content": answer.text})
+
+
+def ask() -> str:
+    """A line from the user."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    try:
+        return sys.stdin.readline()
+    except UnicodeDecodeError:
+        raise FewbitsError("what stands on stdin is not UTF-8 text") from None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise Ended(130) from None

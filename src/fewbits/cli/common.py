@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -10,30 +11,47 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fewbits.containers.base import Progress as Report
 from fewbits.errors import FewbitsError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
     from fewbits.checkpoint import Checkpoint
+    from fewbits.containers.base import Progress as Report
+
+    console: Console
+    log: Console
 
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights in *.pt and *.bin; runs no code.")]
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
-console = Console()
-log = Console(stderr=True)
+
+def __getattr__(name: str) -> Any:
+    """`console` on stdout and `log` on stderr, made when a command imports them: rich costs what a token costs."""
+    if name not in ("console", "log"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rich.console import Console
+
+    globals()[name] = Console(stderr=name == "log")
+    return globals()[name]
+
+
+class Ended(SystemExit):
+    """The end of a command that has said all there is to say."""
 
 
 @contextmanager
 def progress() -> Iterator[Report]:
     """A report function that draws a bar with the time left, one for every kind of work: `quantizing: block 3 of 30`
     is work of the kind `quantizing`."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description:>10}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
-    with Progress(*columns, console=log, transient=True, disable=not sys.stderr.isatty()) as bars:
+    with Progress(*columns, console=__getattr__("log"), transient=True, disable=not sys.stderr.isatty()) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -64,11 +82,13 @@ def quiet_libraries() -> None:
     """Keep Transformers' warnings and bars off the terminal: what matters, fewbits says itself."""
     import warnings
 
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ["TRANSFORMERS_VERBOSITY"], os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "error", "1"
+    if "transformers" in sys.modules:  # which has read those
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
 
 
 def size(nbytes: float) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 
-from fewbits.codecs import affine, codebook, decode_only, float8, floats, ggml, iq4, kquants, mxfp4, table, ternary
 from fewbits.codecs.base import Codec
 from fewbits.errors import FewbitsError
 
-# each parses the names of its own codecs
-FAMILIES = (floats, ggml, kquants, iq4, mxfp4, ternary, affine, table, float8, codebook, decode_only)
+# modules that parse the names of their own codecs, imported as far as a name needs them
+FAMILIES = ("floats", "ggml", "kquants", "iq4", "mxfp4", "ternary", "affine", "table", "float8", "codebook",
+            "decode_only")
 
 
 @cache
@@ -20,7 +21,7 @@ def get(name: str) -> Codec:
         FewbitsError: no codec has that name.
     """
     for family in FAMILIES:
-        codec = family.parse(name)
+        codec: Codec | None = import_module(f"fewbits.codecs.{family}").parse(name)
         if codec is not None:
             return codec
     raise FewbitsError(f"unknown codec {name!r}", "for example: int4-g128, int3-g32-asym, int8, nf4, nf4-dq, fp4, "

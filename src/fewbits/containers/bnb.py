@@ -14,16 +14,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from fewbits import codecs
-from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.checkpoint import Checkpoint, Entry, Filed
 from fewbits.codecs.base import Codec
-from fewbits.codecs.table import NESTED_BLOCK, Table, dynamic_map, table
+from fewbits.codecs.table import NESTED_BLOCK, TABLES, Table, dynamic_map, table
 from fewbits.containers.base import flat_bytes
 from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason
 from fewbits.containers.safetensors import Raw, Spec, take
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
+from fewbits.stored import Apart
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
@@ -190,7 +193,21 @@ def _read_table(raws: dict[str, Raw], state_name: str, name: str, kind: str) -> 
         shapes = codec.planes(shape)
         return QTensor(codec, shape, {k: v.reshape(shapes[k][1]) for k, v in found.items()})
 
-    return Entry(name, shape, codec, load)
+    def stored() -> Apart | None:
+        codes, levels, absmax_ = weight.array(), parts[f"{name}.quant_map"].array(), absmax.array()
+        if codes is None or levels is None or absmax_ is None or len(shape) != 2 or shape[1] % codec.block:
+            return None
+        if not np.array_equal(levels.view("<f4"), np.array(TABLES[codec.kind], np.float32)):
+            return None
+        if codec.nested:
+            values, nested = parts[f"{name}.nested_quant_map"].array(), parts[f"{name}.nested_absmax"].finite_array()
+            assert values is not None and nested is not None
+            scales = values.view("<f4")[absmax_] * nested.repeat(NESTED_BLOCK)[:blocks] + np.float32(offset)
+        else:
+            scales = absmax.finite_array()
+        return Apart(codec, (shape[0], shape[1]), codes, scales.reshape(shape[0], -1))
+
+    return Entry(name, shape, codec, Filed(load, stored))
 
 
 def _parts(name: str, codec: Table) -> list[str]:
@@ -236,8 +253,15 @@ def _read_rows(raws: dict[str, Raw], module: str) -> Entry:
         raise weight.refuse(f"{weight.dtype} {list(weight.shape)}, where I8 [out, in] was expected")
     _expect(scale, "F32", weight.shape[:1])
     codec: Codec = codecs.get("int8")
-    return Entry(f"{module}.weight", weight.shape, codec, lambda: QTensor(
-        codec, weight.shape, {"codes": weight.tensor(), "absmax": scale.finite().reshape(-1, 1)}))
+
+    def stored() -> Apart | None:
+        codes, scales = weight.array(), scale.finite_array()
+        if codes is None or scales is None:
+            return None
+        return Apart(codec, (weight.shape[0], weight.shape[1]), codes, scales.reshape(-1, 1))
+
+    return Entry(f"{module}.weight", weight.shape, codec, Filed(lambda: QTensor(
+        codec, weight.shape, {"codes": weight.tensor(), "absmax": scale.finite().reshape(-1, 1)}), stored))
 
 
 def _expect(raw: Raw, dtype: str, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fewbits import arch
-from fewbits.checkpoint import Buffer, Checkpoint, Entry
+from fewbits.checkpoint import Buffer, Checkpoint, Entry, Filed
 from fewbits.codecs.floats import BF16, F16, F32, Float
 from fewbits.containers import canonical, experts
 from fewbits.containers.base import Container, Progress
@@ -21,6 +21,7 @@ from fewbits.containers.safetensors import Raw, SafeTensors, Spec, Writer, heade
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
+from fewbits.stored import Stored
 
 JSON_LIMIT = 100_000_000  # bytes of config.json or an index
 SHARD = 5_000_000_000  # bytes a file, as transformers splits by default
@@ -224,8 +225,13 @@ def float_modules(checkpoint: Checkpoint) -> list[str]:
 def float_entry(raw: Raw) -> Entry:
     codec = FLOATS[raw.dtype]
     shape = raw.shape
-    return Entry(raw.name, shape, codec,
-                 lambda: QTensor(codec, shape, {"data": raw.tensor().reshape(codec.matrix(shape))}))
+
+    def stored() -> Stored | None:
+        data = raw.array()
+        return None if data is None else Stored(codec, shape[-1] if len(shape) > 1 else 1, (data,))
+
+    return Entry(raw.name, shape, codec, Filed(
+        lambda: QTensor(codec, shape, {"data": raw.tensor().reshape(codec.matrix(shape))}), stored))
 
 
 def split(specs: dict[str, dict[str, Spec]], limit: int) -> list[list[str]]:

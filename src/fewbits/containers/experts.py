@@ -15,6 +15,7 @@ from fewbits.codecs.base import Shape
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
+from fewbits.stored import Stored, join
 
 NUMBER = "(0|[1-9][0-9]{0,5})"
 ONE = re.compile(rf"(.+\.experts)\.{NUMBER}\.([^.]+\.(?:weight|bias))")
@@ -30,6 +31,11 @@ class Stack:
 
     def __call__(self) -> QTensor:
         return stack([part.load() for part in self.parts])
+
+    def stored(self) -> Stored | None:
+        found = [part.stored() for part in self.parts]
+        whole = [s for s in found if isinstance(s, Stored)]
+        return join(whole) if len(whole) == len(found) else None
 
 
 def stack(tensors: list[QTensor]) -> QTensor:

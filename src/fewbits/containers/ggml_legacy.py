@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs import ggml_old
 from fewbits.codecs.base import Codec
 from fewbits.codecs.ggml_old import Old
-from fewbits.containers import gguf_tokenizer
+from fewbits.containers import gguf_tokenizer, gguf_types
 from fewbits.containers.base import Container, Progress
 from fewbits.containers.gguf import assemble
 from fewbits.containers.gguf_file import MAX_RECORDS, REMOVED, GgufFile, Reader, Spec, Value
@@ -194,7 +193,7 @@ def _spec(reader: Reader, layout: str, version: int, name: str, old: str, shape:
     if min(shape) < 1 or math.prod(shape) > 1 << 62:
         raise reader.error(f"tensor {old!r} has the impossible shape {list(shape)}")
     codec = ggml_old.TYPES.get(version, {}).get(label)
-    block = codec.columns if codec else GGML_QUANT_SIZES[GGMLQuantizationType[label]][0]
+    block = codec.columns if codec else gguf_types.TYPES[label][1]
     if shape[-1] % block:
         raise reader.error(f"tensor {old!r}: rows of {shape[-1]} do not divide into blocks of {block} ({label})")
     if codec:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fewbits import arch, codecs
 from fewbits.arch import Architecture, Tensor, rows
-from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.checkpoint import Checkpoint, Entry, Filed
 from fewbits.codecs.base import Codec, Shape
 from fewbits.codecs.floats import F32, Float
 from fewbits.containers import experts, gguf_file, gguf_split, gguf_tokenizer
@@ -34,6 +34,7 @@ from fewbits.containers.gguf_file import GgufFile, Spec, Value
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
+from fewbits.stored import Stored
 
 OLD_EXPERT = re.compile(rf"(blk\.\d+\.ffn_(?:gate|down|up))\.{experts.NUMBER}\.weight")  # Mixtral before 2024-04
 
@@ -211,14 +212,22 @@ def _entry(file: GgufFile, name: str, parts: list[tuple[Spec, Tensor]]) -> Entry
                                f"{other.name!r} {other.type} {list(other.shape)}; they are parts of one tensor")
 
     def load() -> QTensor:
-        stored = [(row.ops, QTensor(codec, s.shape, _planes(codec, s.shape, file.data(s)))) for s, row in parts]
+        found = [(row.ops, QTensor(codec, s.shape, _planes(codec, s.shape, file.data(s)))) for s, row in parts]
         try:
-            return rows.join(stored) if len(stored) > 1 else rows.undo(*stored[0])
+            return rows.join(found) if len(found) > 1 else rows.undo(*found[0])
+        except ValueError as error:
+            raise FewbitsError(f"{file.path}: tensor {spec.name!r} of shape {list(spec.shape)}: {error}") from None
+
+    def stored() -> Stored | None:
+        columns = spec.shape[-1] if len(spec.shape) > 1 else 1
+        found = [(row.ops, Stored(codec, columns, (file.data(s),))) for s, row in parts]
+        try:
+            return rows.find_all(found, spec.shape) if len(found) > 1 else rows.find(*found[0])
         except ValueError as error:
             raise FewbitsError(f"{file.path}: tensor {spec.name!r} of shape {list(spec.shape)}: {error}") from None
 
     shape = rows.whole(tensor.ops, spec.shape) if len(parts) > 1 else spec.shape
-    return Entry(name, shape, rows.codec(tensor.ops, codec), load)
+    return Entry(name, shape, rows.codec(tensor.ops, codec), Filed(load, stored))
 
 
 def bare_entries(file: GgufFile) -> dict[str, Entry]:

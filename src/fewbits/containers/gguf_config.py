@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 
 from fewbits import arch
 from fewbits.arch import Architecture, rope
@@ -38,7 +37,7 @@ def family_of(file: GgufFile) -> Architecture:
     name = get(file, "general.architecture", "STRING")
     family = arch.by_gguf(name, experts=bool(get(file, f"{name}.expert_count", *INTEGERS)))
     if family is None:
-        known = ", ".join(sorted({a.gguf for a in arch.ARCHITECTURES if a.gguf}))
+        known = ", ".join(sorted({a.gguf for a in arch.architectures() if a.gguf}))
         raise FewbitsError(f"{file.path}: general.architecture is {name!r}; there are tables for {known}")
     return family
 
@@ -168,6 +167,8 @@ def metadata(checkpoint: Checkpoint) -> dict[str, Value]:
         if tokenizer[gguf_tokenizer.KEY + "model"].value == "no_vocab":
             out[f"{family.gguf}.vocab_size"] = Value("UINT32", embedding)
         out |= tokenizer
+    from gguf.constants import GGML_QUANT_VERSION
+
     out["general.quantization_version"] = Value("UINT32", GGML_QUANT_VERSION)
     out["general.file_type"] = Value("UINT32", _file_type(checkpoint))
     return kept | {k: v for k, v in out.items() if k not in kept or not _same(kept[k], v)}
@@ -182,6 +183,8 @@ def _same(kept: Value, new: Value) -> bool:
 
 def _file_type(checkpoint: Checkpoint) -> int:
     """`general.file_type`: what the recipe says, else by the type that holds most weights."""
+    from gguf.constants import LlamaFileType
+
     if checkpoint.facts.get("file_type") is not None:
         return int(checkpoint.facts["file_type"])
     weights: Counter[str] = Counter()

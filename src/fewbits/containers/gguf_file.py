@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from fewbits.containers import gguf_strings
+from fewbits.containers.gguf_types import NAMES, TYPES
 from fewbits.errors import FewbitsError
 
 MAGIC = b"GGUF"
@@ -59,7 +59,7 @@ class Spec:
 
     @property
     def nbytes(self) -> int:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[self.type]]
+        _, block, size = TYPES[self.type]
         return math.prod(self.shape) // block * size
 
 
@@ -184,12 +184,12 @@ class Reader:
         if kind in REMOVED:
             raise self.error(f"{what} has the type {kind}, {REMOVED[kind]}, which ggml no longer has",
                              "make the file again with a present type")
-        if kind not in GGMLQuantizationType._value2member_map_:
-            raise self.error(f"{what} has the unknown type {kind}", "a newer gguf package may know it")
+        if kind not in NAMES:
+            raise self.error(f"{what} has the unknown type {kind}", "a newer fewbits may know it")
         if min(shape) < 1 or math.prod(shape) > 1 << 62:
             raise self.error(f"{what} has the impossible shape {list(shape)}")
-        spec = Spec(name, shape, GGMLQuantizationType(kind).name, offset)
-        block = GGML_QUANT_SIZES[GGMLQuantizationType(kind)][0]
+        spec = Spec(name, shape, NAMES[kind], offset)
+        block = TYPES[spec.type][1]
         if shape[-1] % block:
             raise self.error(f"{what}: rows of {shape[-1]} do not divide into blocks of {block} ({spec.type})")
         if offset % alignment:
@@ -300,7 +300,7 @@ def header(metadata: dict[str, Value], specs: Sequence[Spec], alignment: int = A
             raise FewbitsError(f"{key} = {value.value!r:.80} does not fit {value.type}: {error}") from None
     for spec in place(specs, alignment):
         parts.append(_string(spec.name) + struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *spec.shape[::-1])
-                     + struct.pack("<IQ", GGMLQuantizationType[spec.type], spec.offset))
+                     + struct.pack("<IQ", TYPES[spec.type][0], spec.offset))
     return b"".join(parts)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from fewbits.errors import FewbitsError
 
 Json = dict[str, Any]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPECIALS = (UNKNOWN, CONTROL)  # have no text
+ADDED = (*SPECIALS, USER_DEFINED)  # stand for themselves in a text
 KEY = "tokenizer.ggml."
 # names in tokenizer_config.json <-> keys in GGUF (whose spelling of "separator" is this)
 # llama.cpp lets added tokens swallow the spaces behind them in models of such names, but for these tokens
@@ -34,9 +37,54 @@ def tokenizer_json(metadata: Mapping[str, Value]) -> bytes:
     Raises:
         FewbitsError: a tokenizer model or pre-tokenizer that is not in the table.
     """
+    return json.dumps(parts(metadata), ensure_ascii=False).encode()
+
+
+def parts(metadata: Mapping[str, Value]) -> Json:
+    """What `tokenizer.json` of a GGUF file holds.
+
+    Raises:
+        FewbitsError: a tokenizer model or pre-tokenizer that is not in the table.
+    """
+    found = outline(metadata)
+    tokens, model = list(found.tokens), found.spec["model"]
+    model["vocab"] = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(model["vocab"]) != len(tokens):
+        repeated = next(t for i, t in enumerate(tokens) if model["vocab"][t] != i)
+        raise FewbitsError(f"{KEY}tokens holds {repeated!r} twice")
+    if found.merges is not None:
+        model["merges"] = _pairs(found.merges)
+    elif found.scores is not None:
+        model["merges"] = merges_from_scores(tokens, found.types, found.scores)
+    found.spec["added_tokens"] = [
+        {"id": int(i), "content": tokens[i], "single_word": False, "lstrip": False,
+         "rstrip": found.strips and tokens[i] not in NOT_STRIPPING, "normalized": False,
+         "special": bool(found.types[i] != USER_DEFINED)} for i in np.flatnonzero(np.isin(found.types, ADDED))]
+    return found.spec
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A tokenizer as metadata have it: `spec` is tokenizer.json without tokens, merges and added tokens."""
+
+    spec: Json
+    tokens: Sequence[str]
+    types: np.ndarray
+    merges: Sequence[str] | None  # pairs with a space between; or there are scores
+    scores: np.ndarray | None
+    unknown: int  # the token of what has none
+    strips: bool  # whether added tokens swallow the spaces behind them
+
+
+def outline(metadata: Mapping[str, Value]) -> Outline:
+    """The tokenizer of a GGUF file, its lists untouched.
+
+    Raises:
+        FewbitsError: a tokenizer model or pre-tokenizer that is not in the table.
+    """
     get = _getter(metadata)
     model, tokens = get("model"), get("tokens")
-    if not isinstance(tokens, list) or model not in ("gpt2", "llama"):
+    if tokens is None or model not in ("gpt2", "llama"):
         raise FewbitsError(f"{KEY}model is {model!r}; gpt2 and llama can be turned into tokenizer.json",
                            "tokenize with another copy of the model's tokenizer")
     types = np.asarray(get("token_type", np.full(len(tokens), NORMAL)))
@@ -44,15 +92,15 @@ def tokenizer_json(metadata: Mapping[str, Value]) -> bytes:
         raise FewbitsError(f"{KEY}token_type has {len(types)} entries for {len(tokens)} tokens")
     name = metadata.get("general.name")
     strips = name is not None and stripping(str(name.value))
-    added = [{"id": int(i), "content": tokens[i], "single_word": False, "lstrip": False,
-              "rstrip": strips and tokens[i] not in NOT_STRIPPING,
-              "normalized": False, "special": bool(types[i] != USER_DEFINED)}
-             for i in np.flatnonzero(np.isin(types, (UNKNOWN, CONTROL, USER_DEFINED)))]
-    parts = _gpt2(get, tokens) if model == "gpt2" else _llama(get, tokens, types)
-    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": parts["normalizer"], "pre_tokenizer": parts["pre_tokenizer"],
-            "post_processor": _template(get, tokens), "decoder": parts["decoder"], "model": parts["model"]}
-    return json.dumps(spec, ensure_ascii=False).encode()
+    scores = None if model == "gpt2" else np.asarray(get("scores", np.zeros(len(tokens), np.float32)))
+    if scores is not None and len(scores) != len(tokens):
+        raise FewbitsError(f"{KEY}scores has {len(scores)} entries for {len(tokens)} tokens")
+    unknown = get("unknown_token_id", 0)
+    steps = _gpt2(get) if model == "gpt2" else _llama(get, tokens, unknown)
+    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+            "normalizer": steps["normalizer"], "pre_tokenizer": steps["pre_tokenizer"],
+            "post_processor": _template(get, tokens), "decoder": steps["decoder"], "model": steps["model"]}
+    return Outline(spec, tokens, types, get("merges", []) if model == "gpt2" else None, scores, unknown, strips)
 
 
 def stripping(name: str) -> bool:
@@ -73,7 +121,7 @@ def _getter(metadata: Mapping[str, Value]) -> Any:
             return default
         if f"{value.type} {value.items}".strip().replace("UINT32", "INT32") != EXPECTED[key].replace("UINT32", "INT32"):
             raise FewbitsError(f"{KEY}{key} is of type {value.type} {value.items}; {EXPECTED[key]} is expected")
-        return list(value.value) if value.items == "STRING" else value.value
+        return value.value
     return get
 
 
@@ -82,52 +130,51 @@ def _pre_name(get: Any) -> str:
     return ALIASES.get(name, name)
 
 
-def _gpt2(get: Any, tokens: list[str]) -> Json:
+def _gpt2(get: Any) -> Json:
     if _pre_name(get) not in PRE:
         raise FewbitsError(f"{KEY}pre is {get('pre')!r}; known here: {', '.join([*PRE, *filter(None, ALIASES)])}",
                            "tokenize with another copy of the model's tokenizer")
     pre, ignore_merges, normalizer = PRE[_pre_name(get)]
-    merges = []
-    for i, merge in enumerate(get("merges", [])):
-        left, space, right = merge.partition(" ") if not merge.startswith(" ") else (" ", *merge[1:].partition(" ")[1:])
-        if not space:
-            raise FewbitsError(f"{KEY}merges[{i}] is {merge!r}: no pair")
-        merges.append([left, right])
     return {"normalizer": normalizer, "pre_tokenizer": pre,
             "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": _model(tokens, merges, None, False, ignore_merges)}
+            "model": _model(None, False, ignore_merges)}
 
 
-def _llama(get: Any, tokens: list[str], types: np.ndarray) -> Json:
-    scores = np.asarray(get("scores", np.zeros(len(tokens), np.float32)))
-    if len(scores) != len(tokens):
-        raise FewbitsError(f"{KEY}scores has {len(scores)} entries for {len(tokens)} tokens")
+def _pairs(merges: Sequence[str]) -> list[tuple[str, ...]]:
+    found = [tuple(merge.split(" ")) for merge in merges]
+    for i, pair in enumerate(found):
+        if len(pair) != 2:
+            found[i] = _pair(" ".join(pair), i)
+    return found
+
+
+def _pair(merge: str, i: int) -> tuple[str, str]:
+    left, space, right = merge.partition(" ") if not merge.startswith(" ") else (" ", *merge[1:].partition(" ")[1:])
+    if not space:
+        raise FewbitsError(f"{KEY}merges[{i}] is {merge!r}: no pair")
+    return left, right
+
+
+def _llama(get: Any, tokens: Sequence[str], unknown: int) -> Json:
     prefix = get("add_space_prefix", True)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     decoders: list[Json] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                             {"type": "ByteFallback"}, {"type": "Fuse"}]
-    unknown = get("unknown_token_id", 0)
     return {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
             if prefix else replace,
             "pre_tokenizer": None,
             "decoder": {"type": "Sequence", "decoders": decoders + (
                 [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else [])},
-            "model": _model(tokens, merges_from_scores(tokens, types, scores),
-                            tokens[unknown] if 0 <= unknown < len(tokens) else None, True, False)}
+            "model": _model(tokens[unknown] if 0 <= unknown < len(tokens) else None, True, False)}
 
 
-def _model(tokens: list[str], merges: list[list[str]], unknown: str | None, byte_fallback: bool,
-           ignore_merges: bool) -> Json:
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        repeated = next(t for i, t in enumerate(tokens) if vocab[t] != i)
-        raise FewbitsError(f"{KEY}tokens holds {repeated!r} twice")
+def _model(unknown: str | None, byte_fallback: bool, ignore_merges: bool) -> Json:
     return {"type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": byte_fallback, "byte_fallback": byte_fallback,
-            "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges}
+            "ignore_merges": ignore_merges, "vocab": {}, "merges": []}
 
 
-def merges_from_scores(tokens: list[str], types: np.ndarray, scores: np.ndarray) -> list[list[str]]:
+def merges_from_scores(tokens: list[str], types: np.ndarray, scores: np.ndarray) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, the highest score first; ties by token, then by the parts."""
     score = scores.tolist()
     pieces = {tokens[i]: int(i) for i in np.flatnonzero(np.isin(types, (NORMAL, UNUSED)))}
@@ -138,10 +185,10 @@ def merges_from_scores(tokens: list[str], types: np.ndarray, scores: np.ndarray)
             if left is not None and right is not None:
                 found.append((-score[i], i, left, right))
     found.sort()
-    return [[tokens[left], tokens[right]] for _, _, left, right in found]
+    return [(tokens[left], tokens[right]) for _, _, left, right in found]
 
 
-def _template(get: Any, tokens: list[str]) -> Json | None:
+def _template(get: Any, tokens: Sequence[str]) -> Json | None:
     add_bos = get("add_bos_token", get("model") == "llama" or _pre_name(get) in ADD_BOS)
     add_eos = get("add_eos_token", False)
     ends = [get("bos_token_id", 1) if add_bos else None, get("eos_token_id", 2) if add_eos else None]

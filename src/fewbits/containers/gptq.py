@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from fewbits import __version__
-from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.checkpoint import Checkpoint, Entry, Filed
 from fewbits.codecs.affine import IntK
 from fewbits.codecs.base import Shape
 from fewbits.codecs.packing import pack_bits, packed_bytes, unpack_bits
@@ -48,6 +50,7 @@ from fewbits.containers.safetensors import Raw, Spec, take
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
+from fewbits.stored import Apart
 
 V1, V2 = "gptq", "gptq_v2"
 
@@ -212,6 +215,24 @@ class Module:
             planes["zeros"] = pack_bits(zeros.t(), codec.bits)
         return QTensor(codec, self.shape, planes, order)
 
+    def stored(self) -> Apart | None:
+        """Where its codes lie; None where columns are in another order, or codes cross bytes."""
+        codec, (rows, columns), codes = self.codec, self.shape, self.qweight.array()
+        if codes is None or codec.bits == 3 or columns * codec.bits % 32:
+            return None
+        g_idx = None if self.g_idx is None else self.g_idx.array()
+        if g_idx is not None and self.g_idx is not None:
+            found = g_idx.view("<i4" if self.g_idx.dtype == "I32" else "<i8")
+            if not np.array_equal(found, np.arange(columns) // codec.unit(columns)):
+                return None
+        scales, zeros, words = self.scales.finite_array(), None, self.qzeros.array()
+        assert scales is not None and words is not None
+        if not codec.symmetric:
+            mask = (1 << codec.bits) - 1
+            each = words.reshape(len(scales), -1, 1) >> np.arange(0, 8, codec.bits, dtype=np.uint8) & mask
+            zeros = (each.reshape(len(scales), -1)[:, :rows].T + np.uint8(self.version == V1)) & mask
+        return Apart(codec, self.shape, codes, scales.T, zeros, across=True)
+
 
 # reading --------------------------------------------------------------------------------------------------------------
 def _drop_biases(raws: dict[str, Raw], modules: list[str], known: Mapping[str, Shape]) -> None:
@@ -241,4 +262,4 @@ def read_module(raws: dict[str, Raw], module: str, rules: Rules | Inferred, widt
     symmetric = all_alike(qzeros, bits, rows, (1 << (bits - 1)) - (rules.version == V1))
     codec = codec_of(bits, group, symmetric, scales)
     found = Module(qweight, qzeros, scales, g_idx, codec, columns, rules.version)
-    return Entry(f"{module}.weight", found.shape, codec, found.load)
+    return Entry(f"{module}.weight", found.shape, codec, Filed(found.load, found.stored))

@@ -7,6 +7,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fewbits.containers.base import flat_bytes
 from fewbits.containers.safetensors import DTYPES, Raw, SafeTensors
 from fewbits.errors import FewbitsError
@@ -56,6 +58,9 @@ class PickledRaw(Raw):
 
     def data(self) -> bytes:
         return bytes(flat_bytes(self.value).numpy().data)
+
+    def array(self) -> np.ndarray | None:
+        return None
 
     def tensor(self) -> torch.Tensor:
         return self.value.contiguous()

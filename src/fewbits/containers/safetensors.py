@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from fewbits.codecs.base import Shape
 from fewbits.containers.base import flat_bytes
 from fewbits.errors import FewbitsError
@@ -61,6 +63,10 @@ class Raw:
     def data(self) -> bytes:
         return self.file.mapped()[self.start:self.end]
 
+    def array(self) -> np.ndarray | None:
+        """Its bytes, sharing the read-only mapping; None where they are not in a mapped file."""
+        return np.frombuffer(self.file.mapped(), np.uint8, self.end - self.start, self.start)
+
     def tensor(self) -> torch.Tensor:
         """The tensor, sharing the read-only mapping: writing into it would end the process."""
         torch_name, size = DTYPES[self.dtype]
@@ -84,6 +90,21 @@ class Raw:
             raise self.refuse(f"{float(tensor[at])} at {list(at)}", "the file is damaged, or its layer was quantized "
                               "with NaN or infinite weights")
         return tensor
+
+    def finite_array(self) -> np.ndarray | None:
+        """The tensor of floats without torch, bfloat16 as uint16; None as of `array`.
+
+        Raises:
+            FewbitsError: NaN or infinity, as of `finite`.
+        """
+        data = self.array()
+        if data is None:
+            return None
+        found = data.view({"F16": "<f2", "BF16": "<u2", "F32": "<f4"}[self.dtype]).reshape(self.shape)
+        fine = (found & 0x7F80) != 0x7F80 if self.dtype == "BF16" else np.isfinite(found)
+        if not fine.all():
+            self.finite()
+        return found
 
     def refuse(self, reason: str, hint: str | None = None) -> FewbitsError:
         return FewbitsError(f"{self.file.path}: {self.name}: {reason}", hint)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
-
-ROWS = 64  # positions whose distributions are held at a time
+from fewbits.measure.scoring import ROWS, scorer
+from fewbits.runtime.build import bos_of, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,13 @@ class _Sums:
         self.same: list[torch.Tensor] = []
 
     def add(self, logits: torch.Tensor, reference: torch.Tensor | None, targets: torch.Tensor) -> None:
-        for at in range(0, len(targets), ROWS):
-            rows = slice(at, at + ROWS)
-            q = logits[rows].float().log_softmax(-1)
-            self.nll.append(-q.gather(1, targets[rows, None])[:, 0])
-            if reference is not None:
-                p = reference[rows].float().log_softmax(-1)
-                self.reference_nll.append(-p.gather(1, targets[rows, None])[:, 0])
-                self.kl.append((p.exp() * (p - q)).sum(-1))
-                self.same.append(p.argmax(-1) == q.argmax(-1))
+        q = logits.log_softmax(-1)
+        self.nll.append(-q.gather(1, targets[:, None])[:, 0])
+        if reference is not None:
+            p = reference.log_softmax(-1)
+            self.reference_nll.append(-p.gather(1, targets[:, None])[:, 0])
+            self.kl.append((p.exp() * (p - q)).sum(-1))
+            self.same.append(p.argmax(-1) == q.argmax(-1))
 
 
 def evaluate(model: str | Path | Checkpoint | Any, against: str | Path | Checkpoint | Any | None = None, *,
@@ -62,34 +61,35 @@ def evaluate(model: str | Path | Checkpoint | Any, against: str | Path | Checkpo
              progress: Callable[[str, int, int], None] | None = None) -> Divergence:
     """Measure `model`, and how far it is from `against`, on windows of `context` tokens of a text file.
 
-    Windows follow each other without overlap; every token of a window but the first is predicted (perplexity as in the
-    GPTQ papers, at this context). Models whose tokenizer begins texts with a token get it at the start of each window.
+    A path, a hub id or a checkpoint is computed by the native decoder where that knows the family and no `kernel` of
+    Transformers' modules is asked for. Windows follow each other without overlap; every token of a window but the first
+    is predicted (perplexity as in the GPTQ papers, at this context). Models whose tokenizer begins texts with a token
+    get it at the start of each window.
 
     Raises:
         FewbitsError: text shorter than a window, tokenizers that differ, logits that are not finite.
     """
-    from fewbits.loading import checkpoint_of, load
-    from fewbits.loading import tokenizer as tokenizer_of
-    from fewbits.runtime.build import bos_of
-
     began = time.monotonic()
-    net = load(model, kernel=kernel) if isinstance(model, (str, Path, Checkpoint)) else model
-    reference = load(against, kernel=kernel) if isinstance(against, (str, Path, Checkpoint)) else against
-    tokenizer = tokenizer_of(net)
+    net = scorer(model, kernel)
+    reference = None if against is None else scorer(against, kernel)
+    tokenizer = tokenizer_of(net.checkpoint)
     windows = cut(read_text(text), tokenizer, context, chunks, str(text), bos_of(tokenizer))
     if reference is not None:
-        _same_tokens(tokenizer, tokenizer_of(reference), Path(text))
+        _same_tokens(tokenizer, tokenizer_of(reference.checkpoint), Path(text))
     sums = _Sums()
-    with torch.inference_mode():
-        for i, window in enumerate(windows):
-            logits = net(input_ids=window[None], use_cache=False).logits[0, :-1]
+    for i, window in enumerate(windows):
+        others: Iterable[torch.Tensor | None] = repeat(None) if reference is None else reference.logits(window)
+        at = 1
+        for logits, other in zip(net.logits(window), others, strict=False):
+            targets = window[at:at + ROWS]
+            at += ROWS
+            logits = logits[:len(targets)]
             if not bool(logits.isfinite().all()):
-                raise FewbitsError(f"logits of {checkpoint_of(net).path} are not finite in chunk {i}",
+                raise FewbitsError(f"logits of {net.checkpoint.path} are not finite in chunk {i}",
                                    "the model is broken: fewbits info names its tensors")
-            other = None if reference is None else reference(input_ids=window[None], use_cache=False).logits[0, :-1]
-            sums.add(logits, other, window[1:])
-            if progress:
-                progress("evaluating", i + 1, len(windows))
+            sums.add(logits, None if other is None else other[:len(targets)], targets)
+        if progress:
+            progress("evaluating", i + 1, len(windows))
     return _figures(sums, context, time.monotonic() - began)
 
 

@@ -15,7 +15,8 @@ from fewbits.codecs.base import Params, Planes, units
 from fewbits.errors import FewbitsError
 from fewbits.instructions import threads
 from fewbits.qtensor import QTensor
-from fewbits.runtime.interleaved import BLOCK, SCALES, TILE, Form, form, unfit
+from fewbits.runtime import blocks
+from fewbits.runtime.interleaved import BLOCK, TILE, Form, form, scale_name, unfit, weight
 from fewbits.runtime.reference import Prepared
 
 CHUNK = 1 << 22  # weights unpacked at a time while preparing
@@ -36,12 +37,7 @@ class Matrix:
 
     @cached_property
     def weight(self) -> _native.Weight:
-        blocks, f = units(self.columns, BLOCK), self.form
-        return _native.Weight(
-            rows=self.rows, columns=self.columns, bits=f.bits, zero=f.zero, sub=f.sub, factor=f.factor,
-            group=blocks if self.unit >= self.columns else self.unit // BLOCK, scaling=f.scaling,
-            scale=SCALES[self.dtype], values=f.values, levels=f.levels,
-            **{name: self.planes.get(name) for name in ("codes", "scales", "mins", "subscales", "submins")})
+        return weight(self.form, self.rows, self.columns, self.unit, scale_name(self.dtype), self.planes)
 
     def decode(self, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows `ids` `[n]`, float32 `[n, columns]`."""
@@ -113,6 +109,11 @@ class Native:
 
     def _prepare(self, q: QTensor, f: Form, index: int) -> Matrix:
         rows, columns = self.shape[-2:]
+        if blocks.natively(q.codec) is not None:
+            data = q.planes["blocks"][index * rows:(index + 1) * rows].contiguous().numpy()
+            found = blocks.planes(q.codec, [data], rows, columns)
+            return Matrix(f, rows, columns, q.codec.unit(columns), getattr(torch, blocks.FIELDS[q.codec.name].kind),
+                          {name: torch.from_numpy(plane) for name, plane in found.items()})
         planes = _Planes(f, rows, columns)
         stored = QTensor(q.codec, q.shape, q.planes)
         if not q.codec.rows_apart(q.shape):  # nested absmax: one tensor, not a stack

@@ -1,192 +1,267 @@
-"""Decoder-only transformers that native code runs: a table of families, and the list of steps that one compiles to.
+"""Decoder-only transformers that native code runs: the list of steps that a checkpoint compiles to.
 
 A token costs one native call, whatever the number of layers; docs/concepts/decoder.md has the steps and the cache.
+What model types differ in is data: `families` and `arch`. Tensors go by their names in GGUF here, which all share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import torch
-import transformers
+import numpy as np
 
 from fewbits import _native, arch
-from fewbits.checkpoint import Checkpoint
-from fewbits.errors import FewbitsError
-from fewbits.qtensor import QTensor
-from fewbits.runtime.build import settings
-from fewbits.runtime.cpu import Native
-from fewbits.runtime.dispatch import choose
-from fewbits.runtime.interleaved import SCALES
-from fewbits.runtime.reference import _Weight
+from fewbits.arch import rope, rotary
+from fewbits.arch.base import Config, head_dim, inner, kv_heads
+from fewbits.arch.rotary import Rotation
+from fewbits.arch.rows import AddOne, Ops, Regroup
+from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.containers import experts
+from fewbits.errors import FewbitsError, Unsupported
+from fewbits.runtime import families, weights
+from fewbits.runtime.families import ACTIVATIONS, FULL, SLIDING, Family
 from fewbits.runtime.sequences import Decoder
+from fewbits.runtime.weights import Weight
 
-Settings = transformers.PreTrainedConfig
-CPU = torch.device("cpu")
-ROPES = ("linear", "yarn", "llama3")  # scaled once for all positions; besides "default"
-LAYER = "model.layers.{i}."
+Array = np.ndarray
+Rows = slice | Array | None  # of a matrix: all of them, or those that make up a part of it
 
-
-def _by_layer(s: Settings) -> list[int]:
-    return [s.sliding_window if kind == "sliding_attention" else 0 for kind in s.layer_types]
-
-
-def _everywhere(s: Settings) -> list[int]:
-    return [s.sliding_window or 0] * s.num_hidden_layers
-
-
-def _nowhere(s: Settings) -> list[int]:
-    return [0] * s.num_hidden_layers
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model type does beside what all of them do: norms before, SwiGLU, rotary positions, grouped queries."""
-
-    windows: Callable[[Settings], list[int]] = _nowhere  # positions that each layer sees, 0: all
-    head_norms: bool = False  # of every head's queries and keys
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(windows=_everywhere),
-    "qwen2": Family(windows=_by_layer),
-    "qwen3": Family(windows=_by_layer, head_norms=True),
-}
-
-# buffers of a call, [tokens, width] each, and what their widths are
-HIDDEN, NORMED, QUERIES, KEYS, VALUES, SEEN, GATE, UP = range(8)
-
-
-@dataclass(frozen=True)
-class Widths:
-    hidden: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head: int
-
-    def buffers(self) -> list[int]:
-        queries, keys = self.heads * self.head, self.kv_heads * self.head
-        return [self.hidden, self.hidden, queries, keys, keys, queries, self.inner, self.inner]
+# buffers of a call, [tokens, width] each; the last is there if there are experts
+HIDDEN, NORMED, QUERIES, KEYS, VALUES, SEEN, GATE, UP, CHOSEN = range(9)
 
 
 def compile(checkpoint: Checkpoint) -> Decoder:
     """The steps of a checkpoint's model, its weights prepared for the native kernels.
 
-    Matrices that no native kernel multiplies (orders of columns, `int8`, codebooks) are decoded to float32 once.
+    Matrices that no native kernel multiplies (codebooks; experts in `int8` or with columns in another order) are
+    decoded to float32 once.
 
     Raises:
-        FewbitsError: a model type, activation or rotary scaling that is not supported; tensors missing or misshapen.
+        FewbitsError: a model type, or something in its configuration, that is not supported; tensors that are missing
+            or misshapen.
     """
-    kind = checkpoint.config.get("model_type")
-    family = FAMILIES.get(str(kind))
-    if family is None:
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for model type {kind!r}",
-                           f"there are {', '.join(FAMILIES)}; fewbits.load() runs others")
-    s: Any = settings(checkpoint.config, checkpoint.path)
-    if s.hidden_act != "silu":
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for hidden_act {s.hidden_act!r}", "there is silu")
-    inverse, factor = _rotations(checkpoint, s)
-    head = getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
-    widths = Widths(s.hidden_size, s.intermediate_size, s.num_attention_heads, s.num_key_value_heads, head)
     try:
-        plan = _native.Plan(widths=widths.buffers(), layers=s.num_hidden_layers, heads=widths.heads,
-                            kv_heads=widths.kv_heads, head=head, scale=head ** -0.5)
-        rotation = plan.rotation(inverse.tolist(), factor)
-    except ValueError as error:
-        raise FewbitsError(f"{checkpoint.path}: {error}") from None
-    _write(plan, family, s, _Weights(checkpoint, s), rotation)
-    return Decoder(plan, s.vocab_size, s.max_position_embeddings)
+        return _compile(families.language(checkpoint))
+    except FewbitsError:
+        raise
+    except KeyError as error:
+        raise FewbitsError(f"{checkpoint.path}: the configuration has no {error.args[0]}") from None
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise FewbitsError(f"{checkpoint.path}: the configuration: {str(error).splitlines()[0]}") from None
 
 
-def _write(plan: _native.Plan, family: Family, s: Any, weights: _Weights, rotation: int) -> None:
-    def norm(name: str, x: int, out: int) -> None:
-        plan.norm(x, out, weights.vector(name + ".weight"), s.rms_norm_eps)
+def _compile(checkpoint: Checkpoint) -> Decoder:
+    family, table = families.family_of(checkpoint)
+    config = families.settings(checkpoint, family, table)
+    if head_dim(config) > _native.WIDEST_HEAD:
+        raise Unsupported(f"{checkpoint.path}: no native decoder for heads of {head_dim(config)} columns")
+    tensors = _Tensors(checkpoint, table, config)
+    rotations = _rotations(family, config, checkpoint.path)
+    plan = _native.Plan(widths=_widths(config, table.experts), layers=config["num_hidden_layers"],
+                        heads=config["num_attention_heads"], kv_heads=kv_heads(config), head=head_dim(config),
+                        scale=family.scale(config))
+    _Writer(plan, family, config, tensors).write(rotations)
+    original = max((r.original for r in rotations.values() if r.stretched is not None), default=0)
+    return Decoder(plan, config["vocab_size"], config["max_position_embeddings"], original)
 
-    def multiply(x: int, parts: dict[str, int]) -> None:
-        plan.multiply(x, [weights.matrix(name + ".weight") for name in parts],
-                      [weights.bias(name + ".bias") for name in parts], list(parts.values()))
 
-    plan.embed(weights.matrix("model.embed_tokens.weight"), HIDDEN)
-    for i, window in enumerate(family.windows(s)):
-        at = LAYER.format(i=i)
-        attention, mlp = at + "self_attn.", at + "mlp."
-        norm(at + "input_layernorm", HIDDEN, NORMED)
-        multiply(NORMED, {attention + "q_proj": QUERIES, attention + "k_proj": KEYS, attention + "v_proj": VALUES})
+def _widths(c: Config, mixture: bool) -> list[int]:
+    hidden, wide = c["hidden_size"], inner(c)
+    queries, keys = c["num_attention_heads"] * head_dim(c), kv_heads(c) * head_dim(c)
+    shared = [hidden, hidden, queries, keys, keys, queries]
+    if not mixture:
+        return [*shared, wide, wide]
+    chosen, wide = c["num_experts_per_tok"], c.get("moe_intermediate_size") or wide
+    return [*shared, chosen * wide, chosen * wide, chosen * hidden]
+
+
+def _rotations(family: Family, config: Config, source: Path) -> dict[str, Rotation]:
+    """By kind of layer."""
+    if not family.rotated:
+        return {}
+    found = {}
+    for kind in set(family.kinds(config)):
+        settings = rope.parameters(config, kind if family.by_kind else "")
+        if not family.partly:
+            settings.pop("partial_rotary_factor", None)
+        if settings["rope_type"] not in rotary.KINDS:
+            raise Unsupported(f"{source}: no native decoder for rope type {settings['rope_type']!r}",
+                              f"there are {', '.join(rotary.KINDS)}; fewbits.load() may run it")
+        found[kind] = rotary.rotation(settings, head_dim(config), config["max_position_embeddings"])
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """A product, of some rows of a matrix."""
+
+    name: str
+    out: int
+    rows: Rows = None
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes a model down as the steps of a plan."""
+
+    plan: _native.Plan
+    family: Family
+    config: Config
+    tensors: _Tensors
+
+    def write(self, rotations: dict[str, Rotation]) -> None:
+        plan, family, c = self.plan, self.family, self.config
+        turns = {kind: plan.rotation(r.frequencies.tolist(), r.factor, [] if r.stretched is None else
+                                     r.stretched.tolist()) for kind, r in rotations.items()}
+        plan.embed(self.tensors.matrix("token_embd"), HIDDEN)
+        if "position_embd" in self.tensors:
+            plan.positions(self.tensors.matrix("position_embd"), NORMED)
+            plan.add(NORMED, HIDDEN)
+        if family.embedding:
+            plan.scale(HIDDEN, family.embedding(c))
+        for i, kind in enumerate(self._kinds()):
+            self._layer(i, kind, turns.get(kind))
+        self._norm("output_norm", HIDDEN, HIDDEN)
+        head = "output" if "output" in self.tensors else "token_embd"
+        self._multiply(HIDDEN, [Part(head, _native.RESULT)])
+        if c.get(family.caps[1]):
+            plan.cap(_native.RESULT, c[family.caps[1]])
+
+    def _kinds(self) -> list[str]:
+        kinds, layers = self.family.kinds(self.config), self.config["num_hidden_layers"]
+        if len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
+            raise ValueError(f"layer_types {kinds} for {layers} layers")
+        return kinds
+
+    def _layer(self, i: int, kind: str, turn: int | None) -> None:
+        plan, c, at = self.plan, self.config, f"blk.{i}."
+        self._multiply(self._norm(at + "attn_norm", HIDDEN, NORMED), self._queries_keys_values(at))
         for part, buffer in ("q", QUERIES), ("k", KEYS):
-            if family.head_norms:
-                norm(f"{attention}{part}_norm", buffer, buffer)
-            plan.rotate(buffer, rotation)
-        plan.attend(QUERIES, KEYS, VALUES, SEEN, i, window, 0.0)
-        if i == s.num_hidden_layers - 1:
+            self._norm(f"{at}attn_{part}_norm", buffer, buffer)
+            if turn is not None:
+                plan.rotate(buffer, turn)
+        if c.get("scale_attn_by_inverse_layer_idx"):
+            plan.scale(QUERIES, 1 / (i + 1))
+        window = c.get("sliding_window") if kind == SLIDING else 0
+        plan.attend(QUERIES, KEYS, VALUES, SEEN, i, window or 0, c.get(self.family.caps[0]) or 0.0)
+        if i == c["num_hidden_layers"] - 1:
             plan.narrow()
-        multiply(SEEN, {attention + "o_proj": NORMED})
-        plan.add(NORMED, HIDDEN)
-        norm(at + "post_attention_layernorm", HIDDEN, NORMED)
-        multiply(NORMED, {mlp + "gate_proj": GATE, mlp + "up_proj": UP})
-        plan.gate(GATE, UP, GATE)
-        multiply(GATE, {mlp + "down_proj": NORMED})
-        plan.add(NORMED, HIDDEN)
-    norm("model.norm", HIDDEN, HIDDEN)
-    tied = "lm_head.weight" not in weights.checkpoint.entries
-    multiply(HIDDEN, {"model.embed_tokens" if tied else "lm_head": _native.RESULT})
+        if self.family.parallel and c["use_parallel_residual"]:
+            self._widen(at)
+            self._add(SEEN, at + "attn_output", at + "post_attention_norm")
+        else:
+            self._add(SEEN, at + "attn_output", at + "post_attention_norm")
+            if at + "ffn_gate_inp" in self.tensors:
+                return self._experts(at)
+            self._widen(at)
+        self._add(GATE, at + "ffn_down", at + "post_ffw_norm")
+
+    def _queries_keys_values(self, at: str) -> list[Part]:
+        fused, c = at + "attn_qkv", self.config
+        if fused not in self.tensors:
+            return [Part(at + "attn_q", QUERIES), Part(at + "attn_k", KEYS), Part(at + "attn_v", VALUES)]
+        heads, width = c["num_attention_heads"], head_dim(c)
+        if any(isinstance(op, Regroup) for op in self.tensors.ops(fused)):  # those of a head side by side
+            rows = np.arange(3 * heads * width).reshape(heads, 3, width)
+            return [Part(fused, out, rows[:, i].ravel()) for i, out in enumerate((QUERIES, KEYS, VALUES))]
+        ends = np.cumsum([0, heads * width, kv_heads(c) * width, kv_heads(c) * width]).tolist()
+        return [Part(fused, out, slice(*ends[i:i + 2])) for i, out in enumerate((QUERIES, KEYS, VALUES))]
+
+    def _widen(self, at: str) -> None:
+        """The first half of the feed-forward part: into GATE."""
+        gate, up, wide = at + "ffn_gate", at + "ffn_up", inner(self.config)
+        parts = [Part(gate, GATE), Part(up, UP)]
+        if gate not in self.tensors:
+            fused = self.tensors.shape(up)[0] == 2 * wide
+            parts = [Part(up, GATE, slice(0, wide)), Part(up, UP, slice(wide, 2 * wide))] if fused else [Part(up, GATE)]
+        self._multiply(self._norm(at + "ffn_norm", HIDDEN, NORMED), parts)
+        self.plan.gate(self._activation, GATE, UP if len(parts) == 2 else _native.NONE, GATE)
+
+    def _experts(self, at: str) -> None:
+        x = self._norm(at + "ffn_norm", HIDDEN, NORMED)
+        gates, ups, downs = (self.tensors.stack(f"{at}ffn_{part}_exps") for part in ("gate", "up", "down"))
+        self.plan.experts(x, self.tensors.matrix(at + "ffn_gate_inp"), gates, ups, downs, room=[CHOSEN, GATE, UP],
+                          out=NORMED, chosen=self.config["num_experts_per_tok"],
+                          normalised=self.family.normalised(self.config), activation=self._activation)
+        self.plan.add(NORMED, HIDDEN)
+
+    def _add(self, x: int, name: str, norm: str) -> None:
+        """To the hidden state: a product, with a norm behind it if there is one."""
+        self._multiply(x, [Part(name, NORMED)])
+        self.plan.add(self._norm(norm, NORMED, NORMED), HIDDEN)
+
+    @property
+    def _activation(self) -> str:
+        return ACTIVATIONS[self.config[self.family.activation]]
+
+    def _norm(self, name: str, x: int, out: int) -> int:
+        """Where the result lies: `x` if there is no such norm."""
+        if name not in self.tensors:
+            return x
+        self.plan.norm(x, out, self.tensors.vector(name), self.config[self.family.epsilon], self.family.centred,
+                       self.tensors.bias(name))
+        return out
+
+    def _multiply(self, x: int, parts: list[Part]) -> None:
+        self.plan.multiply(x, [self.tensors.matrix(p.name, p.rows) for p in parts],
+                           [self.tensors.bias(p.name, p.rows) for p in parts], [p.out for p in parts])
 
 
-def _rotations(checkpoint: Checkpoint, s: Any) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies `[pairs]` and the factor of cosines and sines, as Transformers has them."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+class _Tensors:
+    """Tensors of a checkpoint by their names in GGUF, checked against the family's table; without `.weight`."""
 
-    kind = s.rope_parameters["rope_type"]
-    if kind == "default":
-        return LlamaRotaryEmbedding.compute_default_rope_parameters(s)
-    if kind not in ROPES:
-        raise FewbitsError(f"{checkpoint.path}: no native decoder for rope type {kind!r}",
-                           f"there are default, {', '.join(ROPES)}; fewbits.load() runs others")
-    inverse, factor = ROPE_INIT_FUNCTIONS[kind](s, CPU)
-    return inverse, float(factor)
+    def __init__(self, checkpoint: Checkpoint, table: arch.Architecture, config: Config):
+        self.checkpoint, self.entries = checkpoint, experts.stacked(checkpoint.entries)
+        self._tensors = {t.gguf.removesuffix(".weight"): t for t in arch.tensors(table, config)}
+        self._made: dict[str, Weight] = {}
+        for t in self._tensors.values():
+            self._check(t.hf, t.shape(config))
 
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        entry = self.entries.get(name)
+        if entry is None and experts.splits(name, shape):
+            for i in range(shape[0]):
+                self._check(experts.one(name, i), shape[1:])
+        elif entry is None:
+            raise FewbitsError(f"{self.checkpoint.path}: {name} is missing")
+        elif tuple(entry.shape) != shape:
+            raise FewbitsError(f"{self.checkpoint.path}: {name} is {list(entry.shape)}, the configuration wants "
+                               f"{list(shape)}")
 
-class _Weights:
-    """Tensors of a checkpoint, checked against what the family's table says, prepared once each."""
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
 
-    def __init__(self, checkpoint: Checkpoint, s: Settings):
-        self.checkpoint = checkpoint
-        family = arch.lookup(checkpoint.config)
-        if family is None:
-            raise FewbitsError(f"{checkpoint.path}: no native decoder for {checkpoint.architecture}",
-                               "there are models with a language head; fewbits.load() runs others")
-        config = arch.complete(family, s.to_dict(), checkpoint.entries)
-        for t in arch.tensors(family, config):
-            entry = checkpoint.entries.get(t.hf)
-            if entry is None:
-                raise FewbitsError(f"{checkpoint.path}: {t.hf} is missing")
-            if tuple(entry.shape) != t.shape(config):
-                raise FewbitsError(f"{checkpoint.path}: {t.hf} is {list(entry.shape)}, the configuration wants "
-                                   f"{list(t.shape(config))}")
-        self._made: dict[str, _native.Weight | _native.Floats] = {}
+    def _entry(self, name: str) -> Entry:
+        return self.entries[self._tensors[name].hf]
 
-    def matrix(self, name: str) -> _native.Weight | _native.Floats:
-        if name not in self._made:
-            self._made[name] = _prepare(self.checkpoint.entries[name].load())
+    def ops(self, name: str) -> Ops:
+        return self._tensors[name].ops
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entry(name).shape)
+
+    def matrix(self, name: str, rows: Rows = None) -> Weight:
+        if rows is not None:
+            return weights.matrix(self._entry(name), rows)
+        if name not in self._made:  # a tied head is the table of tokens
+            self._made[name] = weights.matrix(self._entry(name))
         return self._made[name]
 
-    def vector(self, name: str) -> torch.Tensor:
-        return self.checkpoint.entries[name].load().dequantize(torch.float32)
+    def stack(self, name: str) -> list[Weight]:
+        """A layer's experts."""
+        whole = self._tensors[name].hf
+        if whole in self.entries:
+            return weights.matrices(self.entries[whole])
+        count = sum(experts.stack_of(n) == whole for n in self.entries)
+        return [weights.matrix(self.entries[experts.one(whole, i)], expert=True) for i in range(count)]
 
-    def bias(self, name: str) -> torch.Tensor | None:
-        return self.vector(name) if name in self.checkpoint.entries else None
+    def vector(self, name: str) -> Array:
+        values = weights.vector(self._entry(name))
+        return values + np.float32(1) if AddOne() in self.ops(name) else values
 
-
-def _prepare(q: QTensor) -> _native.Weight | _native.Floats:
-    ordered, outliers = q.order is not None, q.codec.family == "int8"
-    without = ("decode", "native") if ordered or outliers else ("decode",)
-    prepared = choose(q, CPU, without=without).prepare(q, torch.float32)
-    if isinstance(prepared, Native):
-        return prepared.matrices[0].weight
-    assert isinstance(prepared, _Weight)
-    data = prepared.weight()
-    return _native.Floats(data.contiguous().view(torch.uint8), SCALES[data.dtype], *q.shape)
+    def bias(self, name: str, rows: Rows = None) -> Array | None:
+        entry = self.entries.get(self._tensors[name].hf.removesuffix("weight") + "bias")
+        if entry is None:
+            return None
+        return np.ascontiguousarray(weights.vector(entry)[slice(None) if rows is None else rows])

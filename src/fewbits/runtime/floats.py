@@ -8,7 +8,7 @@ from fewbits import _native
 from fewbits.errors import FewbitsError
 from fewbits.instructions import threads
 from fewbits.qtensor import QTensor
-from fewbits.runtime.interleaved import SCALES
+from fewbits.runtime.interleaved import scale_name
 from fewbits.runtime.reference import Prepared, _Weight
 
 # rows of activations; for more, torch is as quick, with the weight in their type
@@ -28,7 +28,7 @@ class _Stored(_Weight):
         if len(flat) > FEW[weight.dtype]:
             return super().matmul(x, bias)
         out = torch.empty(len(flat), rows)
-        _native.multiply_floats(weight.view(torch.uint8), SCALES[weight.dtype], flat.float().contiguous(), out,
+        _native.multiply_floats(weight.view(torch.uint8), scale_name(weight.dtype), flat.float().contiguous(), out,
                                 None if bias is None else bias.detach().float().contiguous(), threads())
         return out.view(*x.shape[:-1], rows).to(x.dtype)
 

@@ -7,20 +7,25 @@ The layout is drawn in docs/concepts/kernels.md, its names are those of csrc/wei
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from fewbits.codecs import iq4, mxfp4, table, ternary
-from fewbits.codecs.affine import Int8, IntK
-from fewbits.codecs.base import Codec, Params, Shape
-from fewbits.codecs.ggml import Simple
-from fewbits.codecs.ggml_old import Old
-from fewbits.codecs.kquants import Q2_K, Symmetric, WithMinimum
+from fewbits import _native
+from fewbits.codecs.base import Codec, Params, Shape, units
+from fewbits.lazy import torch
+
+if TYPE_CHECKING:
+    from fewbits.codecs.affine import IntK
+    from fewbits.codecs.ggml import Simple
+    from fewbits.codecs.ggml_old import Old
+    from fewbits.codecs.kquants import Q2_K, Symmetric, WithMinimum
+    from fewbits.codecs.table import Table
 
 TILE, BLOCK = 16, 32  # rows of a tile, columns of a block
-SCALES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "e8m0"}
+SCALES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "uint8": "e8m0"}  # by torch's name
 MIDDLE = 128  # what is added to signed bytes
 FINEST, COARSEST, STEPS = 127, 96, 16  # levels are rounded to bytes of -127 … 127; factors tried between integers
 
@@ -59,18 +64,38 @@ class Form:
 def rounded(values: tuple[float, ...]) -> tuple[tuple[int, ...], float]:
     """Levels as signed bytes, and the factor that makes values of them: 1 for integers, else the one that rounds with
     the least squared error. NF4's are off by at most 0.0039 of the largest, FP4's by 0.0031."""
-    levels = torch.tensor(values, dtype=torch.float64)
-    factors = levels.abs().max() * STEPS / torch.arange(COARSEST * STEPS, FINEST * STEPS + 1, dtype=torch.float64)
-    if torch.equal(levels, levels.round()):
-        factors = torch.ones(1, dtype=torch.float64)
+    levels = np.array(values, np.float64)
+    factors = np.abs(levels).max() * STEPS / np.arange(COARSEST * STEPS, FINEST * STEPS + 1, dtype=np.float64)
+    if np.array_equal(levels, levels.round()):
+        factors = np.ones(1)
     whole = (levels / factors[:, None]).round()
-    best = (whole * factors[:, None] - levels).square().sum(1).argmin()
-    return tuple(whole[best].int().tolist()), float(factors[best])
+    best = np.square(whole * factors[:, None] - levels).sum(1).argmin()
+    return tuple(map(int, whole[best])), float(factors[best])
+
+
+def scale_name(dtype: torch.dtype) -> str:
+    """What the native extension calls scales, or weights, of this type."""
+    return SCALES[str(dtype).removeprefix("torch.")]
+
+
+def weight(f: Form, rows: int, columns: int, unit: int, scale: str, planes: Mapping[str, Any],
+           order: np.ndarray | None = None, fine: bool = False) -> _native.Weight:
+    """A matrix of these planes, `unit` columns of which share a scale, for the native kernels.
+
+    `order` (int32) says which column of the activations meets each column of it. `fine`: what rounding takes from the
+    activations is rounded as well. Both are for decoders; `multiply` and `grouped` know nothing of them.
+    """
+    blocks = units(columns, BLOCK)
+    return _native.Weight(
+        rows=rows, columns=columns, bits=f.bits, zero=f.zero, sub=f.sub, factor=f.factor,
+        group=blocks if unit >= columns else unit // BLOCK, scaling=f.scaling, scale=scale, values=f.values,
+        levels=f.levels, order=order, fine=fine,
+        **{name: planes.get(name) for name in ("codes", "scales", "mins", "subscales", "submins")})
 
 
 def form(codec: Codec) -> Form | None:
     """The native form of a codec, or None where it has none."""
-    found = FORMS.get(type(codec))
+    found = next((FORMS[kind.__name__] for kind in type(codec).__mro__ if kind.__name__ in FORMS), None)
     return None if found is None else found(codec)
 
 
@@ -122,12 +147,26 @@ def _levels(values: tuple[float, ...], planes: dict[str, str], scaling: str = "p
                 levels=tuple(v + MIDDLE for v in whole), planes=planes, kept=kept, join=join)
 
 
-def _table(codec: table.Table) -> Form:
+def _table(codec: Table) -> Form:
+    from fewbits.codecs.table import TABLES
+
     def join(params: Params) -> Params:
         return {"absmax": codec._absmax(params)}
 
     kept = ("absmax_code", "nested_absmax", "offset") if codec.nested else ()
-    return _levels(table.TABLES[codec.kind], {"scales": "absmax"}, kept=kept, join=join)
+    return _levels(TABLES[codec.kind], {"scales": "absmax"}, kept=kept, join=join)
+
+
+def _iq4(planes: dict[str, str], scaling: str) -> Form:
+    from fewbits.codecs.iq4 import LEVELS
+
+    return _levels(tuple(map(float, LEVELS)), planes, scaling)
+
+
+def _mxfp4(codec: Codec) -> Form:
+    from fewbits.codecs.mxfp4 import E2M1
+
+    return _levels(tuple(map(float, E2M1)), {"scales": "exponent"})
 
 
 def _int(codec: IntK) -> Form:
@@ -136,14 +175,13 @@ def _int(codec: IntK) -> Form:
     return Form(codec.bits, scaling="zeros", planes={"scales": "scale", "mins": "zero"})
 
 
-IQ4 = tuple(map(float, iq4.LEVELS))
-FORMS: dict[type, Callable[..., Form]] = {
-    Simple: _simple, Old: _simple, WithMinimum: _lines, Q2_K: _nibbles, IntK: _int, table.Table: _table,
-    **{kind: _small for kind in Symmetric.__subclasses__()},
-    iq4.IQ4_NL: lambda codec: _levels(IQ4, {"scales": "d"}),
-    iq4.IQ4_XS: lambda codec: _levels(IQ4, {"scales": "d", "subscales": "scales"}, "small"),
-    mxfp4.MXFP4: lambda codec: _levels(tuple(map(float, mxfp4.E2M1)), {"scales": "exponent"}),
-    ternary.Q1_0: lambda codec: _levels((-1.0, 1.0), {"scales": "d"}, bits=1),
-    **{kind: lambda codec: Form(2, zero=1, planes={"scales": "d"}) for kind in (ternary.TQ1_0, ternary.TQ2_0)},
-    Int8: lambda codec: Form(8, MIDDLE, factor=codec.STEP, planes={"scales": "absmax"}),
+# by a codec's class or what it is derived from: names, as modules are imported when their codecs are used
+FORMS: dict[str, Callable[..., Form]] = {
+    "Simple": _simple, "Old": _simple, "WithMinimum": _lines, "Q2_K": _nibbles, "Symmetric": _small, "IntK": _int,
+    "Table": _table, "MXFP4": _mxfp4,
+    "IQ4_NL": lambda codec: _iq4({"scales": "d"}, "plain"),
+    "IQ4_XS": lambda codec: _iq4({"scales": "d", "subscales": "scales"}, "small"),
+    "Q1_0": lambda codec: _levels((-1.0, 1.0), {"scales": "d"}, bits=1),
+    **{name: lambda codec: Form(2, zero=1, planes={"scales": "d"}) for name in ("TQ1_0", "TQ2_0")},
+    "Int8": lambda codec: Form(8, MIDDLE, factor=codec.STEP, planes={"scales": "absmax"}),
 }

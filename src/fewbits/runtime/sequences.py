@@ -10,7 +10,7 @@ import numpy as np
 from fewbits import _native
 from fewbits.errors import FewbitsError
 from fewbits.instructions import threads
-from fewbits.planning import available_bytes
+from fewbits.memory import available_bytes
 
 Array = np.ndarray
 Tokens = Several[int]
@@ -21,8 +21,9 @@ CACHES = ("f16", "q8_0", "q4_0")  # what keys and values are rounded to: 16, 8.5
 class Decoder:
     """A compiled model. Weights are held once; every sequence has a cache of its own."""
 
-    def __init__(self, plan: _native.Plan, vocabulary: int, context: int):
+    def __init__(self, plan: _native.Plan, vocabulary: int, context: int, original: int = 0):
         self.plan, self.vocabulary, self.context = plan, vocabulary, context
+        self.original = original  # longer sequences are turned by stretched frequencies; 0: none
         self._sequences: WeakSet[Sequence] = WeakSet()
 
     def logits(self, tokens: Tokens, last_only: bool = False) -> Array:
@@ -73,14 +74,16 @@ class Decoder:
             except FewbitsError as error:
                 raise FewbitsError(f"sequence {i}: {error}", error.hint) if len(pieces) > 1 else error from None
         out = np.empty((sum(wanted for _, _, wanted in pieces), self.vocabulary), np.float32)
-        before, done = [len(s) for s, _, _ in pieces], 0
+        before, done = [(s._native, len(s)) for s, _, _ in pieces], 0
         try:
+            pieces = [(s, s._again(ids), wanted) for s, ids, wanted in pieces]
             for call in _calls([len(ids) for _, ids, _ in pieces]):
                 done += self._call(pieces, call, out[done:])
             for sequence, ids, _ in pieces:
-                sequence._tokens += ids.tolist()
+                sequence._tokens[len(sequence) - len(ids):] = ids.tolist()
         except BaseException:  # an interrupt between two calls
-            for (sequence, _, _), length in zip(pieces, before, strict=True):
+            for (sequence, _, _), (native, length) in zip(pieces, before, strict=True):
+                sequence._native = native
                 sequence.truncate(length)
             raise
         return np.split(out, np.cumsum([wanted for _, _, wanted in pieces])[:-1])
@@ -181,6 +184,15 @@ class Sequence:
             made._native.copy(self._native, length)
             made._tokens = self._tokens[:length]
         return made
+
+    def _again(self, ids: Array) -> Array:
+        """What is computed for `ids`: all tokens, if keys that are there were turned for another length."""
+        stretched = 0 < self.decoder.original < len(self) + len(ids)
+        if stretched == self._native.stretched:
+            return ids
+        self._native = _native.Cache(self.decoder.plan, self.capacity, self.cache)
+        self._native.stretched = stretched
+        return np.concatenate([np.array(self._tokens, np.int64), ids])
 
     def _check(self, decoder: Decoder, ids: Array, wanted: int) -> None:
         if self.decoder is not decoder:
