@@ -135,12 +135,17 @@ static void keep(const Head& head, long position, const float* key, const float*
 // What was kept, in float32 -------------------------------------------------------------------------------------------
 
 constexpr int STRETCH = 64;                // positions whose scores are known before their values are added up
-constexpr int VECTORS = STRETCH / LANES;
 
 // Bytes of two columns, or of one.
 INLINE F32 low_of(const uint8_t* p) { return floats((widen_u8(p) & 15) - 8); }
 INLINE F32 high_of(const uint8_t* p) { return floats((I32)((U32)widen_u8(p) >> 4) - 8); }
 INLINE F32 byte_of(const uint8_t* p) { return floats(widen_i8(p)); }
+
+namespace reg {
+INLINE void widen_halves(const uint16_t* from, float* to) {
+    for (int i = 0; i < LINE; i += LANES) store(to + i, from_f16(from + i));
+}
+}  // namespace reg
 
 // to [columns][STRETCH], from position `at` on, as many lines as hold `count` positions
 static void widen_keys(const Head& head, long at, long count, float* to) {
@@ -149,7 +154,7 @@ static void widen_keys(const Head& head, long at, long count, float* to) {
         const long line = (at + p) / LINE;
         if (head.kept == Kept::f16) {
             const uint16_t* from = (const uint16_t*)head.keys + line * head.width * LINE;
-            for (long c = 0; c < head.width; ++c) store(to + c * STRETCH + p, from_f16(from + c * LINE));
+            for (long c = 0; c < head.width; ++c) reg::widen_halves(from + c * LINE, to + c * STRETCH + p);
             continue;
         }
         for (long run = 0; run < runs; ++run) {
@@ -173,7 +178,7 @@ static void widen_keys(const Head& head, long at, long count, float* to) {
 static void widen_values(const Head& head, long at, long count, long wide, float* to) {
     if (head.kept == Kept::f16) {
         const uint16_t* from = (const uint16_t*)head.values + at * wide;
-        for (long i = 0; i < count * wide; i += LANES) store(to + i, from_f16(from + i));
+        for (long i = 0; i < count * wide; i += LANES) reg::widen_halves(from + i, to + i);
         return;
     }
     const long runs = wide / RUN, first = at * runs;
@@ -193,12 +198,14 @@ static void widen_values(const Head& head, long at, long count, long wide, float
 
 // Sums -----------------------------------------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
-constexpr int TOGETHER = VECTORS;  // 24 of 32 registers hold sums of 6 rows, 4 what they meet
+#if defined(__AVX512F__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr int TOGETHER = 4;  // 24 of 32 registers hold sums of 6 rows, 4 what they meet
 #else
-constexpr int TOGETHER = 1;  // a vector is 2 or 4 registers
+constexpr int TOGETHER = 2;  // 12 of 16, and 2
 #endif
 constexpr int ROWS = 6;
+
+namespace reg {
 
 // to[r][v] += sum of a[r][k] * b[k][v] over k = 0 … count - 1, in this order, for R rows and V vectors. FETCH: `step`
 // bytes from `next` on are asked for at each k.
@@ -233,6 +240,7 @@ INLINE void tile(const float* a, long a_row, const float* b, long b_row, long co
         for (int v = 0; v < V; ++v) store(to + r * to_row + v * LANES, sums[r][v]);
 }
 
+// `wide` is a multiple of LINE
 template <int R, bool FETCH>
 static void tiles_of(const float* a, long a_row, const float* b, long b_row, long count, float* to, long to_row,
                      long wide, const uint8_t* next, long step) {
@@ -256,6 +264,8 @@ static void multiply(int rows, const float* a, long a_row, const float* b, long 
     if (r < rows)
         tiles[rows - r - 1](a + r * a_row, a_row, b, b_row, count, to + r * to_row, to_row, wide, next, 0);
 }
+
+}  // namespace reg
 
 // Attention ------------------------------------------------------------------------------------------------------------
 
@@ -303,6 +313,8 @@ static void copy_queries(const Head& head, const Query* queries, int count, cons
     }
 }
 
+namespace reg {
+
 // 2^x for x <= 0, and not less than 2^-126. Not a number stays that.
 INLINE F32 power(F32 x) {
     x = larger(spread(-126.0f), x);
@@ -313,42 +325,61 @@ INLINE F32 power(F32 x) {
     return (F32)((I32)y + (((I32)whole - MAGIC) << 23));
 }
 
+INLINE float power(float x) {
+    float lanes[LANES];
+    store(lanes, power(spread(x)));
+    return lanes[0];
+}
+
+}  // namespace reg
+
+// What a stretch's scores are where there is a cap, and where some positions are not seen.
+static void change(const Query& query, long at, float cap, float* scores) {
+    const I32 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (long p = 0; p < STRETCH; p += LANES) {
+        F32 s = load<F32>(scores + p);
+        if (cap > 0) s = (cap - 2 * cap / (exponential(s * (2 / cap)) + 1.0f)) * LOG2_E;
+        const I32 position = lanes + (int32_t)(at + p);
+        const I32 seen = (position >= (int32_t)query.first) & (position <= (int32_t)query.last);
+        store(scores + p, choose(seen, s, spread(LEAST)));
+    }
+}
+
+namespace reg {
+
 // A row's scores become weights; sums so far are corrected where one is the largest yet.
 INLINE void weigh(const Query& query, long at, float cap, float* scores, const Sums& sums, long wide) {
-    F32 s[VECTORS];
+    const bool edge = query.first > at || query.last < at + STRETCH - 1;
+    if (edge || cap > 0) change(query, at, cap, scores);
     const F32 before = spread(*sums.most);
     F32 highest = before;
-    const bool edge = query.first > at || query.last < at + STRETCH - 1;
-    const I32 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-        s[v] = load<F32>(scores + v * LANES);
-        if (cap > 0) s[v] = (cap - 2 * cap / (exponential(s[v] * (2 / cap)) + 1.0f)) * LOG2_E;
-        if (edge) {
-            const I32 position = lanes + (int32_t)(at + v * LANES);
-            const I32 seen = (position >= (int32_t)query.first) & (position <= (int32_t)query.last);
-            s[v] = choose(seen, s[v], spread(LEAST));
-        }
-        highest = larger(s[v], highest);
-    }
-    F32 total = load<F32>(sums.weights);
+#pragma GCC unroll 16
+    for (int i = 0; i < STRETCH; i += LANES) highest = larger(load<F32>(scores + i), highest);
     float now = *sums.most;
     if (any(highest > before)) {
-        now = largest_of(highest);
-        const F32 shrink = power(spread(*sums.most - now));
-        for (long c = 0; c < wide; c += LANES) store(sums.values + c, load<F32>(sums.values + c) * shrink);
-        total = total * shrink;
+        float lanes[LANES];
+        store(lanes, highest);
+        for (float s : lanes) now = s > now ? s : now;
+        const F32 shrink = spread(power(*sums.most - now));
+        for (long c = 0; c < wide + LINE; c += LANES)  // weights lie behind the values
+            store(sums.values + c, load<F32>(sums.values + c) * shrink);
         *sums.most = now;
     }
+    for (int lane = 0; lane < LINE; lane += LANES) {
+        F32 total = load<F32>(sums.weights + lane);
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-        F32 w = power(s[v] - now);
-        if (edge) w = choose(s[v] == spread(LEAST), F32{}, w);
-        store(scores + v * LANES, w);
-        total = total + w;
+        for (int i = lane; i < STRETCH; i += LINE) {
+            const F32 s = load<F32>(scores + i);
+            F32 w = power(s - now);
+            if (edge) w = (F32)((I32)w & (s > LEAST));
+            store(scores + i, w);
+            total = total + w;
+        }
+        store(sums.weights + lane, total);
     }
-    store(sums.weights, total);
 }
+
+}  // namespace reg
 
 // What queries (copied: `asked`) add to their sums in positions first … last.
 static void add(const Head& head, const Query* queries, const float* asked, int count, float cap, long first, long last,
@@ -361,12 +392,12 @@ static void add(const Head& head, const Query* queries, const float* asked, int 
         const long lines = lined(positions) / LINE;
         widen_keys(head, at, positions, mine.wide);
         memset(mine.weights, 0, count * STRETCH * sizeof(float));
-        multiply(count, asked, head.width, mine.wide, STRETCH, head.width, mine.weights, STRETCH, lines * LINE,
+        reg::multiply(count, asked, head.width, mine.wide, STRETCH, head.width, mine.weights, STRETCH, lines * LINE,
                  head.values + line * planes.values, lines * planes.values);
         for (int r = 0; r < count; ++r)
-            weigh(queries[r], at, cap, mine.weights + r * STRETCH, Sums(sums + r * size, wide), wide);
+            reg::weigh(queries[r], at, cap, mine.weights + r * STRETCH, Sums(sums + r * size, wide), wide);
         widen_values(head, at, positions, wide, mine.wide);
-        multiply(count, mine.weights, STRETCH, mine.wide, wide, positions, sums, size, wide,
+        reg::multiply(count, mine.weights, STRETCH, mine.wide, wide, positions, sums, size, wide,
                  head.keys + (line + lines) * planes.keys, at + STRETCH <= last ? lines * planes.keys : 0);
     }
 }
@@ -398,18 +429,22 @@ static void gather(const Head& head, const Query* queries, int count, const Scor
     gather_copied(head, queries, asked, count, how.cap, span(queries, count), segment, sums);
 }
 
+namespace reg {
+
 // Adds a segment's sums to those of the ones before.
 static void join(const Head& head, int count, const float* part, float* sums) {
     const long wide = wide_of(head), size = sums_of(head.width);
     for (int r = 0; r < count; ++r) {
         const Sums to(sums + r * size, wide), from((float*)part + r * size, wide);
         const float now = *from.most > *to.most ? *from.most : *to.most;
-        const F32 keep = power(spread(*to.most - now)), take = power(spread(*from.most - now));
-        for (long c = 0; c < wide + LINE; c += LANES)  // weights lie behind the values
+        const F32 keep = spread(power(*to.most - now)), take = spread(power(*from.most - now));
+        for (long c = 0; c < wide + LINE; c += LANES)
             store(to.values + c, fma(load<F32>(from.values + c), take, load<F32>(to.values + c) * keep));
         *to.most = now;
     }
 }
+
+}  // namespace reg
 
 static void write(const Head& head, const Query* queries, int count, const float* sums) {
     const long wide = wide_of(head), size = sums_of(head.width);
@@ -423,7 +458,7 @@ static void write(const Head& head, const Query* queries, int count, const float
 
 static void finish(const Head& head, const Query* queries, int count, long segments, float* sums) {
     const long size = count * sums_of(head.width);
-    for (long i = 1; i < segments; ++i) join(head, count, sums + i * size, sums);
+    for (long i = 1; i < segments; ++i) reg::join(head, count, sums + i * size, sums);
     write(head, queries, count, sums);
 }
 
@@ -435,7 +470,7 @@ static void attend(const Head& head, const Query* queries, int count, const Scor
     gather_copied(head, queries, mine.queries, count, how.cap, all, first, mine.sums);
     for (long i = first + 1; i <= last; ++i) {
         gather_copied(head, queries, mine.queries, count, how.cap, all, i, mine.part);
-        join(head, count, mine.part, mine.sums);
+        reg::join(head, count, mine.part, mine.sums);
     }
     write(head, queries, count, mine.sums);
 }

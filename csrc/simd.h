@@ -311,6 +311,8 @@ INLINE I32 spread(int32_t x) { return (I32)_mm256_set1_epi32(x); }
 INLINE F32 spread(float x) { return (F32)_mm256_set1_ps(x); }
 INLINE U8 bytes(uint8_t x) { return (U8)_mm256_set1_epi8((char)x); }
 INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE F32 larger(F32 a, F32 b) { return (F32)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE bool any(I32 mask) { return _mm256_movemask_epi8((__m256i)mask); }
 
 template <bool WIDE>
 INLINE I32 dot(I32 acc, U8 w, I32 x) {
@@ -339,6 +341,8 @@ INLINE I32 spread(int32_t x) { return (I32)vdupq_n_s32(x); }
 INLINE F32 spread(float x) { return (F32)vdupq_n_f32(x); }
 INLINE U8 bytes(uint8_t x) { return (U8)vdupq_n_u8(x); }
 INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+INLINE F32 larger(F32 a, F32 b) { return (F32)vbslq_f32((uint32x4_t)(a > b), (float32x4_t)a, (float32x4_t)b); }
+INLINE bool any(I32 mask) { return vmaxvq_u32((uint32x4_t)mask); }
 
 template <bool WIDE>
 INLINE I32 dot(I32 acc, U8 w, I32 x) {

@@ -125,6 +125,18 @@ def test_many_tokens_of_several_sequences(model: Decoder, monkeypatch: pytest.Mo
     assert [s.tokens for s in several] == prompts
 
 
+def test_more_queries_for_a_key_than_go_together(tmp_path: Path) -> None:
+    config = SIZES | {"hidden_size": 200, "num_attention_heads": 50, "num_key_value_heads": 1, "head_dim": 8}
+    hf = tiny(transformers.LlamaConfig(**config))
+    several = decoder.compile(containers.open(directory(hf, tmp_path / "m")))
+    with torch.inference_mode():
+        want = hf(input_ids=torch.tensor([TOKENS[:70]])).logits[0].numpy()
+    got = several.logits(TOKENS[:70])
+    assert nmse(got, want) <= 1e-6
+    single = several.sequence(70)
+    assert np.array_equal(np.concatenate([single.append([token]) for token in TOKENS[:70]]), got)
+
+
 def test_threads_share_a_long_context(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     sequence = grown(model, TOKENS[:2100], 2200)
     alone = sequence.append([5])
