@@ -1,5 +1,6 @@
 // How a type's blocks lie, and weights made of them.
 #include "bind.h"
+#include "memory.h"
 #include "prepare.h"
 
 #include <nanobind/stl/tuple.h>
@@ -95,6 +96,20 @@ void prepare_planes(const Unpacking& u, const std::vector<Bytes>& data, const In
             blocks, planes, threads);
 }
 
+std::unique_ptr<Ready> waiting;  // memory that somebody will want
+
+void expect(long bytes) {
+    require(0 < bytes && bytes < MOST, "a number of bytes");
+    waiting = Ready::make(bytes);
+}
+
+std::optional<nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>> expected() {
+    Ready* ready = waiting.release();
+    if (!ready) return std::nullopt;
+    nb::capsule owner(ready, [](void* at) noexcept { delete static_cast<Ready*>(at); });
+    return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(ready->at, {(size_t)ready->bytes}, owner);
+}
+
 }  // namespace
 
 void bind_prepare(nb::module_& m) {
@@ -112,6 +127,8 @@ void bind_prepare(nb::module_& m) {
     m.def("prepare", prepare_planes, nb::arg("blocks"), array("data"), array("index").none(), nb::arg("rows"),
           nb::arg("columns"), array("codes"), array("scales").none(), array("mins").none(), array("subscales").none(),
           array("submins").none(), nb::arg("threads"), nb::arg("stride") = nb::none());
+    m.def("expect", expect, nb::arg("bytes"));
+    m.def("expected", expected);
 }
 
 }  // namespace fewbits

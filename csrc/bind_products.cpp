@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "layout.h"
+#include "memory.h"
 #include "product.h"
 #include "products.h"
 

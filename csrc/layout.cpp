@@ -1,9 +1,6 @@
 #include "layout.h"
 
 #include <string.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "weight.h"
 
@@ -82,16 +79,6 @@ void deinterleave(const uint8_t* records, long rows, long columns, int bits, uin
                 for (int c = 0; c < count; ++c) codes[at + c] = quads[c / 4][4 * r + c % 4];
             });
         }
-}
-
-void advise(void* at, long bytes) {
-#ifdef __linux__
-    constexpr uintptr_t PAGE = 2 << 20;
-    const uintptr_t first = ((uintptr_t)at + PAGE - 1) & ~(PAGE - 1), last = ((uintptr_t)at + bytes) & ~(PAGE - 1);
-    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#else
-    (void)at, (void)bytes;
-#endif
 }
 
 }  // namespace fewbits

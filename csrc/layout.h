@@ -9,7 +9,4 @@ namespace fewbits {
 void interleave(const uint8_t* codes, long rows, long columns, int bits, uint8_t* records);
 void deinterleave(const uint8_t* records, long rows, long columns, int bits, uint8_t* codes);
 
-// Asks for huge pages under a buffer that was not touched yet.
-void advise(void* at, long bytes);
-
 }  // namespace fewbits

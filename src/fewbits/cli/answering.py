@@ -68,9 +68,14 @@ class Options:
             raise FewbitsError("--draft and --lookup both guess ahead", "give one of the two")
         if sum(bool(form) for form in (self.json_schema, self.regex, self.grammar)) > 1:
             raise FewbitsError("more than one form for the answer", "give one of --json-schema, --regex, --grammar")
+        from fewbits import containers, hub, memory
+
+        checkpoint = containers.open(hub.locate(model))
+        if self.kernel is None:
+            memory.expect(checkpoint)  # imports go on meanwhile
         from fewbits.generate import Session
 
-        return Session(model, kernel=self.kernel, context=self.context, cache=self.cache, draft=self.draft)
+        return Session(checkpoint, kernel=self.kernel, context=self.context, cache=self.cache, draft=self.draft)
 
     def answering(self, session: Session) -> dict[str, Any]:
         """What `Session.generate` wants beside the tokens."""

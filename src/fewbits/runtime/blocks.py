@@ -191,8 +191,10 @@ class _Arena:
         with self._lock:
             whole = self._whole()
             if whole is None or self._at + size > len(whole):
-                whole = np.empty(max(size, ARENA) + PAGE, np.uint8)
-                _native.advise(whole)
+                whole = _native.expected()
+                if whole is None or size + PAGE > len(whole):
+                    whole = np.empty(max(size, ARENA) + PAGE, np.uint8)
+                    _native.advise(whole)
                 self._whole, self._at = ref(whole), -whole.ctypes.data % PAGE
             found = whole[self._at:self._at + size]
             self._at += size
