@@ -1,14 +1,8 @@
-"""What memory there is, and having some of it made ready."""
+"""What memory there is."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
-
-from fewbits import _native
-
-if TYPE_CHECKING:
-    from fewbits.checkpoint import Checkpoint
 
 
 def available_bytes() -> int:
@@ -19,10 +13,3 @@ def available_bytes() -> int:
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-
-def expect(checkpoint: Checkpoint) -> None:
-    """Let another thread fill in pages for the packed weights of a model that is about to be compiled: systems take as
-    long for fresh memory as the kernels for laying weights out."""
-    needed = sum(e.nbytes for e in checkpoint.entries.values() if e.codec.family != "float") * 65 // 64
-    if 0 < needed < available_bytes() // 2:
-        _native.expect(needed)

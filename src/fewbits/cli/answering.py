@@ -68,11 +68,12 @@ class Options:
             raise FewbitsError("--draft and --lookup both guess ahead", "give one of the two")
         if sum(bool(form) for form in (self.json_schema, self.regex, self.grammar)) > 1:
             raise FewbitsError("more than one form for the answer", "give one of --json-schema, --regex, --grammar")
-        from fewbits import containers, hub, memory
+        from fewbits import containers, hub
+        from fewbits.runtime import weights
 
         checkpoint = containers.open(hub.locate(model))
         if self.kernel is None:
-            memory.expect(checkpoint)  # imports go on meanwhile
+            weights.expect(checkpoint)  # imports go on meanwhile
         from fewbits.generate import Session
 
         return Session(checkpoint, kernel=self.kernel, context=self.context, cache=self.cache, draft=self.draft)

@@ -119,20 +119,26 @@ def natively(codec: Codec) -> _native.Blocks | None:
         submins=[b.numbers(subs) for b in fields.submins])
 
 
+def sizes(codec: Codec, rows: int, columns: int) -> dict[str, int]:
+    """Bytes of the planes of a matrix of one of ggml's types."""
+    fields, f = FIELDS[codec.name], form(codec)
+    assert f is not None
+    entries = units(rows, TILE) * TILE * units(columns, codec.unit(columns))
+    subs = units(rows, TILE) * TILE * units(columns, f.sub)
+    found = {"codes": units(rows, TILE) * units(columns, BLOCK) * 64 * f.bits,
+             "scales": entries * ITEM_BYTES[fields.kind]}
+    if fields.minimum is not None:
+        found["mins"] = found["scales"]
+    return found | {name: subs for name in ("subscales", "submins") if getattr(fields, name)}
+
+
 def planes(codec: Codec, data: Sequence[np.ndarray], rows: int, columns: int,
            index: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Planes of the native layout, uint8, of a matrix whose rows lie in `data` (bytes), one array after the other;
     `index` says which of them each row is, where they do not lie in order."""
-    blocks, fields, f = natively(codec), FIELDS[codec.name], form(codec)
-    assert blocks is not None and f is not None
-    entries = units(rows, TILE) * TILE * units(columns, codec.unit(columns))
-    subs = units(rows, TILE) * TILE * units(columns, f.sub)
-    sizes = {"codes": units(rows, TILE) * units(columns, BLOCK) * 64 * f.bits,
-             "scales": entries * ITEM_BYTES[fields.kind]}
-    if fields.minimum is not None:
-        sizes["mins"] = sizes["scales"]
-    sizes |= {name: subs for name in ("subscales", "submins") if getattr(fields, name)}
-    found = empty(sizes)
+    blocks = natively(codec)
+    assert blocks is not None
+    found = empty(sizes(codec, rows, columns))
     _native.prepare(blocks, data, index, rows, columns, found["codes"], found["scales"], found.get("mins"),
                     found.get("subscales"), found.get("submins"), threads())
     return found
@@ -172,12 +178,16 @@ def _tiles(values: np.ndarray) -> np.ndarray:
 
 def empty(sizes: dict[str, int]) -> dict[str, np.ndarray]:
     """Arrays of so many bytes each, side by side."""
-    places, at = {}, 0
+    whole, at, found = _arena.take(lined(sizes)), 0, {}
     for name, size in sizes.items():
-        places[name] = at
-        at += units(size, LINE) * LINE
-    whole = _arena.take(at)
-    return {name: whole[begin:begin + sizes[name]] for name, begin in places.items()}
+        found[name] = whole[at:at + size]
+        at += lined({name: size})
+    return found
+
+
+def lined(sizes: dict[str, int]) -> int:
+    """What they take together, each in lines of its own."""
+    return sum(units(size, LINE) * LINE for size in sizes.values())
 
 
 class _Arena:

@@ -5,17 +5,19 @@ What lies in its file as the kernels can take it (ggml's types, floats) is taken
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 
 from fewbits import _native
-from fewbits.checkpoint import Entry
+from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.affine import IntK
 from fewbits.codecs.floats import F32, Float
 from fewbits.codecs.table import Table
 from fewbits.containers.experts import expert
 from fewbits.lazy import torch
+from fewbits.memory import available_bytes
 from fewbits.qtensor import QTensor
 from fewbits.runtime import blocks
 from fewbits.runtime.interleaved import SCALES, form, scale_name, unfit, weight
@@ -41,6 +43,15 @@ def matrix(entry: Entry, rows: slice | np.ndarray | None = None, expert: bool = 
     if rows is None:
         return _prepared(q, expert)
     return _prepared(_apart(q).part(rows if isinstance(rows, slice) else torch.from_numpy(rows)))
+
+
+def expect(checkpoint: Checkpoint) -> None:
+    """Let another thread fill in pages for the planes of a model that is about to be compiled: systems take as long for
+    fresh memory as the kernels for laying weights out."""
+    needed = sum(blocks.lined(blocks.sizes(e.codec, math.prod(e.shape[:-1]), e.shape[-1]))
+                 for e in checkpoint.entries.values() if len(e.shape) > 1 and blocks.natively(e.codec))
+    if 0 < needed < available_bytes() // 2:
+        _native.expect(needed)
 
 
 def _rows(stored: Stored, rows: slice | np.ndarray | None) -> Stored:
