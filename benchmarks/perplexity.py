@@ -26,7 +26,7 @@ CONTEXT = 512
 
 
 def log_probabilities(logits: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(logits)).float().log_softmax(-1)
+    return torch.from_numpy(np.array(logits)).float().log_softmax(-1)
 
 
 def main() -> None:
