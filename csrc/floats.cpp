@@ -174,15 +174,14 @@ static void block(const FloatWeight& w, const float* x, long count, long first, 
                 more(weight[g * ROWS] + whole, in, LANES, y[p / WIDTH][g]);
             }
     }
-    for (long p = 0; p < count; ++p)
-        for (long r = 0; r < rows; r += LANES) {
-            F32 sums[LANES];
-            for (int i = 0; i < LANES; ++i) sums[i] = y[p / WIDTH][(r + i) / ROWS][p % WIDTH][(r + i) % ROWS];
-            float found[LANES];
-            store(found, sums_of(sums));
-            for (long i = 0; r + i < rows && i < LANES; ++i)
-                out[p * w.rows + first + r + i] = found[i] + (bias ? bias[first + r + i] : 0);
-        }
+    static_assert(TALL <= LANES, "sums of a block's rows are added up together");
+    for (long p = 0; p < count; ++p) {
+        F32 sums[LANES] = {};
+        for (int i = 0; i < TALL; ++i) sums[i] = y[p / WIDTH][i / ROWS][p % WIDTH][i % ROWS];
+        float found[LANES];
+        store(found, sums_of(sums));
+        for (long i = 0; i < rows; ++i) out[p * w.rows + first + i] = found[i] + (bias ? bias[first + i] : 0);
+    }
 }
 
 static void many(const FloatWeight& w, const float* x, long count, long first, long rows, float* out,
