@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ import numpy as np
 
 from fewbits import containers, hub
 from fewbits.checkpoint import Checkpoint
-from fewbits.errors import FewbitsError, Unsupported
+from fewbits.errors import FewbitsError
 from fewbits.runtime.sequences import CACHES
 from fewbits.text.grammar import Grammar
 from fewbits.text.guessing import MOST, Draft, Guesser, Lookup, common
@@ -274,10 +273,9 @@ def _model(checkpoint: Checkpoint, kernel: str | None) -> tuple[Any, bool]:
     if kernel is None:
         from fewbits.runtime import decoder
 
-        try:
-            return decoder.compile(checkpoint), True
-        except Unsupported as reason:
-            print(f"note: {reason}; Transformers computes", file=sys.stderr)
+        made = decoder.compile_or_say(checkpoint)
+        if made is not None:
+            return made, True
     from fewbits.loading import load
     from fewbits.runtime.eager import Eager
 

@@ -51,11 +51,13 @@ def test_the_native_decoder_computes_files(tiny: Path, tmp_path: Path, english: 
     assert found.kl_mean == pytest.approx(want.kl_mean, rel=1e-2)
 
 
-def test_families_without_a_native_decoder(tmp_path: Path, english: Path, tiny: Path) -> None:
+def test_families_without_a_native_decoder(tmp_path: Path, english: Path, tiny: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
     config = transformers.OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=32, num_hidden_layers=1,
                                     num_attention_heads=2, max_position_embeddings=64, word_embed_proj_dim=32)
     model = directory(tiny_model(config), tmp_path / "opt", tokenizer=tiny)
     found = fewbits.evaluate(model, text=english, chunks=1, context=32)
+    assert "no native decoder for model type 'opt'; Transformers computes" in capsys.readouterr().err
     assert found == replace(fewbits.evaluate(fewbits.load(model), text=english, chunks=1, context=32),
                             seconds=found.seconds)
 

@@ -10,8 +10,8 @@ import torch
 
 from fewbits import containers, hub
 from fewbits.checkpoint import Checkpoint
-from fewbits.errors import Unsupported
 from fewbits.runtime import decoder
+from fewbits.runtime.sequences import Decoder
 
 ROWS = 128  # tokens whose logits are there at a time
 
@@ -28,8 +28,8 @@ class Scorer(Protocol):
 class Decoded:
     """On the native decoder."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint, self.model = checkpoint, decoder.compile(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, model: Decoder):
+        self.checkpoint, self.model = checkpoint, model
 
     def logits(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
         sequence, tokens = self.model.sequence(len(window)), window.tolist()
@@ -54,7 +54,7 @@ class Transformed:
 
 def scorer(model: str | Path | Checkpoint | Any, kernel: str | None = None) -> Scorer:
     """What computes `model`: a path, a hub id or a checkpoint goes to the native decoder if that knows its family and
-    no kernel was asked for, else to Transformers; a loaded model is taken as it is.
+    no kernel was asked for, else to Transformers, as stderr says; a loaded model is taken as it is.
 
     Raises:
         FewbitsError: nothing readable there, tensors missing or misshapen.
@@ -64,9 +64,7 @@ def scorer(model: str | Path | Checkpoint | Any, kernel: str | None = None) -> S
     if not isinstance(model, (str, Path, Checkpoint)):
         return Transformed(model)
     checkpoint = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
-    if kernel is None:
-        try:
-            return Decoded(checkpoint)
-        except Unsupported:
-            pass  # Transformers runs it
+    made = decoder.compile_or_say(checkpoint) if kernel is None else None
+    if made is not None:
+        return Decoded(checkpoint, made)
     return Transformed(load(checkpoint, kernel=kernel))

@@ -6,6 +6,7 @@ What model types differ in is data: `families` and `arch`. Tensors go by their n
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def compile(checkpoint: Checkpoint) -> Decoder:
         raise FewbitsError(f"{checkpoint.path}: the configuration has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise FewbitsError(f"{checkpoint.path}: the configuration: {str(error).splitlines()[0]}") from None
+
+
+def compile_or_say(checkpoint: Checkpoint) -> Decoder | None:
+    """The same; None, and why on stderr, for a model that Transformers has to compute."""
+    try:
+        return compile(checkpoint)
+    except Unsupported as reason:
+        print(f"note: {reason}; Transformers computes", file=sys.stderr)
+        return None
 
 
 def _compile(checkpoint: Checkpoint) -> Decoder:
