@@ -1,6 +1,6 @@
 #include "floats.h"
 
-#include "simd.h"
+#include "lanes.h"
 
 namespace fewbits::FEWBITS_ISA {
 
@@ -17,14 +17,6 @@ INLINE F32 values(const uint8_t* at) {
     if constexpr (KIND == Scale::f16) return from_f16(at);
     else if constexpr (KIND == Scale::bf16) return from_bf16(at);
     else return load<F32>(at);
-}
-
-INLINE float sum_of(F32 v) {
-    float lanes[LANES];
-    store(lanes, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
 }
 
 // Half as many lanes of `a`, then of `b`: in runs of 2 * HALF lanes, the first HALF plus the others.

@@ -25,7 +25,7 @@ INLINE float largest_of(F32 v) {
     return over_lanes(v, [](float a, float b) { return a > b ? a : b; });
 }
 
-// work(first column, whole): vectors of a row; the last one may be part of one, which goes through `load_some`
+// The last vector of a row may be part of one.
 INLINE F32 load_some(const float* from, long count) {
     float lanes[LANES] = {};
     memcpy(lanes, from, count * sizeof(float));

@@ -94,7 +94,6 @@ INLINE V whole(__m256i low, __m256i high) {
 }
 
 INLINE I32 spread(int32_t x) { return whole<I32>(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
-INLINE U8 bytes(uint8_t x) { return whole<U8>(_mm256_set1_epi8((char)x), _mm256_set1_epi8((char)x)); }
 INLINE F32 spread(float x) {
     const __m256i v = _mm256_castps_si256(_mm256_set1_ps(x));
     return whole<F32>(v, v);
@@ -109,29 +108,10 @@ INLINE F32 fma(F32 a, F32 b, F32 c) {
     return whole<F32>(one(x.low, y.low, z.low), one(x.high, y.high, z.high));
 }
 
-INLINE __m256i dot_half(__m256i acc, __m256i w, __m256i x) {
+INLINE __m256i dot_eight(__m256i acc, __m256i w, __m256i x) {
     const __m256i pairs = _mm256_maddubs_epi16(w, x);  // does not saturate for w < 128, nor for w = 128
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-
-// acc[i] + sum of four products of unsigned w and signed x; WIDE: w may be 128 or more
-template <bool WIDE>
-INLINE I32 dot(I32 acc, U8 w, I32 x) {
-    const Halves a = halves(acc), b = halves(w), c = halves(x);
-    if (!WIDE) return whole<I32>(dot_half(a.low, b.low, c.low), dot_half(a.high, b.high, c.high));
-    const __m256i top = _mm256_set1_epi8((char)128);
-    auto one = [top](__m256i p, __m256i q, __m256i r) {
-        return dot_half(dot_half(p, _mm256_andnot_si256(top, q), r), _mm256_and_si256(top, q), r);
-    };
-    return whole<I32>(one(a.low, b.low, c.low), one(a.high, b.high, c.high));
-}
-
-INLINE U8 lookup(U8 table, U8 index) {
-    const Halves t = halves(table), i = halves(index);
-    return whole<U8>(_mm256_shuffle_epi8(t.low, i.low), _mm256_shuffle_epi8(t.high, i.high));
-}
-
-INLINE U8 merge(U8 a, U8 b, U8 mask) { return a | (b & mask); }
 
 #define TWICE(convert, Part, step, p) \
     whole<I32>(convert(_mm_loadu_si128((const Part*)(p))), convert(_mm_loadu_si128((const Part*)((p) + (step)))))
@@ -177,7 +157,6 @@ INLINE V each(One one) {
 }
 
 INLINE I32 spread(int32_t x) { return I32{} + x; }
-INLINE U8 bytes(uint8_t x) { return U8{} + x; }
 INLINE F32 spread(float x) {
     return each<F32>([=](int) { return vdupq_n_f32(x); });
 }
@@ -186,26 +165,6 @@ INLINE F32 fma(F32 a, F32 b, F32 c) {
     const auto x = quarters<float32x4_t>(a), y = quarters<float32x4_t>(b), z = quarters<float32x4_t>(c);
     return each<F32>([&](int i) { return vfmaq_f32(z.at[i], x.at[i], y.at[i]); });
 }
-
-// acc[i] + sum of four products of unsigned w and signed x; WIDE: w may be 128 or more. The instruction takes signed
-// bytes only: w - 128, and twice 64 for what that lacks.
-template <bool WIDE>
-INLINE I32 dot(I32 acc, U8 w, I32 x) {
-    const auto sums = quarters<int32x4_t>(acc);
-    const auto a = quarters<int8x16_t>(WIDE ? w ^ bytes(128) : w), b = quarters<int8x16_t>(x);
-    const int8x16_t half = vdupq_n_s8(64);
-    return each<I32>([&](int i) {
-        const int32x4_t sum = vdotq_s32(sums.at[i], a.at[i], b.at[i]);
-        return WIDE ? vdotq_s32(vdotq_s32(sum, half, b.at[i]), half, b.at[i]) : sum;
-    });
-}
-
-INLINE U8 lookup(U8 table, U8 index) {
-    const auto t = quarters<uint8x16_t>(table), i = quarters<uint8x16_t>(index);
-    return each<U8>([&](int k) { return vqtbl1q_u8(t.at[k], i.at[k]); });
-}
-
-INLINE U8 merge(U8 a, U8 b, U8 mask) { return a | (b & mask); }
 
 INLINE I32 widen16(const void* p) {
     return each<I32>([=](int i) { return vmovl_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t*)p + 8 * i))); });
@@ -314,11 +273,17 @@ INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)_mm256_fmadd_ps((__m256)a, (__
 INLINE F32 larger(F32 a, F32 b) { return (F32)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE bool any(I32 mask) { return _mm256_movemask_epi8((__m256i)mask); }
 
+INLINE __m256i dot_eight(__m256i acc, __m256i w, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w, x);  // does not saturate for w < 128, nor for w = 128
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// acc[i] + sum of four products of unsigned w and signed x; WIDE: w may be 128 or more
 template <bool WIDE>
 INLINE I32 dot(I32 acc, U8 w, I32 x) {
-    if (!WIDE) return (I32)dot_half((__m256i)acc, (__m256i)w, (__m256i)x);
+    if (!WIDE) return (I32)dot_eight((__m256i)acc, (__m256i)w, (__m256i)x);
     const __m256i top = _mm256_set1_epi8((char)128);
-    return (I32)dot_half(dot_half((__m256i)acc, _mm256_andnot_si256(top, (__m256i)w), (__m256i)x),
+    return (I32)dot_eight(dot_eight((__m256i)acc, _mm256_andnot_si256(top, (__m256i)w), (__m256i)x),
                          _mm256_and_si256(top, (__m256i)w), (__m256i)x);
 }
 
@@ -344,6 +309,8 @@ INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)vfmaq_f32((float32x4_t)c, (flo
 INLINE F32 larger(F32 a, F32 b) { return (F32)vbslq_f32((uint32x4_t)(a > b), (float32x4_t)a, (float32x4_t)b); }
 INLINE bool any(I32 mask) { return vmaxvq_u32((uint32x4_t)mask); }
 
+// acc[i] + sum of four products of unsigned w and signed x; WIDE: w may be 128 or more. The instruction takes signed
+// bytes only: w - 128, and twice 64 for what that lacks.
 template <bool WIDE>
 INLINE I32 dot(I32 acc, U8 w, I32 x) {
     const int8x16_t half = vdupq_n_s8(64), b = (int8x16_t)x;
@@ -402,7 +369,7 @@ struct Sum<0> {
     INLINE Sum from(I32 start) { return {start}; }
     __attribute__((always_inline)) void add(U8 w, I32 x) {  // the size of w - 128, and its sign on x
         const __m256i level = (__m256i)(w ^ bytes(128)), signed_x = _mm256_sign_epi8((__m256i)x, level);
-        all = (I32)dot_half((__m256i)all, _mm256_abs_epi8(level), signed_x);
+        all = (I32)dot_eight((__m256i)all, _mm256_abs_epi8(level), signed_x);
     }
     __attribute__((always_inline)) void add(U8 w, const int32_t* x) { add(w, spread(*x)); }
     __attribute__((always_inline)) void settle() {}
