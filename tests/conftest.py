@@ -13,6 +13,14 @@ MODELS = Path(os.environ.get("FEWBITS_MODELS", ROOT / ".models"))
 PEERS = Path(os.environ.get("FEWBITS_PEERS", ROOT / ".peers"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    """A cache folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWBITS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     import torch
