@@ -91,8 +91,7 @@ def evaluate(model: str | Path | Checkpoint | Any, against: str | Path | Checkpo
     if against is not None:
         other = scorer(against, kernel)
         models.append(other.checkpoint)
-        check_same_tokens(tokenizer, tokenizer_of(other.checkpoint), Path(text),
-                          (Path(net.checkpoint.path).name, Path(other.checkpoint.path).name))
+        check_same_tokens(net.checkpoint, other.checkpoint, Path(text))
         beside = reference(other, windows, figures.first)
     for i, window in enumerate(windows):
         _measure(net, window, None if beside is None else beside.window(i), beside, figures)

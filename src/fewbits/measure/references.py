@@ -5,7 +5,6 @@ the same logits bit by bit, for the bytes of a hidden state a token.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from typing import Protocol
 from zipfile import BadZipFile
@@ -80,10 +79,8 @@ class Kept:
                 return Said(found["losses"], found["tops"], found["sums"], found["states"])
         except (OSError, KeyError, ValueError, BadZipFile):  # not there, or half of it
             said = self._compute(self.windows[i])
-        partial = file.with_name(f"{file.stem}.{os.getpid()}.part")
-        with open(partial, "wb") as out:
-            np.savez(out, losses=said.losses, tops=said.tops, sums=said.sums, states=said.states)
-        os.replace(partial, file)
+        caching.write(file, lambda out: np.savez(out, losses=said.losses, tops=said.tops, sums=said.sums,
+                                                 states=said.states))
         return said
 
     def _compute(self, window: torch.Tensor) -> Said:

@@ -6,9 +6,15 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+import fewbits
+from fewbits import caching
+from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
+from fewbits.measure.circumstances import identity
+from fewbits.runtime.build import tokenizer_of
 
 SAMPLE = 20000  # characters that two tokenizers must agree on
 
@@ -54,16 +60,31 @@ def digest(windows: torch.Tensor) -> str:
     return hashlib.sha256(f"{list(windows.shape)};".encode() + windows.numpy().tobytes()).hexdigest()
 
 
-def check_same_tokens(one: Any, other: Any, text: Path, names: tuple[str, str]) -> None:
+def check_same_tokens(one: Checkpoint, other: Checkpoint, text: Path) -> None:
     """Whether two models' tokenizers cut the beginning of a text alike.
 
     Raises:
         FewbitsError: they don't; the models, and the first token they differ in, are named.
     """
     sample = read_text(text)[:SAMPLE]
-    a, b = (t(sample, add_special_tokens=False, verbose=False)["input_ids"] for t in (one, other))
-    if a != b:
-        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        of = [f"{t.decode(ids[at:at + 1])!r} to {name}" for t, ids, name in ((one, a, names[0]), (other, b, names[1]))]
-        raise FewbitsError(f"tokenizers differ: token {at} of {text.name} is {of[0]}, {of[1]}",
-                           "compare a model with the original it was made from")
+    a, b = (_sampled(checkpoint, sample) for checkpoint in (one, other))
+    if a == b:
+        return
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    first, second = (f"{tokenizer_of(c).decode(ids[at:at + 1])!r} to {Path(c.path).name}"
+                     for c, ids in ((one, a), (other, b)))
+    raise FewbitsError(f"tokenizers differ: token {at} of {text.name} is {first}, {second}",
+                       "compare a model with the original it was made from")
+
+
+def _sampled(checkpoint: Checkpoint, sample: str) -> list[int]:
+    """Its tokens; those of a model in files are kept, as reading a large vocabulary takes long."""
+    model = identity(checkpoint)["sha256"]
+    key = hashlib.sha256(f"{fewbits.__version__} {model} {sample}".encode()).hexdigest()
+    file = caching.folder("tokens") / f"{key}.npy"
+    if model and file.exists():
+        return [int(i) for i in np.load(file)]
+    found: list[int] = tokenizer_of(checkpoint)(sample, add_special_tokens=False, verbose=False)["input_ids"]
+    if model:
+        caching.write(file, lambda out: np.save(out, np.array(found)))
+    return found
