@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from fewbits.measure.tasks.needs import harness
+from importlib import import_module
 
-harness()
-
-import fewbits.measure.tasks.harness  # noqa: E402, F401  # registers the model
-from lm_eval.__main__ import cli_evaluate  # noqa: E402
+from fewbits.measure.tasks import needs
 
 if __name__ == "__main__":
-    cli_evaluate()
+    needs.installed()
+    import_module("fewbits.measure.tasks.harness")  # registers the model
+    import_module("lm_eval.__main__").cli_evaluate()

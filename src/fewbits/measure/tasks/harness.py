@@ -96,9 +96,9 @@ class FewbitsLM(TemplateLM):
         for i, (_, context, ending) in enumerate(requests):
             together.setdefault(self._fitting(context, ending), []).append(i)
         found: list[Likelihood] = [(0.0, False)] * len(requests)
-        for context, members in together.items():
-            for i, one in zip(members, self._endings.likelihoods(context, [requests[i][2] for i in members]),
-                              strict=True):
+        for shared, members in together.items():
+            likelihoods = self._endings.likelihoods(shared, [requests[i][2] for i in members])
+            for i, one in zip(members, likelihoods, strict=True):
                 found[i] = one
                 if (texts := requests[i][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, one)
@@ -141,10 +141,11 @@ class FewbitsLM(TemplateLM):
         sampler = Sampler(Sampling(**asked if sampled else {}), self.engine.vocabulary)
         ids = self.tok_encode(text)[most - self.max_length:]
         sequence = self.engine.sequence(len(ids) + most)
-        row, out, written = sequence.append(ids)[-1], [], ""
+        out: list[int] = []
+        row, written = sequence.append(ids)[-1], ""
         while len(out) < most and (token := sampler.pick(row, [*ids, *out])) != self.eot_token_id:
             out.append(token)
-            written = self.tokenizer.decode(out, skip_special_tokens=True)
+            written = str(self.tokenizer.decode(out, skip_special_tokens=True))
             if any(stop and stop in written for stop in stops):
                 break
             row = sequence.append([token])[-1]

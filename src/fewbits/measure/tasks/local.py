@@ -116,8 +116,8 @@ def _arc(row: Document) -> Document:
 
 
 def _hellaswag(lines: list[str]) -> Document:
-    """The hub's data set has a context in two parts: sentences, and the beginning of one, which the harness capitalizes.
-    Here it is one line; what follows its last whole sentence in small letters is the second part."""
+    """The hub's data set has a context in two parts: sentences, and the beginning of one, which the harness
+    capitalizes. Here it is one line; what follows its last whole sentence in small letters is the second part."""
     topic, parted, context = lines[0].partition(": ")
     if not parted:
         raise ValueError("no topic before the context")

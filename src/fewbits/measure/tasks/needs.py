@@ -8,19 +8,24 @@ import os
 from fewbits.errors import FewbitsError
 
 
-def harness() -> None:
-    """Import it, with its chatter kept off the terminal.
+def installed() -> None:
+    """Import it.
 
     Raises:
         FewbitsError: it isn't installed.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the progress that is shown is ours
     try:
-        import datasets
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise FewbitsError(f"tasks are lm-evaluation-harness's, and {error.name} is not installed",
                            "pip install 'fewbits[tasks]'") from None
+
+
+def quiet() -> None:
+    """Keep its chatter off the terminal: the progress that is shown is ours."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import datasets
+
     datasets.disable_progress_bars()
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)

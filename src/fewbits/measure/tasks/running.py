@@ -35,7 +35,8 @@ def run(model: Model, against: Model | None = None, *, names: Sequence[str], fol
         FewbitsError: no such task, a file that is missing or wrong, no hub; lm-evaluation-harness is not installed;
             logits that are not finite.
     """
-    needs.harness()
+    needs.installed()
+    needs.quiet()
     from fewbits.measure.tasks.questions import questions
 
     asked = {name: questions(name, folder, limit, seed) for name in names}
