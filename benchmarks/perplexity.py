@@ -18,7 +18,7 @@ from cpu import TYPES
 import fewbits
 from fewbits import containers
 from fewbits.cli.common import quiet_libraries
-from fewbits.measure.divergence import cut, read_text
+from fewbits.measure.windows import cut, read_text
 from fewbits.runtime import decoder
 from fewbits.runtime.build import bos_of, tokenizer_of
 

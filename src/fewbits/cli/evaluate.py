@@ -18,7 +18,7 @@ def command(
     model: Annotated[str, typer.Argument(help="A path in any format, or a hub id.")],
     perplexity: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")] = None,
     against: Annotated[str | None, typer.Option(help="Reference model, usually the original.")] = None,
-    chunks: Annotated[int, typer.Option(min=1, help="Windows of the text to use.")] = 8,
+    chunks: Annotated[int, typer.Option(min=0, help="Windows of the text to use; 0: all.")] = 8,
     context: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     kernel: Annotated[str | None, typer.Option(help="native, decoded (exact) or decode (exact, small).")] = None,
     tasks: Annotated[str | None, typer.Option(help="Names in lm-evaluation-harness: arc_easy,hellaswag,mmlu")] = None,
@@ -37,11 +37,11 @@ def command(
         from fewbits.measure import evaluate
 
         with progress() as report:
-            found = evaluate(model, against, text=perplexity, chunks=chunks, context=context, kernel=kernel,
+            found = evaluate(model, against, text=perplexity, chunks=chunks or None, context=context, kernel=kernel,
                              progress=report)
         told |= found.to_json()
         if not json:
-            console.print(_lines(found), highlight=False)
+            console.print("\n".join(described(found)), highlight=False, soft_wrap=True)
     if tasks is not None:
         from fewbits.cli.tasks import table
         from fewbits.measure.tasks import run
@@ -56,12 +56,16 @@ def command(
         emit(told)
 
 
-def _lines(found: Divergence) -> str:
-    lines = [f"perplexity        {found.perplexity:.4f} +- {found.perplexity_error:.4f}"]
+def described(found: Divergence) -> list[str]:
+    """The figures, a line each."""
+    error, llama = found.perplexity_error, found.perplexity_llama
+    lines = [f"perplexity        {found.perplexity:.4f} +- {error:.4f} over all {found.tokens} tokens (as GPTQ papers)",
+             f"                  {llama:.4f} +- {found.perplexity_llama_error:.4f} over second halves (as llama.cpp)"]
     if found.reference_perplexity is not None:
-        lines += [f"of the reference  {found.reference_perplexity:.4f}",
-                  f"KL divergence     {found.kl_mean:.5f} mean, {found.kl_median:.5f} median, "
-                  f"{found.kl_99:.5f} 99th percentile",
+        lines += [f"of the reference  {found.reference_perplexity:.4f}, {found.reference_perplexity_llama:.4f}",
+                  f"ratio             {found.perplexity_ratio:.5f} +- {found.perplexity_ratio_error:.5f}",
+                  f"KL divergence     {found.kl_mean:.5f} +- {found.kl_mean_error:.5f} mean, {found.kl_median:.5f} "
+                  f"median, {found.kl_99:.5f} 99 %, {found.kl_999:.5f} 99.9 %",
                   f"same top token    {100 * (found.top1 or 0):.2f} %"]
-    lines.append(f"over              {found.tokens} tokens, context {found.context}, {found.seconds:.1f} s")
-    return "\n".join(lines)
+    chunks, kernel = found.circumstances["chunks"], found.circumstances["kernels"][0]
+    return [*lines, f"over              {chunks} chunks of {found.context} tokens, {kernel}, {found.seconds:.1f} s"]

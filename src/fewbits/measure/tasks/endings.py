@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence as Several
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from fewbits.errors import FewbitsError
-from fewbits.measure.scoring import Decoded, Scorer, Transformed
+from fewbits.checkpoint import Checkpoint
+from fewbits.measure.scoring import Decoded, Scorer, Transformed, log_sums
 from fewbits.runtime import sequences
-from fewbits.runtime.sequences import Tokens
+from fewbits.runtime.sequences import Array, Tokens
 from fewbits.text.guessing import common
 
 ROWS = 256  # tokens whose logits are there at a time
@@ -42,7 +43,7 @@ class Native:
     """On the native decoder. A context that begins as the last one did goes on from there."""
 
     def __init__(self, scorer: Decoded):
-        self._source, self._decoder = scorer.checkpoint.path, scorer.model
+        self._source, self._decoder = scorer.checkpoint, scorer.model
         self._kept: sequences.Sequence | None = None
 
     def likelihoods(self, context: Tokens, endings: Several[Tokens]) -> list[Likelihood]:
@@ -58,12 +59,12 @@ class Native:
             found = self._decoder.step([(sequence, fed := tokens[:-1][at - 1:at - 1 + width], len(fed))
                                         for sequence, _, tokens in running])
             for (_, one, tokens), rows in zip(running, found, strict=True):
-                one.add(torch.from_numpy(rows), tokens[at:at + width])
+                one.add(rows, tokens[at:at + width])
             at += width
             running = [r for r in running if len(r[2]) > at]
         return [one.likelihood for one in sums]
 
-    def _after(self, context: Tokens) -> tuple[sequences.Sequence, torch.Tensor]:
+    def _after(self, context: Tokens) -> tuple[sequences.Sequence, Array]:
         """The context's sequence, and the logits after it, `[1, vocabulary]`."""
         kept = self._kept
         same = 0 if kept is None else common(kept.tokens, context[:-1])
@@ -72,14 +73,14 @@ class Native:
             kept = self._decoder.sequence(room) if kept is None else kept.copy(same, room)
         kept.truncate(same)
         self._kept = kept
-        return kept, torch.from_numpy(kept.append(context[same:]))
+        return kept, kept.append(context[same:])
 
 
 class Eager:
     """On a model of Transformers: context and ending together, some endings at a time."""
 
     def __init__(self, scorer: Transformed):
-        self._source, self._model = scorer.checkpoint.path, scorer.model
+        self._source, self._model = scorer.checkpoint, scorer.model
 
     def likelihoods(self, context: Tokens, endings: Several[Tokens]) -> list[Likelihood]:
         found = []
@@ -90,7 +91,7 @@ class Eager:
             ids = torch.tensor([[*context, *e[:-1], *[context[0]] * (width - len(e))] for e in some])
             with torch.inference_mode():
                 logits = self._model(input_ids=ids.to(self._model.device), use_cache=False).logits
-            for row, tokens in zip(logits[:, len(context) - 1:].float().cpu(), some, strict=True):
+            for row, tokens in zip(logits[:, len(context) - 1:].float().cpu().numpy(), some, strict=True):
                 one = _Sum(self._source)
                 one.add(row[:len(tokens)], tokens)
                 found.append(one.likelihood)
@@ -100,18 +101,14 @@ class Eager:
 class _Sum:
     """What is known of an ending as its tokens come."""
 
-    def __init__(self, source: object):
+    def __init__(self, source: Checkpoint):
         self._source, self._sum, self._greedy = source, 0.0, True
 
-    def add(self, logits: torch.Tensor, tokens: Tokens) -> None:
+    def add(self, logits: Array, tokens: Tokens) -> None:
         """The next `tokens`, each by the logits of its row."""
-        wanted = torch.tensor(tokens)
-        chosen = logits.gather(1, wanted[:, None])[:, 0]
-        self._sum += float((chosen - logits.logsumexp(-1)).double().sum())
-        self._greedy &= bool((logits.argmax(-1) == wanted).all())
-        if self._sum != self._sum:
-            raise FewbitsError(f"logits of {self._source} are not finite",
-                               "the model is broken: fewbits info names its tensors")
+        sums, tops = log_sums(logits, self._source)
+        self._sum += float((logits[np.arange(len(tokens)), tokens] - sums).sum())
+        self._greedy &= bool((tops == tokens).all())
 
     @property
     def likelihood(self) -> Likelihood:
