@@ -1,4 +1,4 @@
-"""Tasks on fewbits' decoder beside lm-evaluation-harness's own Transformers backend: the same questions, the same answers?
+"""Tasks on fewbits' decoder beside lm-evaluation-harness's own Transformers backend: are the answers the same?
 
 Both are asked the same texts, 0-shot; the harness's backend computes in float32. A table of accuracies, seconds and how
 many answers are the same; then every answer that is not, with how near to each other the two endings are there.

@@ -51,7 +51,7 @@ def command(
                           kernel=kernel, fresh=fresh, progress=report)
         told["tasks"] = [one.to_json() for one in answers]
         if not json:
-            console.print(table(answers), highlight=False)
+            console.print(table(answers), highlight=False, soft_wrap=True)
     if json:
         emit(told)
 

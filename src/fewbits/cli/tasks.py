@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-
-from rich.table import Table
 
 from fewbits.measure.tasks import TaskResult
 
 
-def table(results: Sequence[TaskResult]) -> Table:
-    """A row for every task and metric; what compares only where there is a reference."""
-    compared = any(r.difference is not None for r in results)
-    beside = ("reference", "difference", "other answers", "worse", "better", "log p of the right one")
-    out = Table("task", "metric", "questions", "right", *(beside if compared else ()), box=None, pad_edge=False)
+def table(results: Sequence[TaskResult]) -> str:
+    """A line for every task and metric, shares in percent. Beside a reference also how many answers are others than
+    its, worse and better, and what the right one's logarithm of probability moved by."""
+    rows = [["task", "metric", "of", "right, %"]]
+    if any(r.difference is not None for r in results):
+        rows[0] += ["reference", "difference", "other", "worse", "better", "log p"]
     for r in results:
-        row = [r.task, r.metric, str(r.questions), _percent(r.accuracy, r.error)]
-        if r.difference is not None and r.difference_error is not None and r.reference_accuracy is not None and \
-                r.log_probability_shift is not None and r.log_probability_shift_error is not None:
-            row += [_percent(r.reference_accuracy), _percent(r.difference, r.difference_error, "+"), str(r.flipped),
-                    str(r.right_to_wrong), str(r.wrong_to_right),
-                    f"{r.log_probability_shift:+.3f}{_error(r.log_probability_shift_error, 3)}"]
-        out.add_row(*row)
-    return out
+        rows.append([r.task, r.metric, str(r.questions), f"{100 * r.accuracy:.1f} +- {100 * r.error:.1f}"])
+        if r.difference is not None:
+            rows[-1] += [f"{100 * _known(r.reference_accuracy):.1f}",
+                         f"{100 * r.difference:+.1f} +- {100 * _known(r.difference_error):.1f}", str(r.flipped),
+                         str(r.right_to_wrong), str(r.wrong_to_right), f"{_known(r.log_probability_shift):+.3f}"]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _percent(share: float, error: float = math.nan, sign: str = "") -> str:
-    return f"{100 * share:{sign}.1f}{_error(100 * error, 1)} %"
-
-
-def _error(error: float, digits: int) -> str:
-    return "" if math.isnan(error) else f" +- {error:.{digits}f}"
+def _known(figure: float | None) -> float:
+    assert figure is not None, "a result that has one of these has all"
+    return figure

@@ -27,5 +27,5 @@ def quiet() -> None:
     import datasets
 
     datasets.disable_progress_bars()
-    for name in ("lm_eval", "datasets"):
+    for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
