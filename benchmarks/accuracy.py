@@ -186,7 +186,8 @@ def part_texts(r: Report) -> None:
 
 def part_tasks(r: Report) -> None:
     count, original, rows = 20 if r.args.quick else 500, r.bench.models / WIDE, []
-    made = [(to, method) for to in r.first(["Q2_K", "Q3_K_M", "Q4_K_M"]) for method in ["llama.cpp", *r.methods(STAGES)]]
+    made = [(to, method) for to in r.first(["Q2_K", "Q3_K_M", "Q4_K_M"])
+            for method in ["llama.cpp", *r.methods(STAGES)]]
     for to, method in [("original", ""), *made]:
         path = r.bench.file(WIDE, to, method)[0] if method else original
         found = tasks.run(path, original, names=TASKS, folder=r.args.shared / "data" / "tasks", limit=count,

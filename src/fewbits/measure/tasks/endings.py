@@ -51,7 +51,7 @@ class Native:
         sums = [_Sum(self._source) for _ in endings]
         for one, tokens in zip(sums, endings, strict=True):
             one.add(first, tokens[:1])
-        running = [(kept.copy(capacity=len(context) + len(tokens)), one, tokens)
+        running = [(kept.copy(capacity=len(context) + len(tokens) - 1), one, tokens)
                    for one, tokens in zip(sums, endings, strict=True) if len(tokens) > 1]
         at = 1
         while running:  # so many tokens of each ending at a time

@@ -93,8 +93,11 @@ def _array(text: str, path: Path) -> Iterator[Placed]:
 def _behind(text: str, at: int, mark: str, path: Path) -> int:
     """The next character that is no space, behind `mark`."""
     found = re.compile(r"\s*" + re.escape(mark) + r"\s*").match(text, at)
-    if found is None or found.end() == len(text):
-        raise FewbitsError(f"{path}:{text.count(chr(10), 0, at) + 1}: {mark or ']'} expected")
+    line = text.count("\n", 0, at) + 1
+    if found is None:
+        raise FewbitsError(f"{path}:{line}: {mark} expected")
+    if found.end() == len(text):
+        raise FewbitsError(f"{path}:{line}: the array does not end")
     return found.end()
 
 
