@@ -28,7 +28,9 @@ from fewbits.jobs.job import Job, goal, some
 from fewbits.jobs.store import Store, identity, resumable
 from fewbits.qtensor import QTensor
 from fewbits.recipe import Choice, ModelFacts, Overrides, Recipe
+from fewbits.recipe import file as recipe_file
 from fewbits.recipe import get as get_recipe
+from fewbits.recipe.allocation import Target, target
 
 REORDERS = "gptq-act-order"  # the solver that leaves columns in an order of their own: QTensor.order
 # layouts of integers in groups, made for calibrated weights: these are calibrated unless told otherwise
@@ -48,6 +50,7 @@ class Result:
     seconds: float
     tensors: list[dict[str, Any]]  # name, shape, codec, bits_per_weight; where solved: solver, error, error_of, seconds
     notes: list[str] = field(default_factory=list)  # what differs from what was asked, and why
+    allocation: dict[str, Any] | None = None  # of a target: what was expected of it and measured, see `allocating`
 
     @property
     def error(self) -> tuple[float, str] | None:
@@ -63,12 +66,16 @@ class Result:
         return {**asdict(self), "path": str(self.path)}
 
 
-def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, *, solver: str | None = None,
+def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe | Target, *, solver: str | None = None,
              calibration: str | Path | Calibration | Sequence[Batch] | None = None, samples: int = 64,
              length: int = 512, seed: int = 0, imatrix: str | Path | Imatrix | None = None,
              transform: str | None = None, finish: str = "off", overrides: Overrides = None,
              container: str | None = None, keep_nonfinite: bool = False, progress: Progress | None = None) -> Result:
     """Quantize `model` (a path in any format or a hub id) by the recipe `to` into `out`.
+
+    `to` may be a target, `4.25bpw` or `Target(nbytes=…)`: then each tensor gets the codec that serves the whole best
+    (see `allocating`), losses being found on the calibration's text or, without one, on the model's own. The recipe
+    goes to `OUT.recipe.toml`.
 
     With `calibration` (see `sources.calibration`: `samples` sequences of `length` tokens), the solver is GPTQ unless
     named; without, a search of the parameters of least squared error, weighted by `imatrix` where that is given.
@@ -86,12 +93,26 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
     with distributed.joined() as ranks:
         report = progress if ranks.leads else None
         source = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
-        recipe = get_recipe(to, container) if isinstance(to, str) else replace(to, container=container or to.container)
         out = Path(out).resolve()
         if ranks.leads:
             check_output(out, source.path)
         matrix = imatrix if isinstance(imatrix, Imatrix) or imatrix is None else matrices.read(Path(imatrix))
         importances = matrix.statistics(source) if matrix else {}
+        original, shared = source, None
+        asked = target(to) or to if isinstance(to, str) else to
+        if isinstance(asked, Target):
+            from fewbits import allocating
+
+            given = None if calibration == "none" else calibration
+            shared = ranks.broadcast(allocating.for_file(
+                source, asked, container or allocating.place(out), given, importances, overrides=overrides,
+                solver=solver, length=length, seed=seed, progress=report) if ranks.leads else None)
+            assert shared is not None
+            recipe = shared.recipe
+        elif isinstance(asked, Recipe):
+            recipe = replace(asked, container=container or asked.container)
+        else:
+            recipe = get_recipe(asked, container)
         by_default = calibration is None and not (matrix or solver or recipe.solvers) and _is_calibrated(recipe)
         spec = "self" if by_default else None if calibration == "none" else calibration
         if finishing.asked(finish) and calibration is None:
@@ -144,6 +165,8 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe, 
                 result = Result(out, recipe.container, recipe.name, used.description if used else None, _size(out),
                                 written.nbytes * 8 / written.parameters, time.monotonic() - began,
                                 _rows(written, job), notes + job.notes())
+                if shared:
+                    result = _checked(shared, original, written, result)
                 _conclude(result, store)
         result = ranks.broadcast(result)
         assert result is not None
@@ -255,6 +278,18 @@ def _rows(written: Checkpoint, job: Job) -> list[dict[str, Any]]:
     return [{"name": e.name, "shape": list(e.shape), "codec": e.codec.name,
              "bits_per_weight": e.codec.bits_per_weight(e.shape), **job.records.get(e.name, unsolved)}
             for e in written.entries.values()]
+
+
+def _checked(shared: Any, source: Checkpoint, written: Checkpoint, result: Result) -> Result:
+    """With what the allocation says of itself, and the divergence measured of the file; the recipe is left beside."""
+    from fewbits import allocating
+
+    name = result.path.with_name(f"{result.path.name}.recipe{recipe_file.SUFFIX}")
+    name.write_text(recipe_file.text(shared.recipe), encoding="utf-8")
+    found = allocating.check(shared, source, written)
+    return replace(result, allocation={**shared.to_json(), **found}, notes=[*result.notes, (
+        f"KL {found['file_kl']:.4g} +- {found['file_kl_error']:.2g} from the original on {found['file_tokens']} tokens "
+        f"that the bits were not shared out by; {shared.expected:.4g} was expected; the recipe is in {name.name}")])
 
 
 def _conclude(result: Result, store: Store) -> None:

@@ -183,4 +183,5 @@ def _overridden(fact: Fact, override: Override) -> Choice:
     solver = None if override.codec.family == "float" else DEFAULT_SOLVER
     transposed = fact.role == "conv1d" and solver is not None
     shape = fact.shape[::-1] if transposed else fact.shape
-    return Choice(fact.name, shape, override.codec, solver, override.text, transposed=transposed)
+    note = "" if override.origin == patterns.ALLOCATED else override.text
+    return Choice(fact.name, shape, override.codec, solver, note, transposed=transposed)

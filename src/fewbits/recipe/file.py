@@ -10,14 +10,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewbits.errors import FewbitsError
 from fewbits.recipe import patterns
 from fewbits.recipe.patterns import Override
+
+if TYPE_CHECKING:
+    from fewbits.recipe import Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,6 +55,18 @@ def read(path: str) -> tuple[str, str | None, str | None, tuple[Override, ...]]:
         raise FewbitsError(f"{path}: tensors is no table", f"[tensors] and lines like {EXAMPLE}")
     overrides = tuple(_override(path, pattern, value) for pattern, value in tensors.items())
     return texts["base"], texts["container"], _solver(path, texts["solver"]), overrides
+
+
+def text(recipe: Recipe) -> str:
+    """The TOML file that a recipe of one base and overrides is read back from; each override has a name or a glob."""
+    base = recipe.codec.name if recipe.codec else recipe.mix.base if recipe.mix else ""
+    lines = [f"base = {json.dumps(base)}", f"container = {json.dumps(recipe.container)}"]
+    lines += [f"solver = {json.dumps(recipe.solver)}"] * (recipe.solver is not None) + ["", "[tensors]"]
+    for o in recipe.overrides:
+        value = json.dumps(o.codec.name) if o.solver is None else \
+            f"{{ codec = {json.dumps(o.codec.name)}, solver = {json.dumps(o.solver)} }}"
+        lines.append(f"{json.dumps(o.pattern)} = {value}")
+    return "\n".join(lines) + "\n"
 
 
 def _known(where: str, found: dict[str, Any], keys: Collection[str]) -> None:

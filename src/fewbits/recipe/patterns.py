@@ -13,6 +13,7 @@ from fewbits.codecs.decode_only import DecodeOnly
 from fewbits.errors import FewbitsError
 from fewbits.recipe.facts import Fact, ModelFacts
 
+ALLOCATED = "allocated"  # the origin of what a target made of each tensor: nothing to take note of
 Overrides = Mapping[str, str] | Iterable[str] | None
 
 
