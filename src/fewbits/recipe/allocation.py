@@ -1,21 +1,21 @@
 """Which option does each unit of a model get, so that the sum of losses is least within a number of bytes?
 
-A multiple-choice knapsack. The greedy walk over the lower convex hulls of all units is the optimum of every size that
-it stops at (it is Lagrange's method, every multiplier in turn); what room is left is then filled by single changes and
-by pairs of them. docs/concepts/allocation.md says how far from the optimum that ends.
+A multiple-choice knapsack, solved by dynamic programming: exactly where sizes have a common divisor that leaves no more
+than STEPS of them in the budget, as those of real models do; else with sizes rounded up to as many steps.
 """
 
 from __future__ import annotations
 
-import heapq
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+
+import numpy as np
 
 from fewbits.errors import FewbitsError
 
-PAIRS = 400  # changes that are looked at two by two
+STEPS = 200_000  # of room that are told apart
 
 
 @dataclass(frozen=True)
@@ -62,64 +62,29 @@ def smallest(options: Options) -> int:
 
 
 def allocate(options: Options, budget_bytes: int) -> dict[str, Option]:
-    """One option for every unit, together of at most `budget_bytes`, of about the least loss.
+    """One option for every unit, together of at most `budget_bytes`, of the least loss.
 
     Raises:
         FewbitsError: even the smallest options take more; how much they take is said.
     """
-    least = smallest(options)
-    if least > budget_bytes:
-        raise FewbitsError(f"{budget_bytes} bytes: the least that these weights can take are {least}")
-    hulls = {unit: hull(several) for unit, several in options.items()}
-    chosen = {unit: steps[0] for unit, steps in hulls.items()}
-    room = budget_bytes - sum(o.nbytes for o in chosen.values())
-    steps = [(-_gain(a, b), unit, i + 1) for unit, found in hulls.items() for i, (a, b) in enumerate(pairwise(found))]
-    heapq.heapify(steps)  # gains fall along a hull: a unit's steps come in order
-    stopped: set[str] = set()
-    while steps:
-        _, unit, i = heapq.heappop(steps)
-        step = hulls[unit][i]
-        more = step.nbytes - chosen[unit].nbytes
-        if unit in stopped or more > room:
-            stopped.add(unit)
-            continue
-        chosen[unit], room = step, room - more
-    while change := _best_change(options, chosen, room):
-        for unit, option in change.items():
-            room -= option.nbytes - chosen[unit].nbytes
-            chosen[unit] = option
-    return chosen
-
-
-def hull(options: Sequence[Option]) -> list[Option]:
-    """The options on the lower convex hull of loss over bytes, from few bytes to many."""
-    found: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.nbytes, o.loss)):
-        if found and option.loss >= found[-1].loss:
-            continue
-        while len(found) > 1 and _gain(found[-2], found[-1]) <= _gain(found[-1], option):
-            found.pop()
-        found.append(option)
-    return found
-
-
-def _gain(a: Option, b: Option) -> float:
-    """What each byte brings from `a` to `b`."""
-    return (a.loss - b.loss) / (b.nbytes - a.nbytes)
-
-
-def _best_change(options: Options, chosen: Mapping[str, Option], room: int) -> dict[str, Option]:
-    """Of one unit or of two, what lowers the loss most within `room`; empty where nothing does."""
-    changes = [(o.loss - chosen[unit].loss, o.nbytes - chosen[unit].nbytes, unit, o)
-               for unit, several in options.items() for o in several if o != chosen[unit]]
-    best, found = 0.0, dict[str, Option]()
-    for loss, more, unit, option in changes:
-        if more <= room and loss < best:
-            best, found = loss, {unit: option}
-    better = sorted((c for c in changes if c[0] < 0 and c[1] > room), key=lambda c: c[0] / c[1])[:PAIRS]
-    smaller = sorted((c for c in changes if c[1] < 0), key=lambda c: c[0] / -c[1])[:PAIRS]
-    for loss, more, unit, option in better:
-        for cost, less, other, smaller_option in smaller:
-            if other != unit and more + less <= room and loss + cost < best - 1e-15:
-                best, found = loss + cost, {unit: option, other: smaller_option}
-    return found
+    least = {unit: min(several, key=lambda o: o.nbytes) for unit, several in options.items()}
+    spare = budget_bytes - smallest(options)
+    if spare < 0:
+        raise FewbitsError(f"{budget_bytes} bytes: the least that these weights can take are {smallest(options)}")
+    more = {unit: [o.nbytes - least[unit].nbytes for o in several] for unit, several in options.items()}
+    step = math.gcd(*(n for several in more.values() for n in several)) or 1
+    step = max(step, -(-spare // STEPS))
+    losses, taken = np.zeros(spare // step + 1), dict[str, np.ndarray]()  # the least loss within so many steps
+    for unit, several in options.items():
+        found = np.full((len(several), len(losses)), np.inf)
+        for i, (option, nbytes) in enumerate(zip(several, more[unit], strict=True)):
+            steps = -(-nbytes // step)
+            if steps < len(losses):
+                found[i, steps:] = losses[:len(losses) - steps] + option.loss
+        taken[unit] = found.argmin(0).astype(np.uint8)
+        losses = found.min(0)
+    chosen, room = dict[str, Option](), len(losses) - 1
+    for unit in reversed(options):
+        i = int(taken[unit][room])
+        chosen[unit], room = options[unit][i], room - -(-more[unit][i] // step)
+    return {unit: chosen[unit] for unit in options}
