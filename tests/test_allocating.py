@@ -1,4 +1,4 @@
-"""A target becomes a recipe: sizes, what must share a codec, what is refused, and that it serves better than one type."""
+"""A target becomes a recipe: sizes, what shares a codec, what is refused, and that it serves better than one type."""
 
 from __future__ import annotations
 

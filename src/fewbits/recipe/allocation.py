@@ -84,7 +84,7 @@ def allocate(options: Options, budget_bytes: int) -> dict[str, Option]:
         taken[unit] = found.argmin(0).astype(np.uint8)
         losses = found.min(0)
     chosen, room = dict[str, Option](), len(losses) - 1
-    for unit in reversed(options):
+    for unit in reversed(list(options)):
         i = int(taken[unit][room])
         chosen[unit], room = options[unit][i], room - -(-more[unit][i] // step)
     return {unit: chosen[unit] for unit in options}

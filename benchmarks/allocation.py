@@ -1,0 +1,132 @@
+"""What does sharing bits out bring beside the best uniform preset of the same size?
+
+For each target (2.7, 3.0, 3.5, 4.0 and 4.5 bits a weight of all weights, the embedding's among them): the divergence of
+`quantize --to N.Nbpw` from the original, beside what uniform recipes of that size have: llama.cpp's mixes, and every
+matrix, the embedding too, in one codec. All by the same solver with the same statistics (search, weighted by an
+importance matrix of c4; with --solver gptq, calibrated on that text), measured on wikitext2-test, which nobody saw.
+
+"The best uniform preset of the same size" is read off the lower convex hull of log KL over bits a weight of all uniform
+recipes: between two neighbours of that curve log KL is interpolated, which is less than any preset of at most that size
+has. The KL of the best preset that is really there and no larger stands beside it. Resumes: files and figures stay in
+--work.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from common import parser, show
+
+import fewbits
+from fewbits import allocating, containers, imatrix
+from fewbits.calibration import sources
+from fewbits.cli.common import progress, quiet_libraries
+from fewbits.containers.base import remove
+from fewbits.recipe.allocation import target
+
+TARGETS = (2.7, 3.0, 3.5, 4.0, 4.5)
+UNIFORM = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")  # every matrix in one codec
+MIXES = ("Q2_K_S", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_K_S", "Q4_K_M")
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def matrix(args: Any) -> Path:
+    """The importance matrix, collected once."""
+    path = args.work / f"{args.model}-imatrix.gguf"
+    if not path.exists():
+        source = containers.open(args.models / args.model)
+        with progress() as report:
+            text = sources.calibration(args.shared / "data/text/c4.txt", source, samples=args.samples, length=512)
+            imatrix.write(path, imatrix.collect(source, text, report))
+    return path
+
+
+def figures(name: str, to: str, overrides: list[str], args: Any, known: dict[str, Any]) -> dict[str, Any]:
+    """Bits, bytes, seconds and KL of one recipe, measured once."""
+    if name not in known:
+        out, c4 = args.work / f"{args.model}-{name}.gguf", str(args.shared / "data/text/c4.txt")
+        remove(out)
+        began = time.monotonic()
+        by = {"calibration": c4, "samples": args.samples} if args.solver == "gptq" else {"imatrix": matrix(args)}
+        with progress() as report:
+            shared = share_out(to, c4, args, report) if to.endswith("bpw") else None
+            result = fewbits.quantize(args.models / args.model, out, shared.recipe if shared else to,
+                                      solver=args.solver, overrides=overrides, progress=report, **by)
+            seconds = time.monotonic() - began
+            found = fewbits.evaluate(out, args.models / args.model, text=args.shared / "data/text/wikitext2-test.txt",
+                                     chunks=args.chunks, progress=report)
+        known[name] = {"bits": result.bits_per_weight, "bytes": result.nbytes, "seconds": seconds, "kl": found.kl_mean,
+                       "error": found.kl_mean_error, "top1": found.top1, "sharing": shared and shared.to_json()}
+        (args.work / f"{args.model}-{args.solver}.json").write_text(json.dumps(known, indent=1))
+        print(name, known[name], flush=True)
+        if not args.keep:
+            remove(out)
+    return known[name]
+
+
+def share_out(to: str, text: str, args: Any, report: Any) -> allocating.Allocation:
+    """What `quantize --to` does first; by the same importances as the search of all others."""
+    source, found = containers.open(args.models / args.model), target(to)
+    assert found is not None
+    importances = imatrix.read(matrix(args)).statistics(source)
+    return allocating.for_file(source, found, "gguf", text, importances, progress=report)
+
+
+def hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Lower convex hull of (bits, log KL)."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(points):
+        while len(found) > 1 and _slope(found[-2], found[-1]) >= _slope(found[-1], point):
+            found.pop()
+        found.append(point)
+    return found
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def uniform_at(bits: float, curve: list[tuple[float, float]]) -> float:
+    """KL of a uniform recipe of so many bits, on the curve."""
+    for a, b in zip(curve, curve[1:], strict=False):
+        if a[0] <= bits <= b[0]:
+            return math.exp(a[1] + _slope(a, b) * (bits - a[0]))
+    raise ValueError(f"{bits} bits are beyond the curve")
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.add_argument("--model", default="smollm2-135m-wide")
+    p.add_argument("--solver", choices=["search", "gptq"], default="search")
+    p.add_argument("--targets", type=float, nargs="*", default=list(TARGETS))
+    p.add_argument("--samples", type=int, default=32, help="sequences of 512 tokens that statistics are of")
+    p.add_argument("--chunks", type=int, default=8)
+    p.add_argument("--keep", action="store_true", help="keep the files")
+    args = p.parse_args()
+    quiet_libraries()
+    args.work.mkdir(parents=True, exist_ok=True)
+    kept = args.work / f"{args.model}-{args.solver}.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    presets = {f"all-{c}": figures(f"all-{c}", c, [f"{EMBEDDING}={c}"], args, known) for c in UNIFORM}
+    presets |= {m: figures(m, m, [], args, known) for m in MIXES}
+    curve = hull([(row["bits"], math.log(row["kl"])) for row in presets.values()])
+    rows = []
+    for bits in args.targets:
+        row = figures(f"{bits}bpw", f"{bits}bpw", [], args, known)
+        beside = uniform_at(row["bits"], curve)
+        name, best = min(((n, r) for n, r in presets.items() if r["bits"] <= bits), key=lambda x: x[1]["kl"])
+        rows.append([bits, row["bits"], row["bytes"], row["kl"], row["error"], beside, row["kl"] / beside, name,
+                     best["kl"], row["kl"] / best["kl"], row["seconds"]])
+    show(f"Uniform recipes, {args.solver}, wikitext2-test {args.chunks} x 512", ["recipe", "bits", "bytes", "KL",
+         "+-", "top-1", "seconds"], [[n, r["bits"], r["bytes"], r["kl"], r["error"], r["top1"], r["seconds"]]
+                                     for n, r in sorted(presets.items(), key=lambda x: x[1]["bits"])])
+    show(f"Bits shared out, {args.solver}", ["target", "bits", "bytes", "KL", "+-", "KL uniform (curve)", "ratio",
+         "best preset no larger", "its KL", "ratio to it", "seconds"], rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
