@@ -5,9 +5,9 @@ For each target (2.7, 3.0, 3.5, 4.0 and 4.5 bits a weight of all weights, the em
 matrix, the embedding too, in one codec. All by the same solver with the same statistics (search, weighted by an
 importance matrix of c4; with --solver gptq, calibrated on that text), measured on wikitext2-test, which nobody saw.
 
-"The best uniform preset of the same size" is read off the lower convex hull of log KL over bits a weight of all uniform
-recipes: between two neighbours of that curve log KL is interpolated, which is less than any preset of at most that size
-has. The KL of the best preset that is really there and no larger stands beside it. Resumes: files and figures stay in
+"The best uniform preset of the same size" is read off the frontier of all uniform recipes (those that no smaller one is as
+near as): between two neighbours of it log KL is interpolated over bits a weight, which is less than any preset of at most
+that size has. The KL of the best preset that is really there and no larger stands beside it. Resumes: files and figures stay in
 --work.
 """
 
@@ -76,26 +76,21 @@ def share_out(to: str, text: str, args: Any, report: Any) -> allocating.Allocati
     return allocating.for_file(source, found, "gguf", text, importances, progress=report)
 
 
-def hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Lower convex hull of (bits, log KL)."""
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (bits, log KL) those that no smaller recipe is as near as."""
     found: list[tuple[float, float]] = []
     for point in sorted(points):
-        while len(found) > 1 and _slope(found[-2], found[-1]) >= _slope(found[-1], point):
-            found.pop()
-        found.append(point)
+        if not found or point[1] < found[-1][1]:
+            found.append(point)
     return found
 
 
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
-
-
 def uniform_at(bits: float, curve: list[tuple[float, float]]) -> float:
-    """KL of a uniform recipe of so many bits, on the curve."""
+    """KL of a uniform recipe of so many bits, on the frontier."""
     for a, b in zip(curve, curve[1:], strict=False):
         if a[0] <= bits <= b[0]:
-            return math.exp(a[1] + _slope(a, b) * (bits - a[0]))
-    raise ValueError(f"{bits} bits are beyond the curve")
+            return math.exp(a[1] + (b[1] - a[1]) / (b[0] - a[0]) * (bits - a[0]))
+    raise ValueError(f"{bits} bits are beyond the frontier")
 
 
 def main() -> None:
@@ -113,7 +108,7 @@ def main() -> None:
     known = json.loads(kept.read_text()) if kept.exists() else {}
     presets = {f"all-{c}": figures(f"all-{c}", c, [f"{EMBEDDING}={c}"], args, known) for c in UNIFORM}
     presets |= {m: figures(m, m, [], args, known) for m in MIXES}
-    curve = hull([(row["bits"], math.log(row["kl"])) for row in presets.values()])
+    curve = frontier([(row["bits"], math.log(row["kl"])) for row in presets.values()])
     rows = []
     for bits in args.targets:
         row = figures(f"{bits}bpw", f"{bits}bpw", [], args, known)
@@ -124,7 +119,7 @@ def main() -> None:
     show(f"Uniform recipes, {args.solver}, wikitext2-test {args.chunks} x 512", ["recipe", "bits", "bytes", "KL",
          "+-", "top-1", "seconds"], [[n, r["bits"], r["bytes"], r["kl"], r["error"], r["top1"], r["seconds"]]
                                      for n, r in sorted(presets.items(), key=lambda x: x[1]["bits"])])
-    show(f"Bits shared out, {args.solver}", ["target", "bits", "bytes", "KL", "+-", "KL uniform (curve)", "ratio",
+    show(f"Bits shared out, {args.solver}", ["target", "bits", "bytes", "KL", "+-", "KL uniform (between)", "ratio",
          "best preset no larger", "its KL", "ratio to it", "seconds"], rows, args.json)
 
 
