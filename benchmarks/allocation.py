@@ -5,10 +5,11 @@ For each target (2.7, 3.0, 3.5, 4.0 and 4.5 bits a weight of all weights, the em
 matrix, the embedding too, in one codec. All by the same solver with the same statistics (search, weighted by an
 importance matrix of c4; with --solver gptq, calibrated on that text), measured on wikitext2-test, which nobody saw.
 
-"The best uniform preset of the same size" is read off the frontier of all uniform recipes (those that no smaller one is as
-near as): between two neighbours of it log KL is interpolated over bits a weight, which is less than any preset of at most
-that size has. The KL of the best preset that is really there and no larger stands beside it. Resumes: files and figures stay in
---work.
+What "the best uniform preset of the same size" has is told in three ways, from mild to strict: the best that there is and
+that is no larger; log KL interpolated over bits between neighbours of the frontier (recipes that no smaller one is as
+near as); the same on the lower convex hull, which no recipe lies below and few lie on.
+
+Resumes: files and figures stay in --work.
 """
 
 from __future__ import annotations
@@ -85,12 +86,26 @@ def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
+def hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The lower convex hull of a frontier."""
+    found: list[tuple[float, float]] = []
+    for point in points:
+        while len(found) > 1 and _slope(found[-2], found[-1]) >= _slope(found[-1], point):
+            found.pop()
+        found.append(point)
+    return found
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
 def uniform_at(bits: float, curve: list[tuple[float, float]]) -> float:
-    """KL of a uniform recipe of so many bits, on the frontier."""
+    """KL of a uniform recipe of so many bits, on a curve."""
     for a, b in zip(curve, curve[1:], strict=False):
         if a[0] <= bits <= b[0]:
-            return math.exp(a[1] + (b[1] - a[1]) / (b[0] - a[0]) * (bits - a[0]))
-    raise ValueError(f"{bits} bits are beyond the frontier")
+            return math.exp(a[1] + _slope(a, b) * (bits - a[0]))
+    raise ValueError(f"{bits} bits are beyond the curve")
 
 
 def main() -> None:
@@ -112,15 +127,15 @@ def main() -> None:
     rows = []
     for bits in args.targets:
         row = figures(f"{bits}bpw", f"{bits}bpw", [], args, known)
-        beside = uniform_at(row["bits"], curve)
+        between, strict = uniform_at(row["bits"], curve), uniform_at(row["bits"], hull(curve))
         name, best = min(((n, r) for n, r in presets.items() if r["bits"] <= bits), key=lambda x: x[1]["kl"])
-        rows.append([bits, row["bits"], row["bytes"], row["kl"], row["error"], beside, row["kl"] / beside, name,
-                     best["kl"], row["kl"] / best["kl"], row["seconds"]])
+        rows.append([bits, row["bits"], row["bytes"], row["kl"], row["error"], name, best["kl"], row["kl"] / best["kl"],
+                     row["kl"] / between, row["kl"] / strict, row["seconds"]])
     show(f"Uniform recipes, {args.solver}, wikitext2-test {args.chunks} x 512", ["recipe", "bits", "bytes", "KL",
          "+-", "top-1", "seconds"], [[n, r["bits"], r["bytes"], r["kl"], r["error"], r["top1"], r["seconds"]]
                                      for n, r in sorted(presets.items(), key=lambda x: x[1]["bits"])])
-    show(f"Bits shared out, {args.solver}", ["target", "bits", "bytes", "KL", "+-", "KL uniform (between)", "ratio",
-         "best preset no larger", "its KL", "ratio to it", "seconds"], rows, args.json)
+    show(f"Bits shared out, {args.solver}", ["target", "bits", "bytes", "KL", "+-", "best no larger", "its KL",
+         "ratio to it", "between neighbours", "hull", "seconds"], rows, args.json)
 
 
 if __name__ == "__main__":
