@@ -23,8 +23,9 @@ __all__ = ["FewbitsError", "bench", "convert", "evaluate", "explain", "finish", 
            "verify"]
 
 _HOMES = {"bench": "fewbits.measure", "convert": "fewbits.converting", "evaluate": "fewbits.measure",
-          "explain": "fewbits.explaining", "finish": "fewbits.finishing.files", "inspect": "fewbits.inspection", "load": "fewbits.loading",
-          "plan": "fewbits.planning", "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
+          "explain": "fewbits.explaining", "finish": "fewbits.finishing.files", "inspect": "fewbits.inspection",
+          "load": "fewbits.loading", "plan": "fewbits.planning", "quantize": "fewbits.quantizing",
+          "verify": "fewbits.verifying"}
 
 
 def __getattr__(name: str) -> Any:

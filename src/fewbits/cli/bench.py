@@ -52,7 +52,7 @@ def command(
     for work in dict.fromkeys(row.work for row in found):
         _table([row for row in found if row.work == work])
     about = found[0].circumstances
-    print(f"{about['machine']['processor']}, {about['machine']['cores']} processors, {about['threads']} threads used. "
+    print(f"{about['machine']['processor']}, {about['machine']['cores']} processors, threads: {about['threads']}. "
           "Medians; x: how many times the first row's; memory: resident, at most, loading included.")
 
 

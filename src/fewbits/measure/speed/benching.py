@@ -8,6 +8,7 @@ from itertools import repeat
 from pathlib import Path
 
 from fewbits import instructions
+from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
 from fewbits.measure.circumstances import circumstances
 from fewbits.measure.speed import choosing
@@ -44,29 +45,34 @@ def bench(models: str | Path | Sequence[str | Path], *, prompts: Sequence[int] =
     rounds = [(choosing.works(prompts, generate, batches, cache), choosing.candidates(opened, kernels, peers))]
     if train:
         rounds.append((choosing.trainings(prompts, batches), choosing.candidates(opened, kernels, peers, True)))
-    needed: list[dict[Candidate, int]] = []
+    needed: dict[Candidate, int] = {}
     for works, candidates in rounds:
         choosing.check_context(opened, works)
-        needed.append({c: choosing.needed_bytes(opened[c.name], c, works) for c in candidates})
-        choosing.check_memory(needed[-1])
-    about = {name: circumstances(checkpoint, threads=threads, seed=seed) for name, checkpoint in opened.items()}
-    for found_here in about.values():
-        found_here["machine"] |= {"threads": threads}
+        for c in candidates:
+            needed[c] = max(needed.get(c, 0), choosing.needed_bytes(opened[c.name], c, works))
+    choosing.check_memory(needed)
+    about = {name: _about(checkpoint, threads, seed) for name, checkpoint in opened.items()}
     least = min(choosing.vocabulary(checkpoint) for checkpoint in opened.values())
     ticks = _Ticks(progress, sum(len(w) * len(c) * (1 + repeats) for w, c in rounds))
-    found: list[Speed] = []
-    for (works, candidates), room in zip(rounds, needed, strict=True):
-        runners = [Runner(candidate, threads) for candidate in candidates]
-        together = sum(room.values()) < available_bytes()
-        try:
+    together = sum(needed.values()) < available_bytes()
+    runners, found = {c: Runner(c, threads) for c in needed}, list[Speed]()
+    try:
+        for works, candidates in rounds:
             for work in works:
-                ticks.begin(str(work), len(candidates) * (1 + repeats))
-                measure(runners, _job(work, least, seed), repeats, seconds, together, ticks)
-                found += [r.speed(work, about[r.candidate.name]) for r in runners]
-        finally:
-            for runner in runners:
-                runner.close()
+                taking = [runners[c] for c in candidates]
+                ticks.begin(str(work), len(taking) * (1 + repeats))
+                measure(taking, _job(work, least, seed), repeats, seconds, together, ticks)
+                found += [r.speed(work, about[r.candidate.name]) for r in taking]
+    finally:
+        for runner in runners.values():
+            runner.close()
     return found
+
+
+def _about(checkpoint: Checkpoint, threads: int, seed: int) -> Json:
+    about = circumstances(checkpoint, threads=threads, seed=seed)
+    about["machine"]["threads"] = threads  # not this process' own
+    return about
 
 
 def _job(work: Work, vocabulary: int, seed: int) -> Json:

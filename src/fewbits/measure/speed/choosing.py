@@ -92,7 +92,7 @@ def check_kernels(kernels: Sequence[str | None]) -> None:
 def check_peers(peers: Mapping[str, str | None]) -> None:
     """
     Raises:
-        FewbitsError: an unknown one, or one that is not installed; for another Python than this one, that it isn't there.
+        FewbitsError: an unknown one; one that is not installed here, or a Python that isn't there.
     """
     for peer, python in peers.items():
         if peer not in PEERS:
@@ -122,7 +122,7 @@ def vocabulary(checkpoint: Checkpoint) -> int:
 
 def needed_bytes(checkpoint: Checkpoint, candidate: Candidate, asked: Sequence[Work]) -> int:
     """About what a candidate takes: weights, in float32 where modules may decode them, caches and activations."""
-    facts, plain = ModelFacts.of(checkpoint), candidate.engine in ("llama.cpp",) or "decoder" in candidate.engines
+    facts, plain = ModelFacts.of(checkpoint), candidate.engine == "llama.cpp" or "decoder" in candidate.engines
     weights = checkpoint.nbytes if plain else max(checkpoint.nbytes, 4 * checkpoint.parameters)
     caches = max(w.batch * kv_bytes(facts, w.prompt + w.generate) * (1 if plain else 2) for w in asked)
     return weights + caches + working_bytes(facts, max(w.prompt + w.generate for w in asked))

@@ -24,7 +24,7 @@ class Worker:
 
     def __init__(self, python: str, threads: int, limit: float = LIMIT_SECONDS):
         self.limit, self._late = limit, False
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen([python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=self._said, env=environment, text=True)

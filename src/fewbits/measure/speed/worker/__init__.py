@@ -2,5 +2,5 @@
 
     python FOLDER    this one; requests on stdin, answers on stdout, one line of JSON each
 
-Only `decoder` and `modules` import fewbits: the other engines run in a Python that may not have it.
+Only `own` imports fewbits: the other engines run in a Python that may not have it.
 """

@@ -19,6 +19,7 @@ class LlamaCpp(Engine):
 
         self.lib: Any = llama_cpp
         self.numpy: Any = numpy
+        self.batch: Any = None
         self.threads, self.context, self.length = job["threads"], None, 0
         self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._quiet, None)

@@ -17,6 +17,12 @@ class Transformers(Modules):
     method: str | None = None  # of quantization, which the directory must have
     dtype = "auto"
 
+    def __init__(self, job: Json):
+        super().__init__(job)
+        from transformers import AutoModelForCausalLM
+
+        self._pretrained = AutoModelForCausalLM.from_pretrained
+
     def read(self, job: Json) -> Any:
         folder = Path(job["model"])
         if not (folder / "config.json").is_file():
@@ -28,9 +34,7 @@ class Transformers(Modules):
         return self.opened(folder, settings)
 
     def opened(self, folder: Path, settings: Json, **options: Any) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        net = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, dtype=self.dtype, **options)
+        net = self._pretrained(folder, device_map={"": "cpu"}, dtype=self.dtype, **options)
         self.kernel = str(net.dtype).removeprefix("torch.")
         return net
 
@@ -39,13 +43,17 @@ class Bitsandbytes(Transformers):
     """Products of four bits in bfloat16 or float32, around them float32."""
 
     method, dtype, packages = "bitsandbytes", "float32", (*Modules.packages, "bitsandbytes")
-    ways = ("bfloat16", "float32")
+    ways: tuple[str, ...] = ("bfloat16", "float32")
 
-    def opened(self, folder: Path, settings: Json, **options: Any) -> Any:
+    def __init__(self, job: Json):
+        super().__init__(job)
         from bitsandbytes.nn import Linear4bit
 
+        self._kind = Linear4bit
+
+    def opened(self, folder: Path, settings: Json, **options: Any) -> Any:
         net = super().opened(folder, settings)
-        self.layers = [m for m in net.modules() if isinstance(m, Linear4bit)]
+        self.layers = [m for m in net.modules() if isinstance(m, self._kind)]
         if not self.layers:
             self.ways = ("",)
         return net
@@ -65,6 +73,7 @@ class Gptqmodel(Transformers):
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it stops without
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than what is measured
         super().__init__(job)
+        import gptqmodel  # noqa: F401
 
     def opened(self, folder: Path, settings: Json, **options: Any) -> Any:
         from transformers import GPTQConfig

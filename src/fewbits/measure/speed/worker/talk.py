@@ -10,15 +10,14 @@ from collections.abc import Callable
 from importlib import metadata
 
 from .base import Another, Engine, Json
-from .decoder import Decoder
 from .llama import LlamaCpp
 from .memory import Memory
-from .modules import Modules
+from .own import Decoder, Layers
 from .peers import Bitsandbytes, Gptqmodel, Transformers
 from .work import repetition, warm_up
 
 ENGINES: dict[str, Callable[[Json], Engine]] = {
-    "decoder": Decoder, "modules": Modules, "transformers": Transformers, "bitsandbytes": Bitsandbytes,
+    "decoder": Decoder, "modules": Layers, "transformers": Transformers, "bitsandbytes": Bitsandbytes,
     "gptqmodel": Gptqmodel, "llama.cpp": LlamaCpp}
 
 

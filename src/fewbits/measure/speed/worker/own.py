@@ -1,4 +1,4 @@
-"""fewbits' native decoder."""
+"""fewbits: its native decoder, and its layers in modules of Transformers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Another, Engine, Json, Rows
+from .modules import Modules
 
 
 class Decoder(Engine):
@@ -35,3 +36,15 @@ class Decoder(Engine):
     def _next(self, rows: Rows) -> list[int]:
         logits = self.model.step([(s, row, 1) for s, row in zip(self.sequences, rows, strict=True)])
         return [int(x.argmax()) for x in logits]
+
+
+class Layers(Modules):
+    def __init__(self, job: Json):
+        super().__init__(job)
+        from fewbits.loading import load
+
+        self._load = load
+
+    def read(self, job: Json) -> Any:
+        self.kernel = job["kernel"] or "modules"
+        return self._load(job["model"], kernel=job["kernel"])
