@@ -4,9 +4,10 @@
 
 Prompts of 512 tokens at batch 1 and 16; 30 tokens after 30, and 512 after 512, with the cache of keys and values and
 without it, at both batches. GGUF files beside llama.cpp, bitsandbytes' layouts beside bitsandbytes, GPTQ beside
-GPTQModel, float types beside Transformers alone; `fewbits bench` measures both in turns. What would take more than
-`--limit` seconds for a warm-up and its repetitions, by the rates of the prompts and of 30 tokens, is left out and said.
-Finished rows are kept in published.jsonl of --work and not measured again, unless with --fresh.
+GPTQModel, float types beside Transformers alone; `fewbits bench` measures both in turns. Of a work whose repetitions
+would take more than `--limit` seconds, by the rates of the prompts and of 30 tokens, there are fewer; if one alone would
+take more, it is left out and said. Finished rows are kept in published.jsonl of --work and not measured again, unless
+with --fresh.
 """
 
 from __future__ import annotations
@@ -64,31 +65,33 @@ class Kind:
 def measured(kind: Kind, works: Sequence[Work], args: argparse.Namespace, kept: Cache) -> None:
     """Adds the rows of some works, those that would take too long as rows with that reason."""
     for work in works:
-        able = []
+        able, longest = [], 0.0
         for engine in ("fewbits", kind.peer):
             about = 0.0 if work == PROMPTS[0] else kind.seconds(engine, work)
             if about is None:
-                kind.found[engine, work] = {"reason": "not even a prompt could be measured"}
-            elif about * (1 + args.repeats) > args.limit:
+                kind.found[engine, work] = {"reason": "nothing could be measured of it"}
+            elif about > args.limit:
                 kind.found[engine, work] = {"reason": f"would take about {about / 60:.1f} minutes a repetition"}
             else:
                 able.append(engine)
+                longest = max(longest, about)
         if not able:
             continue
+        repeats = max(1, min(args.repeats, int(args.limit / max(longest, 1e-9))))
         key = {"kind": kind.name, "file": kind.file.name, "engines": able, "work": str(work), "threads": args.threads,
-               "repeats": args.repeats}
-        rows = kept.get(key, lambda work=work, able=able: {"rows": [  # type: ignore[misc]
-            row.to_json() for row in run(kind, work, able, args)]})["rows"]
+               "repeats": repeats}
+        rows = kept.get(key, lambda work=work, able=able, repeats=repeats: {"rows": [  # type: ignore[misc]
+            row.to_json() for row in run(kind, work, able, args.threads, repeats)]})["rows"]
         for row in rows:
             kind.found[row["engine"], work] = row
             print(kind.name, row["engine"], work, row["reason"] or {
                 k: f"{v:.4g}" for k, v in row.items() if k.endswith("_second") and v}, flush=True)
 
 
-def run(kind: Kind, work: Work, engines: Sequence[str], args: argparse.Namespace) -> list[Speed]:
+def run(kind: Kind, work: Work, engines: Sequence[str], threads: int, repeats: int) -> list[Speed]:
     peers = {kind.peer: kind.python} if kind.peer in engines else {}
     found = bench(kind.file, prompts=[work.prompt], generate=[work.generate], batches=[work.batch], cache=[work.cache],
-                  repeats=args.repeats, threads=args.threads, peers=peers)
+                  repeats=repeats, threads=threads, peers=peers)
     return [row for row in found if row.engine in engines]
 
 
@@ -133,7 +136,7 @@ def main() -> None:
     p.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--repeats", type=int, default=2)
-    p.add_argument("--limit", type=float, default=300, help="seconds for a row, warm-up included")
+    p.add_argument("--limit", type=float, default=300, help="seconds that the repetitions of a row may take")
     p.add_argument("--fresh", action="store_true", help="measure again what was measured")
     args = p.parse_args()
     quiet_libraries()

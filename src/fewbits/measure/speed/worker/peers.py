@@ -11,7 +11,6 @@ from typing import Any
 from .base import Json
 from .modules import Modules
 
-
 TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors
 
 
