@@ -4,10 +4,10 @@
 
 Prompts of 512 tokens at batch 1 and 16; 30 tokens after 30, and 512 after 512, with the cache of keys and values and
 without it, at both batches. GGUF files beside llama.cpp, bitsandbytes' layouts beside bitsandbytes, GPTQ beside
-GPTQModel, float types beside Transformers alone; `fewbits bench` measures both in turns. Of a work whose repetitions
-would take more than `--limit` seconds, by the rates of the prompts and of 30 tokens, there are fewer; if one alone would
-take more, it is left out and said. Finished rows are kept in published.jsonl of --work and not measured again, unless
-with --fresh.
+GPTQModel, float types beside Transformers alone; `fewbits bench` measures both in turns. A work whose repetitions would
+take more than `--limit` seconds, by the rates of the prompts and of 30 tokens, has fewer of them; one of which a single
+repetition would is left out, and the output says so. Finished rows are kept in published.jsonl of --work and not
+measured again, unless with --fresh.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def measured(kind: Kind, works: Sequence[Work], args: argparse.Namespace, kept: 
         for engine in ("fewbits", kind.peer):
             about = 0.0 if work == PROMPTS[0] else kind.seconds(engine, work)
             if about is None:
-                kind.found[engine, work] = {"reason": "nothing could be measured of it"}
+                kind.found[engine, work] = {"reason": "how long it would take is not known"}
             elif about > args.limit:
                 kind.found[engine, work] = {"reason": f"would take about {about / 60:.1f} minutes a repetition"}
             else:
@@ -150,7 +150,6 @@ def main() -> None:
     table("Prompts of 512 tokens: tokens a second", made, named(PROMPTS), "prefill_tokens_per_second")
     for n, works in ((30, SHORT), (512, LONG)):
         table(f"{n} tokens after {n}: tokens a second", made, named(works), "decode_tokens_per_second")
-        table(f"{n} tokens after {n}: milliseconds of a step, median", made, named(works), "token_seconds_median", 1e3)
     sizes = {"30 after 30": SHORT[0], "512 after 512": LONG[0], "batch 16": LONG[2]}
     table("Resident memory, MiB at most", made, sizes, "resident_bytes", 2**-20)
     table("Seconds to load", made, {"fewbits": PROMPTS[0]}, "load_seconds")

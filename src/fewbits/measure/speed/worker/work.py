@@ -53,7 +53,8 @@ def warm_up(engine: Engine, job: Json, memory: Memory) -> Json:
             try:
                 ready(way)
                 began = time.perf_counter()
-                repetition(engine, trial)
+                if len(ways) > 1:
+                    repetition(engine, trial)
                 seconds[way] = time.perf_counter() - began
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 refused = error
@@ -63,14 +64,14 @@ def warm_up(engine: Engine, job: Json, memory: Memory) -> Json:
         best = min(seconds, key=lambda way: seconds[way])
         if best != ways[-1]:
             ready(best)
-        if trial["generate"] < job["generate"]:
+        if len(ways) == 1 or trial["generate"] < job["generate"]:
             _largest(engine, job)
     return {"way": best, "kernel": engine.kernel} | memory.most()
 
 
 def _largest(engine: Engine, job: Json) -> None:
     """What takes the most memory of a repetition."""
-    if job["cache"]:
+    if job["cache"] or not job["generate"]:
         repetition(engine, job)
     else:
         engine.whole([[*row, *row[:1] * job["generate"]] for row in job["prompts"]])
