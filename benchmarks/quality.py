@@ -45,7 +45,7 @@ def number(said: str, label: str) -> float:
 
 
 def rounded_alike(file: Path, off: float = 0) -> Any:
-    """The file's model in Transformers, with activations rounded as llama.cpp does; embeddings are `off` by a factor."""
+    """The file's model in Transformers, with activations rounded as llama.cpp does; embeddings `off` by a factor."""
     checkpoint = containers.open(file)
     net = model_of(checkpoint)
     round_activations(net, checkpoint)
