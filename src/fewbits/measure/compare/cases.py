@@ -1,0 +1,129 @@
+"""What is compared: recipes that suit a model, or those that were named, and files that are there already."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fewbits import containers, hub, planning
+from fewbits.checkpoint import Checkpoint
+from fewbits.containers.base import remove
+from fewbits.errors import FewbitsError
+from fewbits.measure.compare.kept import Kept, digest
+from fewbits.measure.compare.settings import TEXT
+from fewbits.recipe import ModelFacts, get
+from fewbits.recipe.facts import LINEAR
+
+GGUF = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+BESIDE = (".quantization.json", ".log.jsonl")  # what quantizing leaves beside a file
+
+
+@dataclass
+class Case:
+    """A candidate on its way through the measurements."""
+
+    name: str
+    kind: str  # of KINDS
+    to: str  # the recipe; empty of a file
+    path: Path
+    kept: Kept
+    key: Any = None  # what decided the file
+    fields: dict[str, Any] = field(default_factory=dict)  # of its Candidate
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.fields.get("reason"))
+
+    def forget(self) -> None:
+        """Remove the file, if it was made here, and what lies beside it."""
+        if self.to and "making" in self.kept.found:
+            for path in (self.path, *(self.path.with_name(self.path.name + end) for end in BESIDE)):
+                remove(path)
+
+
+def suitable(source: Checkpoint) -> list[str]:
+    """A dozen recipes that this model takes, each with fewer bits than it has, no two of which give the same tensors.
+
+    Raises:
+        FewbitsError: there are none.
+    """
+    facts = ModelFacts.of(source)
+    widths = [f.shape[-1] for f in facts.tensors if f.role in LINEAR]
+    group = next((g for g in (128, 64) if all(w % g == 0 for w in widths)), 32)
+    own = source.nbytes * 8 / max(1, source.parameters)
+    found: dict[str, str] = {}
+    wanted = [*GGUF, f"int3-g{group}-asym", f"int4-g{group}", "nf4", "nf4-dq", "int8"]
+    for row in planning.plan(source, 0, recipes=wanted).rows:
+        if row.reason or row.bits_per_weight >= own - 0.01:
+            continue
+        alike = digest([row.container, [c.codec.name for c in get(row.recipe).resolve(facts)]])
+        found.setdefault(alike, row.recipe)
+    if not found:
+        raise FewbitsError(f"{source.path}: no recipe has fewer bits than its {own:.2f}", "name some with --to")
+    return list(found.values())
+
+
+def cases(to: Sequence[str], source: Checkpoint, folder: Path) -> Iterator[Case]:
+    """The model itself, then one for each of `to`.
+
+    Raises:
+        FewbitsError: one that is neither a recipe nor a model.
+    """
+    own = source.path.stem if source.path.is_file() else source.path.name
+    yield Case(own, "original", "", source.path, Kept(folder / "measured" / "original.json"))
+    taken = {own}
+    for item in to:
+        container = _container(item)
+        if container is None:
+            path = hub.locate(item)
+            name = path.name if path.name not in taken else f"{path.parent.name}/{path.name}"
+            slug = f"{_slug(path.name)}-{digest(str(path.resolve()))[:8]}"
+        else:
+            name = Path(item).stem if item.endswith(".toml") else item
+            slug = _slug(f"{own}-{name}")
+            path = folder / "models" / (slug + containers.by_name(container).suffix)
+        taken.add(name)
+        kept = Kept(folder / "measured" / f"{slug}.json")
+        yield Case(name, "file" if container is None else "recipe", item if container else "", path, kept)
+
+
+def _container(item: str) -> str | None:
+    """Where the recipe called `item` goes; None where it is a model.
+
+    Raises:
+        FewbitsError: neither.
+    """
+    try:
+        return get(item).container
+    except FewbitsError:
+        if Path(item).exists() or ("/" in item and not item.endswith(".toml")):
+            return None
+        raise
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def text_file(given: str | None, folder: Path) -> Path:
+    """The file to measure on.
+
+    Raises:
+        FewbitsError: it isn't there, or none was given and the usual one cannot be had.
+    """
+    if given is not None:
+        if not Path(given).is_file():
+            raise FewbitsError(f"{given}: no such file", "give a UTF-8 text with --text FILE")
+        return Path(given)
+    from fewbits.calibration.documents import named
+
+    file = folder / f"{TEXT}.txt"
+    if not file.exists():
+        try:
+            file.write_text(named(TEXT, 1 << 24)[0], encoding="utf-8")
+        except FewbitsError as error:
+            raise FewbitsError(str(error), "give a UTF-8 text of your own with --text FILE") from None
+    return file

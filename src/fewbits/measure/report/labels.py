@@ -1,0 +1,104 @@
+"""Places for the labels of points, so that none covers another, a point or the edge of the picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+from fewbits.measure.report.drawing import Point
+
+ANGLES = [math.radians(a) for a in (0, 180, 270, 90, 315, 225, 45, 135, 20, 340, 160, 200)]
+DISTANCES = (9, 14, 22, 32, 44, 58, 74, 92, 112)
+SWEEPS = 6  # each label is moved that often while the others stay
+MARK = 7  # half the width of a point
+FAR = 20  # from this distance on a line leads from the point to its label
+
+
+@dataclass(frozen=True)
+class Rect:
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def overlap(self, other: Rect) -> float:
+        """Area in common."""
+        wide = min(self.x + self.width, other.x + other.width) - max(self.x, other.x)
+        high = min(self.y + self.height, other.y + other.height) - max(self.y, other.y)
+        return max(0.0, wide) * max(0.0, high)
+
+    def nearest(self, point: Point) -> Point:
+        """The point of the rectangle that is nearest to another."""
+        return (min(max(point[0], self.x), self.x + self.width), min(max(point[1], self.y), self.y + self.height))
+
+
+def place(points: Sequence[Point], sizes: Sequence[Point], inside: Rect, line: Sequence[Point] = (),
+          taken: Sequence[Rect] = ()) -> list[Rect]:
+    """A rectangle of its size for each point's label: near it, covering as little as can be of other labels, points,
+    `line` and what is `taken`, and within `inside`."""
+    marks = [Rect(x - MARK, y - MARK, 2 * MARK, 2 * MARK) for x, y in points]
+    crumbs = [Rect(x - 1, y - 1, 2, 2) for x, y in _along(line)]
+    choices = [_choices(point, size, inside) for point, size in zip(points, sizes, strict=True)]
+    placed: list[_Choice | None] = [None] * len(points)
+
+    def cost(i: int, mine: _Choice) -> float:
+        others = [p for j, p in enumerate(placed) if p is not None and j != i]
+        covered = sum(mine.rect.overlap(r) for r in chain((p.rect for p in others), marks, taken))
+        crossed = sum(any(p.rect.overlap(c) for c in mine.lead) or any(mine.rect.overlap(c) for c in p.lead)
+                      for p in others)
+        crossed += sum(any(m.overlap(c) for c in mine.lead) for j, m in enumerate(marks) if j != i)
+        return 50 * covered + 400 * crossed + 3 * sum(mine.rect.overlap(c) for c in crumbs) + mine.distance
+
+    # points with many neighbours first: they have the least choice
+    order = sorted(range(len(points)), key=lambda i: sum(math.dist(points[i], p) > 60 for p in points))
+    for _ in range(SWEEPS):
+        for i in order:
+            placed[i] = min(choices[i], key=partial(cost, i))
+    return [p.rect for p in placed if p is not None]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A place for a label."""
+
+    distance: float
+    rect: Rect
+    lead: list[Rect]  # where its line runs, if it has one
+
+
+def _choices(point: Point, size: Point, inside: Rect) -> list[_Choice]:
+    """Rectangles around a point and how far each is; those that leave the picture are pushed back into it."""
+    out = []
+    for distance in DISTANCES:
+        for preference, angle in enumerate(ANGLES):
+            x, y = point[0] + distance * math.cos(angle), point[1] + distance * math.sin(angle)
+            left = x - size[0] * (1 - math.cos(angle)) / 2
+            top = y - size[1] * (1 - math.sin(angle)) / 2
+            left = min(max(left, inside.x), inside.x + inside.width - size[0])
+            top = min(max(top, inside.y), inside.y + inside.height - size[1])
+            rect = Rect(left, top, *size)
+            out.append(_Choice(math.dist(point, rect.nearest(point)) + 0.3 * preference, rect, _lead(point, rect)))
+    return out
+
+
+def leader(point: Point, rect: Rect) -> list[Point]:
+    """The line from a point to a label that lies far from it; empty for one that lies beside it."""
+    end = rect.nearest(point)
+    return [point, end] if math.dist(point, end) >= FAR else []
+
+
+def _lead(point: Point, rect: Rect) -> list[Rect]:
+    found = leader(point, rect)
+    return [Rect(x - 1, y - 1, 2, 2) for x, y in _along(found)][4:]  # beyond the point's own mark
+
+
+def _along(line: Sequence[Point]) -> list[Point]:
+    """Points each few pixels along a line."""
+    out: list[Point] = []
+    for a, b in zip(line, line[1:], strict=False):
+        count = max(1, int(math.dist(a, b) / 3))
+        out += [(a[0] + (b[0] - a[0]) * i / count, a[1] + (b[1] - a[1]) * i / count) for i in range(count + 1)]
+    return out
