@@ -73,7 +73,7 @@ def _show(found: Comparison) -> None:
     shown = [c for c in columns(found) if c.title in BRIEF]
     table = Table(box=None)
     for column in shown:
-        table.add_column(column.title, justify="right" if column.number else "left")
+        table.add_column(column.title, justify="right" if column.number else "left", no_wrap=column is shown[0])
     for c in found.candidates:
         if not c.reason:
             table.add_row(*(column.show(c) for column in shown))

@@ -14,7 +14,7 @@ from fewbits.errors import FewbitsError
 from fewbits.measure.circumstances import circumstances
 from fewbits.measure.compare import choosing
 from fewbits.measure.compare.candidates import Candidate, Comparison
-from fewbits.measure.compare.cases import cases, suitable, text_file
+from fewbits.measure.compare.cases import considered, suitable, text_file
 from fewbits.measure.compare.settings import Settings, commands, content
 from fewbits.measure.compare.work import Work
 
@@ -43,14 +43,14 @@ def compare(model: str | Path, to: Sequence[str] | None = None, *, out: str | Pa
     source = containers.open(hub.locate(model))
     recipes = list(dict.fromkeys(to)) if to else suitable(source)
     folder = Path(out)
-    considered = list(cases(recipes, source, folder))
+    cases = list(considered(recipes, source, folder))
     for each in (folder / "models", folder / "measured"):
         each.mkdir(parents=True, exist_ok=True)
     text = text_file(chosen.text, folder)
-    Work(source, considered, chosen, text, progress).run()
-    first, *rest = (Candidate(case.name, case.kind, str(case.path), **case.fields) for case in considered)
+    Work(source, cases, chosen, text, progress).run()
+    first, *rest = (Candidate(case.name, case.kind, str(case.path), **case.fields) for case in cases)
     if not keep:
-        for case in considered:
+        for case in cases:
             case.forget()
     rest.sort(key=lambda c: (c.kl is None, c.nbytes))
     found = Comparison(

@@ -66,7 +66,7 @@ def suitable(source: Checkpoint) -> list[str]:
     return list(found.values())
 
 
-def cases(to: Sequence[str], source: Checkpoint, folder: Path) -> Iterator[Case]:
+def considered(to: Sequence[str], source: Checkpoint, folder: Path) -> Iterator[Case]:
     """The model itself, then one for each of `to`.
 
     Raises:

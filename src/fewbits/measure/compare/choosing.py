@@ -77,11 +77,11 @@ def _answer(original: Candidate, fitting: Sequence[Candidate], room: str) -> Adv
     question = f"Which should I take{room}?"
     if unnoticed:
         take = min(unnoticed, key=lambda c: (c.nbytes, _kl(c)))
-        why = f"It is the smallest of those whose loss is not noticeable: {_size(take, original)}. {_loss(take)}"
+        why = "The smallest of those whose loss is not noticeable"
     else:
         take = min(fitting, key=lambda c: (_kl(c), c.nbytes))
-        why = f"Each of those that could be taken loses something, and this loses least: {_size(take, original)}. " \
-              f"{_loss(take)}"
+        why = f"Each that can be taken loses something; this one loses least, and its loss is {_grade(take).name}"
+    why += f": {_size(take, original)}. {_figures(take)}: {_grade(take).says}."
     if room:
         why += f" It takes {gigabytes(take.memory_bytes)} of memory."
     if take.quick("decode_tokens_per_second"):
@@ -108,16 +108,24 @@ def _programs(fitting: Sequence[Candidate]) -> list[Advice]:
         mine = [c for c in fitting if c.container == container]
         graded = [c for c in mine if grade(c) == 0] or [c for c in mine if grade(c) == 1]
         take = min(graded, key=lambda c: (c.nbytes, _kl(c))) if graded else min(mine, key=_kl)
-        out.append(Advice(f"For {READERS.get(container, container)}?", take.name, f"A {container} "
-                          f"{'file' if container == 'gguf' else 'directory'}, {gigabytes(take.nbytes)}. {_loss(take)}"))
+        kind = "A GGUF file" if container == "gguf" else f"A directory in the layout {container}"
+        out.append(Advice(f"For {READERS.get(container, container)}?", take.name, f"{kind}, "
+                          f"{gigabytes(take.nbytes)}. {_loss(take)}"))
     return out if len(out) > 1 else []
 
 
 # words ----------------------------------------------------------------------------------------------------------------
 def _loss(c: Candidate) -> str:
-    kind = GRADES[grade(c) or 0]
-    same = f"the same next token as the original in {100 * c.top1:.1f} % of places, " if c.top1 is not None else ""
-    return f"Loss {kind.name}: {same}KL divergence {c.kl:.4f}; {kind.says}."
+    return f"Loss {_grade(c).name}. {_figures(c)}: {_grade(c).says}."
+
+
+def _figures(c: Candidate) -> str:
+    same = f"The same next token as the original in {100 * c.top1:.1f} % of places, " if c.top1 is not None else ""
+    return f"{same}KL divergence {c.kl:.4f}"
+
+
+def _grade(c: Candidate) -> Grade:
+    return GRADES[grade(c) or 0]
 
 
 def _size(c: Candidate, original: Candidate) -> str:

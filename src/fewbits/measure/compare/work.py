@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,34 +180,31 @@ class Work:
         for case in going:
             case.fields["speed"] = tuple(case.kept.get("speed", {"file": case.key, **setting}) or ())
         missing = [case for case in going if not case.fields["speed"]]
-        found: dict[str, list[dict[str, Any]]] = {}
         with self.steps.step("speed") as progress:
-            try:
-                found = self._timed([self._file(case, progress) for case in missing], progress) if missing else {}
-            except FewbitsError as error:
-                for case in missing:
-                    case.fields["speed_reason"] = str(error)
-                return
-        for case in missing:
-            rows = found.get(str(case.path), [])
-            good = [row for row in rows if finite(row.get("decode_tokens_per_second"))]
-            if good:
-                case.fields["speed"] = tuple(case.kept.put("speed", {"file": case.key, **setting}, good))
+            rows = self._timed(missing, progress) if missing else []
+        for case, row in zip(missing, rows, strict=True):
+            if finite(row.get("decode_tokens_per_second")):
+                case.fields["speed"] = tuple(case.kept.put("speed", {"file": case.key, **setting}, [row]))
             else:
-                why = next((str(row["reason"]) for row in rows if row.get("reason")), "no figures came back")
-                case.fields["speed_reason"] = why
+                case.fields["speed_reason"] = str(row.get("reason") or "no figures came back")
 
-    def _timed(self, paths: list[Path], progress: Progress) -> dict[str, list[dict[str, Any]]]:
-        """Rows of each file, by its path."""
+    def _timed(self, cases: list[Case], progress: Progress) -> list[dict[str, Any]]:
+        """A row of each. What keeps them from being measured in turn (memory for the largest) keeps only itself from
+        being measured alone."""
         from fewbits.measure import bench
 
         s = self.settings
-        found = bench(paths, prompts=(s.prompt,), generate=(s.generate,), repeats=s.repeats, threads=s.threads,
-                      progress=progress)
-        rows: dict[str, list[dict[str, Any]]] = {}
-        for row in found:
-            rows.setdefault(row.candidate, []).append(row.to_json())
-        return rows
+        measure = partial(bench, prompts=(s.prompt,), generate=(s.generate,), repeats=s.repeats, threads=s.threads,
+                          progress=progress)
+        paths = [self._file(case, progress) for case in cases]
+        try:
+            return [row.to_json() for row in measure(paths)]
+        except FewbitsError as error:
+            if len(cases) == 1:
+                return [{"reason": str(error)}]
+        for case in cases:
+            case.fields["notes"] = (*case.fields.get("notes", ()), "its speed was measured by itself, not in turn")
+        return [row for case in cases for row in self._timed([case], progress)]
 
 
 def _listing(folder: str | None) -> list[Any] | None:

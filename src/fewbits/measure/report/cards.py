@@ -15,7 +15,7 @@ MARGIN = 14
 HEADING = 26  # room above a heat map for its name
 INCH = 100  # pixels of a drawing; a letter's size is in points, 72 an inch
 WEIGHTS = {"strong": "bold"}
-THICK = {"grid": 0.7, "axis": 1.0, "limit": 1.0, "leader": 0.8, "frontier": 1.8}
+THICK = {"grid": 0.7, "axis": 1.0, "limit": 1.0, "leader": 0.8, "frontier": 1.8, "spread": 1.2}
 
 
 def write(found: Comparison, folder: Path) -> list[Path]:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from html import escape
 
 Point = tuple[float, float]
-LETTER = 0.56  # mean width of a letter, in heights: of sans-serif fonts, rather more than less
+LETTER = 0.63  # mean width of a letter, in heights: of sans-serif fonts, rather more than less
 DASHES = {"grid": "", "limit": "5 4", "leader": "", "frontier": ""}
 
 
 @dataclass(frozen=True)
 class Line:
     points: Sequence[Point]
-    role: str  # grid, axis, limit, leader, frontier
+    role: str  # grid, axis, limit, leader, frontier, spread
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -40,7 +40,7 @@ def place(points: Sequence[Point], sizes: Sequence[Point], inside: Rect, line: S
     """A rectangle of its size for each point's label: near it, covering as little as can be of other labels, points,
     `line` and what is `taken`, and within `inside`."""
     marks = [Rect(x - MARK, y - MARK, 2 * MARK, 2 * MARK) for x, y in points]
-    crumbs = [Rect(x - 1, y - 1, 2, 2) for x, y in _along(line)]
+    crumbs = [Rect(x - 2, y - 2, 4, 4) for x, y in along(line)]
     choices = [_choices(point, size, inside) for point, size in zip(points, sizes, strict=True)]
     placed: list[_Choice | None] = [None] * len(points)
 
@@ -50,14 +50,28 @@ def place(points: Sequence[Point], sizes: Sequence[Point], inside: Rect, line: S
         crossed = sum(any(p.rect.overlap(c) for c in mine.lead) or any(mine.rect.overlap(c) for c in p.lead)
                       for p in others)
         crossed += sum(any(m.overlap(c) for c in mine.lead) for j, m in enumerate(marks) if j != i)
-        return 50 * covered + 400 * crossed + 3 * sum(mine.rect.overlap(c) for c in crumbs) + mine.distance
+        return 50 * covered + 400 * crossed + 6 * sum(mine.rect.overlap(c) for c in crumbs) + mine.distance
 
     # points with many neighbours first: they have the least choice
     order = sorted(range(len(points)), key=lambda i: sum(math.dist(points[i], p) > 60 for p in points))
     for _ in range(SWEEPS):
+        before = list(placed)
         for i in order:
-            placed[i] = min(choices[i], key=partial(cost, i))
+            placed[i] = _cheapest(choices[i], partial(cost, i))
+        if placed == before:
+            break
     return [p.rect for p in placed if p is not None]
+
+
+def _cheapest(choices: Sequence[_Choice], cost: Callable[[_Choice], float]) -> _Choice:
+    """Of choices from near to far; none costs less than its distance."""
+    best, least = choices[0], math.inf
+    for choice in choices:
+        if choice.distance >= least:
+            break
+        if (found := cost(choice)) < least:
+            best, least = choice, found
+    return best
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ class _Choice:
 
 
 def _choices(point: Point, size: Point, inside: Rect) -> list[_Choice]:
-    """Rectangles around a point and how far each is; those that leave the picture are pushed back into it."""
+    """Rectangles around a point, the nearest first; those that leave the picture are pushed back into it."""
     out = []
     for distance in DISTANCES:
         for preference, angle in enumerate(ANGLES):
@@ -81,7 +95,7 @@ def _choices(point: Point, size: Point, inside: Rect) -> list[_Choice]:
             top = min(max(top, inside.y), inside.y + inside.height - size[1])
             rect = Rect(left, top, *size)
             out.append(_Choice(math.dist(point, rect.nearest(point)) + 0.3 * preference, rect, _lead(point, rect)))
-    return out
+    return sorted(out, key=lambda choice: choice.distance)
 
 
 def leader(point: Point, rect: Rect) -> list[Point]:
@@ -92,13 +106,13 @@ def leader(point: Point, rect: Rect) -> list[Point]:
 
 def _lead(point: Point, rect: Rect) -> list[Rect]:
     found = leader(point, rect)
-    return [Rect(x - 1, y - 1, 2, 2) for x, y in _along(found)][4:]  # beyond the point's own mark
+    return [Rect(x - 2, y - 2, 4, 4) for x, y in along(found)][2:]  # beyond the point's own mark
 
 
-def _along(line: Sequence[Point]) -> list[Point]:
+def along(line: Sequence[Point]) -> list[Point]:
     """Points each few pixels along a line."""
     out: list[Point] = []
     for a, b in zip(line, line[1:], strict=False):
-        count = max(1, int(math.dist(a, b) / 3))
+        count = max(1, int(math.dist(a, b) / 5))
         out += [(a[0] + (b[0] - a[0]) * i / count, a[1] + (b[1] - a[1]) * i / count) for i in range(count + 1)]
     return out

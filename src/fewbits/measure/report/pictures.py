@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fewbits.measure.compare.candidates import Candidate, Comparison
 from fewbits.measure.compare.choosing import GRADES, gigabytes
 from fewbits.measure.report.drawing import Box, Drawing, Line, Mark, Point, Text, decades, steps, svg, text_width
-from fewbits.measure.report.labels import Rect, leader, place
+from fewbits.measure.report.labels import MARK, Rect, along, leader, place
 
 __all__ = ["COLOURS", "drawable", "heat", "quality", "scale", "speed", "svg"]
 
@@ -60,12 +60,6 @@ def quality(found: Comparison, width: float = 920) -> Drawing:
                 Text((x(at), height - bottom + 20), gigabytes(at) if at else "0", "muted", "middle"))
     out.add(Line([(left, height - bottom), (width - right, height - bottom)], "axis"),
             Text((width - right, height - 8), "size of all files (less is better)", "muted", "end"))
-    texts: list[tuple[Point, str]] = []
-    for g in GRADES[:-1]:
-        if bottom_kl < g.kl < top_kl:
-            out.add(Line([(left, y(g.kl)), (width - right, y(g.kl))], "limit"))
-            words = f"below: {g.name}" if narrow else f"below this line: {g.name}"
-            texts.append(((width - right - 2, y(g.kl) + 13), words))
     edge = [c for c in shown if c.name in found.frontier]
     stairs: list[Point] = []
     for c in sorted(edge, key=lambda c: c.nbytes):
@@ -74,12 +68,23 @@ def quality(found: Comparison, width: float = 920) -> Drawing:
         stairs.append((x(c.nbytes), y(c.kl or 1.0)))
     if len(stairs) > 1:
         out.add(Line(stairs, "frontier"))
-    for at_text, words in texts:
-        out.add(Text(at_text, words, "muted", "end", 11))
-    _points(out, found, shown, [(x(c.nbytes), y(c.kl or 1.0)) for c in shown], stairs, narrow,
-            Rect(left + 2, top - 12, width - left - right, height - top - bottom + 10),
-            [Rect(at[0] - text_width(w, 11), at[1] - 10, text_width(w, 11), 13) for at, w in texts])
+    at = [(x(c.nbytes), y(c.kl or 1.0)) for c in shown]
+    words = []
+    for g in (g for g in GRADES if bottom_kl < g.kl < top_kl):
+        out.add(Line([(left, y(g.kl)), (width - right, y(g.kl))], "limit"))
+        says = f"below: {g.name}" if narrow else f"below this line: {g.name}"
+        words.append(_under(says, y(g.kl), left, width - right, [*at, *along(stairs)]))
+        out.add(Text((words[-1].x, words[-1].y + 11), says, "muted", size=11))
+    _points(out, found, shown, at, stairs, narrow,
+            Rect(left + 2, top - 12, width - left - right, height - top - bottom + 10), words)
     return out
+
+
+def _under(words: str, y: float, left: float, right: float, busy: Sequence[Point]) -> Rect:
+    """Where words stand under a line across: to the right, or where fewer points are."""
+    wide = text_width(words, 11)
+    rects = [Rect(right - wide - step * (right - left - wide), y + 2, wide, 14) for step in (0, 1, 0.25, 0.5, 0.75)]
+    return min(rects, key=lambda r: sum(math.dist(p, r.nearest(p)) < MARK + 2 for p in busy))
 
 
 def _points(out: Drawing, found: Comparison, shown: Sequence[Candidate], at: Sequence[Point], stairs: Sequence[Point],
@@ -100,7 +105,8 @@ def _points(out: Drawing, found: Comparison, shown: Sequence[Candidate], at: Seq
 
 # speed ----------------------------------------------------------------------------------------------------------------
 def speed(found: Comparison, width: float = 920) -> Drawing:
-    """Tokens a second read and written: bars with their numbers, the original first."""
+    """Tokens a second read and written: bars with their numbers, the original first; a line from the slowest to the
+    fastest repetition."""
     rows = [c for c in found.candidates if c.speed]
     narrow = width < 600
     panels = (("prefill_tokens_per_second", "Reading the prompt, tokens/s"),
@@ -112,7 +118,7 @@ def speed(found: Comparison, width: float = 920) -> Drawing:
     for i, (figure, title) in enumerate(panels):
         left, top = (0.0, i * panel) if narrow else (i * width / 2, 0.0)
         room = (width if narrow else width / 2 - 16) - names - 58
-        most = max([c.quick(figure) or 0.0 for c in rows] or [0.0]) or 1.0
+        most = max(_most(c, figure) for c in rows) or 1.0
         out.add(Text((left, top + 15), title, "strong", "start", 13))
         for j, c in enumerate(rows):
             y = top + head + j * high
@@ -123,9 +129,19 @@ def speed(found: Comparison, width: float = 920) -> Drawing:
                 continue
             words = f"{value:.0f}" if value >= 100 else f"{value:.1f}"
             role = "bar-first" if c is found.original else "bar"
-            out.add(Box((left + names, y + 3), room * value / most, high - 7, role, f"{c.name}: {words} tokens/s"),
-                    Text((left + names + room * value / most + 5, y + 14), words))
+            least, greatest = c.speed[0].get("spread", {}).get(figure, (value, value))
+            per = room / most
+            out.add(Box((left + names, y + 3), value * per, high - 7, role, f"{c.name}: {words} tokens/s"))
+            if greatest - least > 0.01 * most:
+                middle = y + 3 + (high - 7) / 2
+                out.add(Line([(left + names + least * per, middle), (left + names + greatest * per, middle)], "spread"))
+            out.add(Text((left + names + max(value, greatest) * per + 5, y + 14), words))
     return out
+
+
+def _most(c: Candidate, figure: str) -> float:
+    """The greatest of its repetitions."""
+    return max(c.quick(figure) or 0.0, *c.speed[0].get("spread", {}).get(figure, (0.0,)))
 
 
 # error by layer -------------------------------------------------------------------------------------------------------
@@ -168,7 +184,9 @@ def heat(c: Candidate, limits: tuple[float, float]) -> Drawing:
         tone = f"h{shade(error, limits)}"
         where = row["kind"] if whole else f"{row['kind']}, layer {row['layer']}"
         out.add(Box((x, y), wide - 1, ROW - 1, tone, f"{where}: {100 * error:.3g} %"))
-        if numbers or whole:
+        if whole:
+            out.add(Text((x + 6, y + 15), number(error * unit), f"on-{tone}", size=10))
+        elif numbers:
             out.add(Text((x + wide / 2, y + 15), number(error * unit), f"on-{tone}", "middle", 10))
     return out
 
