@@ -192,9 +192,9 @@ def heat(c: Candidate, limits: tuple[float, float]) -> Drawing:
 
 
 def number(value: float) -> str:
-    """Two digits that tell, in at most four letters where that is possible: 0.52, 3.1, 24, 310, 4k."""
-    if value >= 9950:
-        return f"{value / 1000:.0f}k"
+    """Two or three digits that tell, in four letters at most: .52, 3.1, 24, 310, 1.7k, 41k."""
+    if value >= 995:
+        return f"{value / 1000:.1f}k" if value < 9950 else f"{value / 1000:.0f}k"
     if value >= 9.95:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}".lstrip("0") if value >= 0.005 else "0"
