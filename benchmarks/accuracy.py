@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from typing import Any
 import runs
 from artifacts import FINISHED, OURS, Bench, is_peer
 from common import ROOT, parser, show
-from tasks import TASKS, judge, questions, scores
 
-import fewbits
 from fewbits.cli.common import progress, quiet_libraries
+from fewbits.measure import tasks
 
 WIDE, BASE = "smollm2-135m-wide", "smollm2-135m"
 # group 128 divides the wide model's width only; both have the same function
@@ -36,6 +34,7 @@ MIXES = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q4_0", "Q4_K_S", "Q4_K_M"]
 GPTQMODEL_BEST = ("best",)
 THEIR_BEST = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS", "IQ4_NL"]
 PURE = ["pure:Q2_K", "pure:Q3_K", "pure:Q4_K", "pure:Q4_0"]
+TASKS, SEED = ("arc_easy", "hellaswag"), 1234  # which questions
 STAGES = ("gptq", "quick")  # without finishing, and with
 GOALS = {"int4": (0.95, 0.75), "int3": (0.95, 0.75), "int2": (0.8, 0.5), "Q2_K": (1, 0.6), "Q3_K_M": (1, 0.6),
          "Q4_0": (1, 0.8), "Q4_K_S": (1, 0.8), "Q4_K_M": (1, 0.8)}  # of the ratio: without finishing, and with
@@ -186,32 +185,18 @@ def part_texts(r: Report) -> None:
 
 
 def part_tasks(r: Report) -> None:
-    count = 20 if r.args.quick else 500
-    rows = []
-    for task in r.first(list(TASKS)) if r.args.quick else TASKS:
-        asked = questions(task, r.args.shared / "data" / "tasks", count)
-
-        def answers(path: Path, key: list[Any], asked: Any = asked, task: str = task) -> list[list[float]]:
-            def ask() -> dict[str, Any]:
-                print(f"  {path.name}: {task}", flush=True)
-                return {"scores": scores(fewbits.load(path, kernel="decoded"), asked)}
-            return list(r.bench.cache.get({"tasks": key, "task": task, "questions": count}, ask)["scores"])
-
-        original = answers(r.bench.models / WIDE, [WIDE, "", ""])
-        rows.append([task, "original", "", *_judged(judge(asked, original, original))])
-        for to in r.first(["Q2_K", "Q3_K_M", "Q4_K_M"]):
-            for method in ["llama.cpp", *r.methods(STAGES)]:
-                path, _ = r.bench.file(WIDE, to, method)
-                found = answers(path, [WIDE, to, method, r.bench.samples])
-                rows.append([task, to, method, *_judged(judge(asked, found, original))])
-    r.table(f"{count} questions a task", ["task", "recipe", "method", "acc", "acc_norm", "same answers", "same, norm",
-                                          "log-likelihoods moved by"], rows)
-
-
-def _judged(a: Any) -> list[str]:
-    f = asdict(a)
-    return [*(f"{100 * f[k]:.1f} ± {100 * f[k + '_error']:.1f} %" for k in ("accuracy", "accuracy_norm")),
-            percent(a.agreement), percent(a.agreement_norm), f"{a.shift:.3f}"]
+    count, original, rows = 20 if r.args.quick else 500, r.bench.models / WIDE, []
+    made = [(to, method) for to in r.first(["Q2_K", "Q3_K_M", "Q4_K_M"])
+            for method in ["llama.cpp", *r.methods(STAGES)]]
+    for to, method in [("original", ""), *made]:
+        path = r.bench.file(WIDE, to, method)[0] if method else original
+        found = tasks.run(path, original, names=TASKS, folder=r.args.shared / "data" / "tasks", limit=count,
+                          seed=SEED, kernel="decoded", progress=r.bench.progress)
+        rows += [[x.task, x.metric, to, method, f"{100 * x.accuracy:.1f} ± {100 * x.error:.1f} %",
+                  f"{100 * x.difference:+.1f} ± {100 * x.difference_error:.1f} %", x.flipped,
+                  f"{x.log_probability_shift:+.3f}"] for x in found]
+    r.table(f"{count} questions a task", ["task", "metric", "recipe", "method", "accuracy", "less the original's",
+                                          "other answers", "log-probability of the right one"], sorted(rows))
 
 
 def part_llama_kl(r: Report) -> None:

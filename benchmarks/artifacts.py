@@ -20,7 +20,7 @@ from cache import Cache, Row
 import fewbits
 from fewbits import containers, recipe
 from fewbits.containers.base import remove
-from fewbits.measure.divergence import cut, read_text
+from fewbits.measure.windows import cut, read_text
 from fewbits.runtime.build import bos_of, tokenizer_of
 
 CONTEXT = 512  # tokens of a window, in calibrating and in measuring

@@ -13,7 +13,7 @@ from common import parser, show
 
 from fewbits import containers
 from fewbits.cli.common import quiet_libraries
-from fewbits.measure.divergence import cut, read_text
+from fewbits.measure.windows import cut, read_text
 from fewbits.runtime import decoder
 from fewbits.runtime.build import bos_of, tokenizer_of
 from fewbits.runtime.sequences import CACHES

@@ -19,7 +19,7 @@ from fewbits import containers
 from fewbits.cli.common import quiet_libraries
 from fewbits.containers.base import remove
 from fewbits.loading import tokenizer
-from fewbits.measure.divergence import cut, read_text
+from fewbits.measure.windows import cut, read_text
 
 MIXES = {"Q8_0": 7, "Q6_K": 18, "Q4_K_M": 15, "Q4_0": 2}
 QUANTIZE = """

@@ -1,152 +1,126 @@
-"""Multiple choice as in lm-evaluation-harness: the ending of the largest log-likelihood is the model's answer.
+"""Tasks on fewbits' decoder beside lm-evaluation-harness's own Transformers backend: are the answers the same?
 
-A question's context and its endings go through the model in one pass: an ending sees the context and itself, and its
-positions follow the context's. So nothing is padded and the context is computed once.
+Both are asked the same texts, 0-shot; the harness's backend computes in float32. A table of accuracies, seconds and how
+many answers are the same; then every answer that is not, with how near to each other the two endings are there.
 
-    python benchmarks/tasks.py MODEL [--questions 500]
+    python benchmarks/tasks.py [--model smollm2-135m] [--limit 200] [--only arc_easy piqa]     # resumes
 """
 
 from __future__ import annotations
 
-import bz2
-import json
-import math
-import random
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from cache import Cache
 from common import parser, show
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
-import fewbits
-from fewbits.cli.common import quiet_libraries
-from fewbits.loading import tokenizer as tokenizer_of
+from fewbits.cli.common import progress, quiet_libraries
+from fewbits.measure.circumstances import circumstances
+from fewbits.measure.tasks import needs
+from fewbits.measure.tasks.harness import FewbitsLM
+from fewbits.measure.tasks.local import FILES
+from fewbits.measure.tasks.paired import mean
+from fewbits.measure.tasks.questions import LENGTHS, Question, questions
 
-SEED = 1234  # which questions
-
-
-@dataclass(frozen=True)
-class Question:
-    context: str
-    endings: tuple[str, ...]  # each begins with the space that parts it from the context
-    gold: int
-
-
-def arc_easy(folder: Path) -> list[Question]:
-    rows = [json.loads(line) for line in (folder / "arc_easy.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [Question(r["query"] + "\nAnswer:", tuple(" " + c for c in r["choices"]), r["gold"]) for r in rows]
+STEP = 20  # questions that are kept together
 
 
-def hellaswag(folder: Path) -> list[Question]:
-    """Six lines a question; brackets of the source's captions and doubled spaces go, as in the harness."""
-    def clean(text: str) -> str:
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+class Ours:
+    def __init__(self, path: Path):
+        self.lm = FewbitsLM(path)
 
-    lines = bz2.decompress((folder / "hellaswag_val.txt.bz2").read_bytes()).decode().splitlines()
-    return [Question(clean(lines[i]), tuple(" " + clean(x) for x in lines[i + 2:i + 6]), int(lines[i + 1]))
-            for i in range(0, len(lines) // 6 * 6, 6)]
+    def ask(self, asked: list[Question]) -> list[list[tuple[float, bool]]]:
+        return [self.lm.likelihoods(q.pairs) for q in asked]
 
 
-TASKS = {"arc_easy": arc_easy, "hellaswag": hellaswag}
+class Theirs:
+    def __init__(self, path: Path):
+        self.lm = HFLM(pretrained=str(path), dtype="float32", device="cpu", batch_size=4)
+
+    def ask(self, asked: list[Question]) -> list[list[tuple[float, bool]]]:
+        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(p for q in asked for p in q.pairs)]
+        found = iter(self.lm.loglikelihood(requests, disable_tqdm=True))
+        return [[next(found) for _ in q.pairs] for q in asked]
 
 
-def questions(task: str, folder: Path, count: int) -> list[Question]:
-    """The same `count` questions every time."""
-    everything = TASKS[task](folder)
-    return random.Random(SEED).sample(everything, min(count, len(everything)))
+ENGINES = {"fewbits": Ours, "harness": Theirs}
 
 
-def encode(question: Question, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Tokens of the context and of each ending: those of both together, after as many as the context has alone."""
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def answers(engine: str, path: Path, task: str, asked: list[Question], cache: Cache, made: dict[str, Any],
+            report: Any) -> tuple[list[list[tuple[float, bool]]], float]:
+    """Of one engine, and the seconds they took."""
+    found, seconds = [], 0.0
+    for at in range(0, len(asked), STEP):
+        some = asked[at:at + STEP]
 
-    context = ids(question.context)
-    return context, [ids(question.context + ending)[len(context):] for ending in question.endings]
+        def ask(some: list[Question] = some) -> dict[str, Any]:
+            if engine not in made:
+                made[engine] = ENGINES[engine](path)
+            began = time.monotonic()
+            return {"found": made[engine].ask(some), "seconds": time.monotonic() - began}
 
-
-@torch.inference_mode()
-def log_likelihoods(net: Any, context: Sequence[int], endings: Sequence[Sequence[int]]) -> list[float]:
-    """Summed log-probabilities of each ending after the context."""
-    tokens, positions, part = list(context), list(range(len(context))), [0] * len(context)
-    for i, ending in enumerate(endings, start=1):
-        tokens += ending
-        positions += range(len(context), len(context) + len(ending))
-        part += [i] * len(ending)
-    of = torch.tensor(part)
-    size = len(tokens)
-    sees = (torch.arange(size)[:, None] >= torch.arange(size)) & ((of[:, None] == of) | (of == 0))
-    mask = torch.zeros(size, size).masked_fill(~sees, torch.finfo(torch.float32).min)
-    hidden = net.base_model(input_ids=torch.tensor([tokens]), position_ids=torch.tensor([positions]),
-                            attention_mask=mask[None, None], use_cache=False).last_hidden_state[0]
-    found, at = [], len(context)
-    for ending in endings:
-        rows = [len(context) - 1, *range(at, at + len(ending) - 1)]  # what predicts each of its tokens
-        logits = net.get_output_embeddings()(hidden[rows]).float().log_softmax(-1)
-        found.append(float(logits.gather(1, torch.tensor(ending)[:, None]).double().sum()))
-        at += len(ending)
-    return found
+        row = cache.get({"engine": engine, "model": path.name, "questions": [q.key for q in some]}, ask)
+        found += row["found"]
+        seconds += row["seconds"]
+        report(f"{engine}: {task}", at + len(some), len(asked))
+    return found, seconds
 
 
-def scores(net: Any, asked: Sequence[Question], progress: Any = None) -> list[list[float]]:
-    """Log-likelihoods of every ending of every question."""
-    tokenizer = tokenizer_of(net)
-    out = []
-    for i, question in enumerate(asked):
-        out.append(log_likelihoods(net, *encode(question, tokenizer)))
-        if progress:
-            progress("asking", i + 1, len(asked))
-    return out
+def compare(task: str, asked: list[Question], ours: list[Any], theirs: list[Any],
+            seconds: tuple[float, float]) -> tuple[list[list[Any]], list[list[Any]]]:
+    """Rows of the table of metrics, and those of the answers that differ."""
+    moved = [abs(a[0] - b[0]) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+    rows, differing = [], []
+    for metric in asked[0].scores(theirs[0]):
+        shares = [mean([q.scores(f)[metric] for q, f in zip(asked, found, strict=True)]) for found in (ours, theirs)]
+        same = 0
+        for q, x, y in zip(asked, ours, theirs, strict=True):
+            a, b = q.choice(metric, x), q.choice(metric, y)
+            same += a == b
+            if a != b:
+                differing.append([q.task.task_name, metric, q.number, a, b, _apart(q, metric, y, a, b),
+                                  _apart(q, metric, x, b, a)])
+        rows.append([task, metric, len(asked), *(f"{100 * m:.1f} ± {100 * e:.1f} %" for m, e in shares), same,
+                     max(moved), sum(moved) / len(moved), *seconds])
+    return rows, differing
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Shares of `questions`, with the standard error of the first two."""
-
-    questions: int
-    accuracy: float
-    accuracy_error: float
-    accuracy_norm: float  # likelihoods divided by the bytes of the ending
-    accuracy_norm_error: float
-    agreement: float  # the same answer as the original's
-    agreement_norm: float
-    shift: float  # mean absolute change of an ending's log-likelihood from the original's
-
-
-def judge(asked: Sequence[Question], found: list[list[float]], original: list[list[float]]) -> Answers:
-    def answers(rows: list[list[float]], norm: bool) -> list[int]:
-        per = [[s / len(e[1:].encode()) if norm else s for s, e in zip(row, q.endings, strict=True)]
-               for row, q in zip(rows, asked, strict=True)]
-        return [row.index(max(row)) for row in per]
-
-    n, share, error, same = len(asked), [], [], []
-    for norm in (False, True):
-        mine, theirs = answers(found, norm), answers(original, norm)
-        right = sum(a == q.gold for a, q in zip(mine, asked, strict=True)) / n
-        share.append(right)
-        error.append(math.sqrt(right * (1 - right) / (n - 1)))
-        same.append(sum(a == b for a, b in zip(mine, theirs, strict=True)) / n)
-    moved = [abs(a - b) for x, y in zip(found, original, strict=True) for a, b in zip(x, y, strict=True)]
-    return Answers(n, share[0], error[0], share[1], error[1], same[0], same[1], sum(moved) / len(moved))
+def _apart(q: Question, metric: str, found: list[Any], loser: int, winner: int) -> float:
+    """How much more likely the one is than the other, as the metric counts, in nats."""
+    length = LENGTHS.get(metric, lambda _: 1)
+    choices = q.task.doc_to_choice(q.document)
+    return float(found[winner][0] / length(choices[winner]) - found[loser][0] / length(choices[loser]))
 
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("model", nargs="+", help="the first is the original")
-    p.add_argument("--questions", type=int, default=500)
+    p.add_argument("--model", default="smollm2-135m")
+    p.add_argument("--limit", type=int, default=200)
+    p.add_argument("--only", nargs="*", choices=list(FILES), help="tasks")
     args = p.parse_args()
     quiet_libraries()
-    rows = []
-    for task in TASKS:
-        asked = questions(task, args.shared / "data" / "tasks", args.questions)
-        found = [scores(fewbits.load(model), asked) for model in args.model]
-        rows += [[task, model, *list(asdict(judge(asked, f, found[0])).values())[1:]]
-                 for model, f in zip(args.model, found, strict=True)]
-    show(f"{args.questions} questions", ["task", "model", "acc", "±", "acc_norm", "±", "same answers", "same, norm",
-                                         "log-likelihoods moved by"], rows, args.json)
+    needs.quiet()
+    path, made = args.models / args.model, dict[str, Any]()
+    args.work.mkdir(parents=True, exist_ok=True)
+    cache = Cache(args.work / "tasks.jsonl")
+    rows, differing = [], []
+    with progress() as report:
+        for task in args.only or FILES:
+            asked = questions(task, args.shared / "data" / "tasks", args.limit)
+            both = [answers(engine, path, task, asked, cache, made, report) for engine in ENGINES]
+            some, others = compare(task, asked, both[0][0], both[1][0], (both[0][1], both[1][1]))
+            rows += some
+            differing += others
+    print(f"torch: {torch.get_num_threads()} threads; fewbits: {circumstances()['machine']['threads']}")
+    show(f"{args.model}: {args.limit} questions a task, 0-shot",
+         ["task", "metric", "questions", "fewbits", "harness", "same answers", "log-likelihoods apart, at most, nats",
+          "on average", "fewbits s", "harness s"], rows, args.json)
+    show("Answers that differ", ["task", "metric", "question", "fewbits", "harness", "the harness's by, nats",
+                                 "ours by, nats"], differing)
 
 
 if __name__ == "__main__":

@@ -53,5 +53,6 @@ void bind_prepare(nb::module_& m);
 void bind_encoders(nb::module_& m);
 void bind_decoder(nb::module_& m);
 void bind_text(nb::module_& m);
+void bind_scores(nb::module_& m);
 
 }  // namespace fewbits

@@ -146,16 +146,28 @@ public:
         plan.steps.push_back(Add{in, out});
     }
 
+    void head(int buffer) {
+        width(buffer);
+        require(narrow_ && plan.state == NONE && !plan.result, "a plan narrows, has one head, and then a result");
+        plan.state = buffer, plan.head = plan.steps.size();
+    }
+
     void narrow() {
         require(!narrow_, "a plan narrows once");
         narrow_ = true;
         plan.steps.push_back(Narrow{});
     }
 
-    void check_call(const std::vector<Piece>& pieces, const Array<const int64_t, 1>& tokens,
-                    const Array<float, 2>& out) const {
-        const long count = (long)tokens.shape(0);
+    void check_result(const Array<float, 2>& out, bool states) const {
         require(vocabulary_ && plan.result && narrow_, "a plan embeds tokens, narrows and has a result");
+        require(!states || plan.state != NONE, "a plan without a head has no states");
+        require((long)out.shape(1) == (states ? plan.widths[plan.state] : plan.result), "the result's width");
+    }
+
+    void check_call(const std::vector<Piece>& pieces, const Array<const int64_t, 1>& tokens,
+                    const Array<float, 2>& out, bool states) const {
+        const long count = (long)tokens.shape(0);
+        check_result(out, states);
         require(1 <= count && count <= Plan::MOST_TOKENS, "1 to " + std::to_string(Plan::MOST_TOKENS) + " tokens a call");
         long all = 0, wanted = 0;
         for (const Piece& p : pieces) {
@@ -165,7 +177,7 @@ public:
             for (const Piece* q = pieces.data(); q != &p; ++q) require(q->cache != p.cache, "a cache is there twice");
             all += p.count, wanted += p.wanted;
         }
-        require(all == count && wanted == (long)out.shape(0) && plan.result == (long)out.shape(1), "the result's shape");
+        require(all == count && wanted == (long)out.shape(0), "as many results as are wanted");
         for (long i = 0; i < count; ++i)
             require(0 <= tokens.data()[i] && tokens.data()[i] < vocabulary_,
                     "token " + std::to_string(tokens.data()[i]) + " is not in 0 … " + std::to_string(vocabulary_ - 1));
@@ -214,7 +226,8 @@ struct HeldCache {
 };
 
 void step(HeldPlan& self, const std::vector<nb::object>& caches, const std::vector<long>& counts,
-          const std::vector<long>& wanted, Array<const int64_t, 1> tokens, Array<float, 2> out, int threads) {
+          const std::vector<long>& wanted, Array<const int64_t, 1> tokens, Array<float, 2> out, bool states,
+          int threads) {
     check_threads(threads);
     require(counts.size() == caches.size() && wanted.size() == caches.size(), "tokens and results of every cache");
     std::vector<Piece> pieces;
@@ -229,9 +242,20 @@ void step(HeldPlan& self, const std::vector<nb::object>& caches, const std::vect
         nb::gil_scoped_release release;  // the call that is waited for may need it at its end
         alone.lock();
     }
-    self.check_call(pieces, tokens, out);
+    self.check_call(pieces, tokens, out, states);
     nb::gil_scoped_release release;
-    run(self.plan, pieces, tokens.data(), out.data(), threads);
+    run(self.plan, pieces, tokens.data(), out.data(), states, threads);
+}
+
+void finish(HeldPlan& self, Array<const float, 2> states, Array<float, 2> out, int threads) {
+    check_threads(threads);
+    self.check_result(out, false);
+    require(self.plan.state != NONE && (long)states.shape(1) == self.plan.widths[self.plan.state], "the states' width");
+    require(states.shape(0) == out.shape(0) && 1 <= states.shape(0) && (long)states.shape(0) <= Plan::MOST_TOKENS,
+            "1 to " + std::to_string(Plan::MOST_TOKENS) + " states a call, and a result for each");
+    nb::gil_scoped_release release;
+    std::lock_guard<std::mutex> alone(self.plan.busy);
+    finish(self.plan, states.data(), (long)states.shape(0), out.data(), threads);
 }
 
 void truncate(HeldCache& self, long length) {
@@ -299,8 +323,11 @@ void bind_decoder(nb::module_& m) {
         .def("cap", &HeldPlan::cap, nb::arg("x"), nb::arg("most"))
         .def("add", &HeldPlan::add, nb::arg("x"), nb::arg("to"))
         .def("narrow", &HeldPlan::narrow)
+        .def("head", &HeldPlan::head, nb::arg("x"))
         .def("step", step, nb::arg("caches"), nb::arg("counts"), nb::arg("wanted"), array("tokens"), array("out"),
-             nb::arg("threads"))
+             nb::arg("states"), nb::arg("threads"))
+        .def("finish", static_cast<void (*)(HeldPlan&, Array<const float, 2>, Array<float, 2>, int)>(finish),
+             array("states"), array("out"), nb::arg("threads"))
         .def("cache_bytes", [](const HeldPlan& p, long capacity, const std::string& kept) {
             check_capacity(capacity);
             return Cache::bytes(p.plan.sizes, kept_of(kept), capacity);

@@ -34,7 +34,14 @@ public:
         share_out();
     }
 
+    Call(Plan& plan, const std::vector<Piece>& none, long count, float* out, int threads)  // of the head alone
+        : plan_(plan), pieces_(none), tokens_(nullptr), out_(out), threads_(threads), steps_(steps_of(current())),
+          attention_(attention_of(current())), count_(count), rows_(count) {}
+
     long rows() const { return rows_; }
+
+    void read_states(const float* states) { memcpy(at(plan_.state), states, rows_ * width() * sizeof(float)); }
+    void write_states() { memcpy(out_, at(plan_.state), rows_ * width() * sizeof(float)); }
 
     void operator()(const Embed& s) {
         values_of(s.table, tokens_, at(s.out));
@@ -172,6 +179,8 @@ public:
     }
 
 private:
+    long width() const { return plan_.widths[plan_.state]; }
+
     // Neighbouring tokens of a piece whose queries meet a head's keys and values together.
     struct Chunk {
         const Cache* cache;
@@ -289,16 +298,26 @@ float* Plan::room(int buffer, long tokens) {
     return at;
 }
 
-void run(Plan& plan, const std::vector<Piece>& pieces, const int64_t* tokens, float* out, int threads) {
+void run(Plan& plan, const std::vector<Piece>& pieces, const int64_t* tokens, float* out, bool states, int threads) {
     long count = 0;
     for (const Piece& p : pieces) count += p.count;
     plan.room(0, count);  // before threads need it
     Call call(plan, pieces, tokens, out, threads);
-    for (const Step& step : plan.steps) {
-        std::visit(call, step);
+    const size_t end = states ? plan.head : plan.steps.size();
+    for (size_t i = 0; i < end; ++i) {
+        std::visit(call, plan.steps[i]);
         if (!call.rows()) break;
     }
+    if (states) call.write_states();
     for (const Piece& p : pieces) p.cache->length += p.count;
+}
+
+void finish(Plan& plan, const float* states, long count, float* out, int threads) {
+    plan.room(0, count);
+    const std::vector<Piece> none;
+    Call call(plan, none, count, out, threads);
+    call.read_states(states);
+    for (size_t i = plan.head; i < plan.steps.size(); ++i) std::visit(call, plan.steps[i]);
 }
 
 }  // namespace fewbits

@@ -111,6 +111,8 @@ public:
     std::vector<Step> steps;
     std::vector<Rotation> rotations;
     long result = 0;  // its width
+    int state = NONE;  // the buffer that `head` reads: what the model knows of a token, before the product with its head
+    size_t head = 0;   // steps before it
     std::mutex busy;  // one call at a time
 
 private:
@@ -125,7 +127,10 @@ struct Piece {
 };
 
 // Appends the tokens of all pieces, one after the other and at most MOST_TOKENS; `out` gets the wanted results in that
-// order. Arguments were checked: no cache is there twice.
-void run(Plan& plan, const std::vector<Piece>& pieces, const int64_t* tokens, float* out, int threads);
+// order, or states in place of results. Arguments were checked: no cache is there twice.
+void run(Plan& plan, const std::vector<Piece>& pieces, const int64_t* tokens, float* out, bool states, int threads);
+
+// Results of 1 to MOST_TOKENS states, with the same bits.
+void finish(Plan& plan, const float* states, long count, float* out, int threads);
 
 }  // namespace fewbits

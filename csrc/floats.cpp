@@ -145,34 +145,43 @@ __attribute__((noinline)) static void more(const float* weight, const float* con
     memcpy(y, sums, sizeof sums);
 }
 
+// out[i][r] = a sum of lanes + bias
+INLINE void write(F32 (*sums)[ROWS], long count, long rows, const float* bias, float* out, long stride) {
+    float found[WIDTH][ROWS];
+    if constexpr (WIDTH * ROWS == LANES) store(found, sums_of(sums[0]));
+    else
+        for (int i = 0; i < WIDTH; ++i)
+            for (int r = 0; r < ROWS; ++r) found[i][r] = sum_of(sums[i][r]);
+    for (long i = 0; i < WIDTH && i < count; ++i)
+        for (long r = 0; r < rows && r < ROWS; ++r) out[i * stride + r] = found[i][r] + (bias ? bias[r] : 0);
+}
+
 template <Scale KIND>
 static void block(const FloatWeight& w, const float* x, long count, long first, long rows, float* out,
                   const float* bias) {
     constexpr long SIZE = KIND == Scale::f32 ? 4 : 2, PANELS = WIDE / WIDTH, GROUPS = TALL / ROWS;
     alignas(64) float weight[TALL][DEEP], ends[WIDTH][LANES] = {};
-    alignas(64) F32 y[PANELS][GROUPS][WIDTH][ROWS] = {};
+    alignas(64) F32 y[PANELS][GROUPS][WIDTH][ROWS];  // a row of up to DEEP columns needs one at a time
     for (long at = 0; at < w.columns; at += DEEP) {
         const long some = w.columns - at < DEEP ? w.columns - at : DEEP, whole = some / LANES * LANES;
         for (long r = 0; r < TALL; ++r)
             widen<KIND>(w.values + ((first + (r < rows ? r : rows - 1)) * w.columns + at) * SIZE, some, weight[r]);
         for (long p = 0; p < count; p += WIDTH)
             for (long g = 0; g < GROUPS; ++g) {
+                F32(*sums)[ROWS] = y[w.columns > DEEP ? p / WIDTH : 0][g];
+                if (!at) memset(sums, 0, sizeof y[0][0]);
                 const float* in[WIDTH];
                 for (long i = 0; i < WIDTH; ++i) in[i] = x + (p + i < count ? p + i : count - 1) * w.columns + at;
-                more(weight[g * ROWS], in, whole, y[p / WIDTH][g]);
-                if (whole == some) continue;
-                for (int i = 0; i < WIDTH; ++i)
-                    memcpy(ends[i], in[i] + whole, (some - whole) * sizeof(float)), in[i] = ends[i];
-                more(weight[g * ROWS] + whole, in, LANES, y[p / WIDTH][g]);
+                more(weight[g * ROWS], in, whole, sums);
+                if (whole < some) {
+                    for (int i = 0; i < WIDTH; ++i)
+                        memcpy(ends[i], in[i] + whole, (some - whole) * sizeof(float)), in[i] = ends[i];
+                    more(weight[g * ROWS] + whole, in, LANES, sums);
+                }
+                const long row = first + g * ROWS;
+                if (at + some == w.columns)
+                    write(sums, count - p, rows - g * ROWS, bias ? bias + row : nullptr, out + p * w.rows + row, w.rows);
             }
-    }
-    static_assert(TALL <= LANES, "sums of a block's rows are added up together");
-    for (long p = 0; p < count; ++p) {
-        F32 sums[LANES] = {};
-        for (int i = 0; i < TALL; ++i) sums[i] = y[p / WIDTH][i / ROWS][p % WIDTH][i % ROWS];
-        float found[LANES];
-        store(found, sums_of(sums));
-        for (long i = 0; i < rows; ++i) out[p * w.rows + first + i] = found[i] + (bias ? bias[first + i] : 0);
     }
 }
 

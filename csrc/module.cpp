@@ -41,4 +41,5 @@ NB_MODULE(_native, m) {
     bind_encoders(m);
     bind_decoder(m);
     bind_text(m);
+    bind_scores(m);
 }

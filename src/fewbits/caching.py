@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
 def folder(*names: str) -> Path:
@@ -15,6 +17,14 @@ def folder(*names: str) -> Path:
     found = _root().joinpath(*names)
     found.mkdir(parents=True, exist_ok=True)
     return found
+
+
+def write(file: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """What `fill` writes becomes `file` when it is complete."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.part")
+    with open(partial, "wb") as out:
+        fill(out)
+    os.replace(partial, file)
 
 
 def _root() -> Path:

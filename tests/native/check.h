@@ -74,6 +74,7 @@ void test_steps(const std::string& set);
 void test_attention(const std::string& set);
 void test_prepare(const std::string& set);
 void test_rounding(const std::string& set);
+void test_scores(const std::string& set);
 void test_bpe();
 
 }  // namespace fewbits

@@ -31,6 +31,7 @@ int main(int count, char** arguments) {
             test_attention(set);
             test_prepare(set);
             test_rounding(set);
+            test_scores(set);
         } else {
             check(false, "no usable set of kernels is called " + set);
         }

@@ -463,33 +463,46 @@ def test_native_checks() -> None:
         p.rotate(0, 0)
     cache, ids = _native.Cache(p, 4, "f16"), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="a plan embeds tokens, narrows and has a result"):
-        p.step([cache], [2], [1], ids, torch.zeros(1, 7), 1)
+        p.step([cache], [2], [1], ids, torch.zeros(1, 7), False, 1)
     with pytest.raises(ValueError, match="the cap of scores"):
         p.attend(0, 2, 3, 1, 0, 0, -1.0)
     other = cache
     p = plan()
     p.embed(table, 0)
     p.positions(_native.Floats(torch.zeros(3, 16).view(torch.uint8), "f32", 3, 16), 1)
+    with pytest.raises(ValueError, match="a plan narrows, has one head, and then a result"):
+        p.head(0)
     p.narrow()
+    p.head(0)
     p.multiply(0, [head], [None], [_native.RESULT])
+    with pytest.raises(ValueError, match="a plan narrows, has one head, and then a result"):
+        p.head(0)
+    for states, out, match in ((torch.zeros(2, 15), torch.zeros(2, 7), "the states' width"),
+                               (torch.zeros(2, 16), torch.zeros(2, 8), "the result's width"),
+                               (torch.zeros(2, 16), torch.zeros(1, 7), "a result for each"),
+                               (torch.zeros(0, 16), torch.zeros(0, 7), "1 to 512 states a call")):
+        with pytest.raises(ValueError, match=match):
+            p.finish(states, out, 1)
     cache = _native.Cache(p, 4, "f16")
-    for tokens, out, match in ((ids, torch.zeros(1, 8), "the result's shape"), (ids, torch.zeros(3, 7), "tokens"),
+    with pytest.raises(ValueError, match="the result's width"):
+        p.step([cache], [2], [1], ids, torch.zeros(1, 7), True, 1)
+    for tokens, out, match in ((ids, torch.zeros(1, 8), "the result's width"), (ids, torch.zeros(3, 7), "tokens"),
                                (torch.zeros(5, dtype=torch.int64), torch.zeros(1, 7), "more tokens than the cache"),
                                (torch.zeros(4, dtype=torch.int64), torch.zeros(1, 7), "than the table has positions"),
                                (ids[:0], torch.zeros(0, 7), "1 to 512 tokens a call"),
                                (ids + 5, torch.zeros(1, 7), "token 5 is not in 0 … 4")):
         with pytest.raises(ValueError, match=match):
-            p.step([cache], [len(tokens)], [len(out)], tokens, out, 1)
-    for caches, counts, wanted, match in (([cache], [1], [1], "the result's shape"),
+            p.step([cache], [len(tokens)], [len(out)], tokens, out, False, 1)
+    for caches, counts, wanted, match in (([cache], [1], [1], "as many results as are wanted"),
                                           ([cache, cache], [1, 1], [1, 0], "a cache is there twice"),
                                           ([other], [2], [1], "a cache belongs to its plan"),
                                           ([7], [2], [1], "a cache is a Cache"),
                                           ([cache], [2], [-1], "a sequence's tokens"),
                                           ([cache], [2], [], "tokens and results of every cache")):
         with pytest.raises(ValueError, match=match):
-            p.step(caches, counts, wanted, ids, torch.zeros(1, 7), 1)
+            p.step(caches, counts, wanted, ids, torch.zeros(1, 7), False, 1)
     assert cache.length == 0
-    p.step([cache], [2], [0], ids, torch.zeros(0, 7), 1)
+    p.step([cache], [2], [0], ids, torch.zeros(0, 7), False, 1)
     assert (cache.length, cache.capacity) == (2, 4)
     with pytest.raises(ValueError, match="keys that were turned stay as they are"):
         cache.stretched = True

@@ -101,12 +101,25 @@ def test_sequences_join_and_leave(either: Decoder, threads: int, monkeypatch: py
     assert steps > 10
 
 
+def test_last_hidden_states_give_the_same_logits(model: Decoder) -> None:
+    prompts, wanted = [TOKENS[:600], TOKENS[100:140]], [590, 3]
+
+    def asked() -> list[tuple[sequences.Sequence, list[int], int]]:
+        return [(model.sequence(900), p, n) for p, n in zip(prompts, wanted, strict=True)]
+
+    logits, states = model.step(asked()), model.step(asked(), states=True)
+    for found, right, count in zip(states, logits, wanted, strict=True):
+        assert found.shape == (count, model.hidden)
+        assert np.array_equal(model.head(found), right)
+    assert model.head(states[0][:0]).shape == (0, model.vocabulary)
+
+
 def counted(calls: list[int]) -> Callable[..., int]:
     call = Decoder._call
 
-    def counting(self: Decoder, pieces: Any, parts: list[sequences.Part], out: Any) -> int:
+    def counting(self: Decoder, pieces: Any, parts: list[sequences.Part], out: Any, states: bool) -> int:
         calls.append(sum(end - begin for _, begin, end in parts))
-        return call(self, pieces, parts, out)
+        return call(self, pieces, parts, out, states)
 
     return counting
 

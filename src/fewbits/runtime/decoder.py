@@ -73,7 +73,7 @@ def _compile(checkpoint: Checkpoint) -> Decoder:
                         scale=family.scale(config))
     _Writer(plan, family, config, tensors).write(rotations)
     original = max((r.original for r in rotations.values() if r.stretched is not None), default=0)
-    return Decoder(plan, config["vocab_size"], config["max_position_embeddings"], original)
+    return Decoder(plan, config["vocab_size"], config["hidden_size"], config["max_position_embeddings"], original)
 
 
 def _widths(c: Config, mixture: bool) -> list[int]:
@@ -133,6 +133,7 @@ class _Writer:
         for i, kind in enumerate(self._kinds()):
             self._layer(i, kind, turns.get(kind))
         self._norm("output_norm", HIDDEN, HIDDEN)
+        plan.head(HIDDEN)
         head = "output" if "output" in self.tensors else "token_embd"
         self._multiply(HIDDEN, [Part(head, _native.RESULT)])
         if c.get(family.caps[1]):

@@ -21,8 +21,8 @@ CACHES = ("f16", "q8_0", "q4_0")  # what keys and values are rounded to: 16, 8.5
 class Decoder:
     """A compiled model. Weights are held once; every sequence has a cache of its own."""
 
-    def __init__(self, plan: _native.Plan, vocabulary: int, context: int, original: int = 0):
-        self.plan, self.vocabulary, self.context = plan, vocabulary, context
+    def __init__(self, plan: _native.Plan, vocabulary: int, hidden: int, context: int, original: int = 0):
+        self.plan, self.vocabulary, self.hidden, self.context = plan, vocabulary, hidden, context
         self.original = original  # longer sequences are turned by stretched frequencies; 0: none
         self._sequences: WeakSet[Sequence] = WeakSet()
 
@@ -53,11 +53,24 @@ class Decoder:
         self._sequences.add(made)
         return made
 
-    def step(self, asked: Several[tuple[Sequence, Tokens, int]]) -> list[Array]:
+    def head(self, states: Array, out: Array | None = None) -> Array:
+        """Logits `[tokens, vocabulary]` of last hidden states `[tokens, hidden]`: the same bits as without this detour.
+
+        They go to `out`, float32, where it is given.
+        """
+        states = np.ascontiguousarray(states, np.float32)
+        out = np.empty((len(states), self.vocabulary), np.float32) if out is None else out
+        for at in range(0, len(states), _native.MOST_TOKENS):
+            end = at + _native.MOST_TOKENS
+            self.plan.finish(states[at:end], out[at:end], threads())
+        return out
+
+    def step(self, asked: Several[tuple[Sequence, Tokens, int]], states: bool = False) -> list[Array]:
         """Append tokens to several sequences at once; for each, logits after the last `wanted` ones of its tokens.
 
-        `asked` has (sequence, tokens, wanted); the results `[wanted, vocabulary]` come in the same order. A sequence
-        gets the same logits as alone. Sequences may join and leave between steps.
+        `asked` has (sequence, tokens, wanted); the results `[wanted, vocabulary]` come in the same order, with `states`
+        the last hidden states `[wanted, hidden]` that `head` takes in place of them. A sequence gets the same logits
+        as alone. Sequences may join and leave between steps.
 
         Raises:
             FewbitsError: a sequence is there twice or is another model's; it has no tokens, more than there is room
@@ -73,12 +86,13 @@ class Decoder:
                     raise FewbitsError("it is there already")
             except FewbitsError as error:
                 raise FewbitsError(f"sequence {i}: {error}", error.hint) if len(pieces) > 1 else error from None
-        out = np.empty((sum(wanted for _, _, wanted in pieces), self.vocabulary), np.float32)
+        width = self.hidden if states else self.vocabulary
+        out = np.empty((sum(wanted for _, _, wanted in pieces), width), np.float32)
         before, done = [(s._native, len(s)) for s, _, _ in pieces], 0
         try:
             pieces = [(s, s._again(ids), wanted) for s, ids, wanted in pieces]
             for call in _calls([len(ids) for _, ids, _ in pieces]):
-                done += self._call(pieces, call, out[done:])
+                done += self._call(pieces, call, out[done:], states)
             for sequence, ids, _ in pieces:
                 sequence._tokens[len(sequence) - len(ids):] = ids.tolist()
         except BaseException:  # an interrupt between two calls
@@ -88,7 +102,7 @@ class Decoder:
             raise
         return np.split(out, np.cumsum([wanted for _, _, wanted in pieces])[:-1])
 
-    def _call(self, pieces: list[tuple[Sequence, Array, int]], call: list[Part], out: Array) -> int:
+    def _call(self, pieces: list[tuple[Sequence, Array, int]], call: list[Part], out: Array, states: bool) -> int:
         """One native call: tokens `begin` to `end` of some sequences; how many rows of `out` it filled."""
         wanted = []
         for i, begin, end in call:
@@ -96,7 +110,7 @@ class Decoder:
             wanted.append(max(0, end - max(begin, skipped)))
         tokens = np.concatenate([pieces[i][1][begin:end] for i, begin, end in call])
         self.plan.step([pieces[i][0]._native for i, _, _ in call], [end - begin for _, begin, end in call], wanted,
-                       tokens, out[:sum(wanted)], threads())
+                       tokens, out[:sum(wanted)], states, threads())
         return sum(wanted)
 
 
