@@ -65,9 +65,10 @@ def test_the_table_shows_the_figures() -> None:
     assert shown["same token"](q4) == "90.0 %" and shown["perplexity ratio"](q4) == "1.0800 ± 0.0010"
     assert shown["loss"](q4) == "slight" and shown["reading"](q4) == "100" and shown["memory"](q4) == "310 MB"
     assert shown["KL mean"](ORIGINAL) == "–" and shown["made in"](ORIGINAL) == "–"
-    assert "arc_easy" not in shown
-    tasked = row("t", 1, 0.1, tasks=({"task": "arc_easy", "accuracy": 0.5, "error": 0.0354},))
-    assert {c.title: c.show for c in columns(comparison(tasked))}["arc_easy"](tasked) == "50.0 ± 3.5 %"
+    assert "arc_easy acc" not in shown
+    tasked = row("t", 1, 0.1, tasks=({"task": "arc_easy", "metric": "acc", "accuracy": 0.5, "error": 0.0354,
+                                       "flipped": 3},))
+    assert {c.title: c.show for c in columns(comparison(tasked))}["arc_easy acc"](tasked) == "50.0 ± 3.5 % (3)"
 
 
 def test_names_from_outside_are_escaped() -> None:

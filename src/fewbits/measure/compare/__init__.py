@@ -47,6 +47,12 @@ def compare(model: str | Path, to: Sequence[str] | None = None, *, out: str | Pa
     for each in (folder / "models", folder / "measured"):
         each.mkdir(parents=True, exist_ok=True)
     text = text_file(chosen.text, folder)
+    if chosen.tasks:  # what is wrong with them is known before the hours begin
+        from fewbits.measure.tasks import needs, questions
+
+        needs.installed()
+        for name in chosen.tasks:
+            questions.questions(name, chosen.task_files, chosen.limit, None)
     Work(source, cases, chosen, text, progress).run()
     first, *rest = (Candidate(case.name, case.kind, str(case.path), **case.fields) for case in cases)
     if not keep:

@@ -13,7 +13,7 @@ from fewbits.measure.compare.candidates import plain
 
 
 class Kept:
-    """One JSON file of results by name: `{"quality": {"key": …, "value": …}}`. Written anew, whole, with each result."""
+    """One JSON file of results by name, `{"quality": {"key": …, "value": …}}`; written anew, whole, with each."""
 
     def __init__(self, file: Path):
         self.file = file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,6 @@ def all_maps(found: Comparison) -> Drawing:
 
 
 def _lower(shape: Shape, by: float) -> Shape:
-    from dataclasses import replace
-
     if isinstance(shape, Line):
         return replace(shape, points=[(x, y + by) for x, y in shape.points])
     return replace(shape, at=(shape.at[0], shape.at[1] + by))
@@ -85,6 +84,6 @@ def _draw(axes: Any, shape: Shape, order: int) -> None:
                                  zorder=order))
     elif isinstance(shape, Mark):
         filled = LIGHT["frontier"] if shape.role == "frontier" else LIGHT["page"]
-        style = {"facecolor": filled, "edgecolor": LIGHT[shape.role], "linewidth": 1.3, "zorder": order}
+        style: dict[str, Any] = {"facecolor": filled, "edgecolor": LIGHT[shape.role], "linewidth": 1.3, "zorder": order}
         axes.add_patch(Circle(shape.at, shape.size, **style) if shape.shape == "circle"
                        else Polygon(shape.corners, **style))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from fewbits.measure.compare.candidates import Candidate, Comparison, finite
 from fewbits.measure.compare.choosing import GRADES, gigabytes, grade
@@ -25,7 +26,8 @@ def columns(found: Comparison) -> list[Column]:
         Column("format", "The recipe that the model was quantized by, or the file that was given. ● marks those that "
                "nothing beats in size and in KL divergence at once.",
                lambda c: f"{c.name} ●" if c.name in found.frontier else c.name, False),
-        Column("container", "The file layout, which decides what programs open it.", lambda c: c.container or NONE, False),
+        Column("container", "The file layout, which decides what programs open it.", lambda c: c.container or NONE,
+               False),
         Column("size", "All files together: weights, tokenizer, configuration.",
                lambda c: gigabytes(c.nbytes) if c.nbytes else NONE),
         Column("bits", "Bits a weight, over all tensors: scales, and what stays in floats, included.",
@@ -40,8 +42,9 @@ def columns(found: Comparison) -> list[Column]:
                lambda c: NONE if c.top1 is None else f"{100 * c.top1:.1f} %"),
         Column("perplexity ratio", "Perplexity divided by the original's, over the same tokens, ± the standard error of "
                "the ratio. It can fall below 1 by accident: believe the KL divergence.", _ratio)]
-    for task in dict.fromkeys(t["task"] for c in found.candidates for t in c.tasks):
-        out.append(Column(task, f"Right answers in {task}, ± standard error.", lambda c, task=task: _task(c, task)))
+    for task, metric in dict.fromkeys((t["task"], t["metric"]) for c in found.candidates for t in c.tasks):
+        out.append(Column(f"{task} {metric}", f"Score in the task {task} by {metric}, ± standard error; in brackets how "
+                          "many choices are not the original's.", partial(_task, task=task, metric=metric)))
     timed = [
         Column("reading", "Tokens of a prompt computed a second (prefill).",
                lambda c: _figure(c, "prefill_tokens_per_second")),
@@ -80,13 +83,14 @@ def _ratio(c: Candidate) -> str:
     return f"{ratio:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _task(c: Candidate, task: str) -> str:
-    row = next((t for t in c.tasks if t["task"] == task), None)
-    accuracy = finite(row.get("accuracy")) if row else None
-    if row is None or accuracy is None:
+def _task(c: Candidate, task: str, metric: str) -> str:
+    row = next((t for t in c.tasks if (t["task"], t["metric"]) == (task, metric)), {})
+    accuracy, error = finite(row.get("accuracy")), finite(row.get("error"))
+    if accuracy is None:
         return NONE
-    error = finite(row.get("error"))
-    return f"{100 * accuracy:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
+    flipped = row.get("flipped")
+    return (f"{100 * accuracy:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
+            + ("" if flipped is None else f" ({flipped})"))
 
 
 def _figure(c: Candidate, name: str) -> str:

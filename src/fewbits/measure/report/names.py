@@ -17,7 +17,7 @@ MEANINGS = (
     (r"TQ[12]_0", "three levels, -1, 0 and 1: for models that were trained so"),
     (r"Q1_0", "two levels: for models that were trained so"),
     (r"MXFP4.*", "4-bit floating point numbers in blocks of 32, as gpt-oss was trained in"),
-    (r"nf4-dq.*", "bitsandbytes' 4 bits: 16 levels made for normally distributed weights, the scales in 8 bits; of QLoRA"),
+    (r"nf4-dq.*", "bitsandbytes' 4 bits: 16 levels made for normally distributed weights, scales in 8 bits; of QLoRA"),
     (r"nf4.*", "bitsandbytes' 4 bits: 16 levels made for normally distributed weights; of QLoRA"),
     (r"fp4.*", "bitsandbytes' 4 bits: a tiny floating point number"),
     (r"int8", "8 bits, one scale a row: LLM.int8() of bitsandbytes"),

@@ -24,7 +24,7 @@ def short(name: str, letters: int = 26) -> str:
     return name if len(name) <= letters else f"{name[:half]}…{name[-half:]}"
 
 
-# quality against size ---------------------------------------------------------------------------------------------------
+# quality against size -------------------------------------------------------------------------------------------------
 def drawable(c: Candidate) -> bool:
     """Whether it has a place on a logarithmic scale."""
     return c.kl is not None and c.kl > 0 and c.nbytes > 0
@@ -55,9 +55,9 @@ def quality(found: Comparison, width: float = 920) -> Drawing:
     for value in decades(bottom_kl, top_kl):
         out.add(Line([(left, y(value)), (width - right, y(value))], "grid"),
                 Text((left - 7, y(value) + 4), f"{value:.10f}".rstrip("0").rstrip("."), "muted", "end"))
-    for at in steps(low, high, 4 if narrow else 8):
-        out.add(Line([(x(at), height - bottom), (x(at), height - bottom + 5)], "axis"),
-                Text((x(at), height - bottom + 20), gigabytes(at) if at else "0", "muted", "middle"))
+    for value in steps(low, high, 4 if narrow else 8):
+        out.add(Line([(x(value), height - bottom), (x(value), height - bottom + 5)], "axis"),
+                Text((x(value), height - bottom + 20), gigabytes(value) if value else "0", "muted", "middle"))
     out.add(Line([(left, height - bottom), (width - right, height - bottom)], "axis"),
             Text((width - right, height - 8), "size of all files (less is better)", "muted", "end"))
     edge = [c for c in shown if c.name in found.frontier]
