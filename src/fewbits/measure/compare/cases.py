@@ -17,7 +17,7 @@ from fewbits.measure.compare.settings import TEXT
 from fewbits.recipe import ModelFacts, get
 from fewbits.recipe.facts import LINEAR
 
-GGUF = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+GGUF = ("Q8_0", "Q4_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")  # of two that are alike, the first
 BESIDE = (".quantization.json", ".log.jsonl")  # what quantizing leaves beside a file
 
 
@@ -54,16 +54,17 @@ def suitable(source: Checkpoint) -> list[str]:
     widths = [f.shape[-1] for f in facts.tensors if f.role in LINEAR]
     group = next((g for g in (128, 64) if all(w % g == 0 for w in widths)), 32)
     own = source.nbytes * 8 / max(1, source.parameters)
-    found: dict[str, str] = {}
     wanted = [*GGUF, f"int3-g{group}-asym", f"int4-g{group}", "nf4", "nf4-dq", "int8"]
-    for row in planning.plan(source, 0, recipes=wanted).rows:
-        if row.reason or row.bits_per_weight >= own - 0.01:
-            continue
-        alike = digest([row.container, [c.codec.name for c in get(row.recipe).resolve(facts)]])
-        found.setdefault(alike, row.recipe)
+    rows = [r for r in planning.plan(source, 0, recipes=wanted).rows
+            if not r.reason and r.bits_per_weight < own - 0.01]
+    alike: dict[str, str] = {}
+    for row in sorted(rows, key=lambda r: wanted.index(r.recipe)):
+        codecs = [c.codec.name for c in get(row.recipe).resolve(facts)]
+        alike.setdefault(digest([row.container, codecs]), row.recipe)
+    found = [row.recipe for row in rows if row.recipe in alike.values()]
     if not found:
         raise FewbitsError(f"{source.path}: no recipe has fewer bits than its {own:.2f}", "name some with --to")
-    return list(found.values())
+    return found
 
 
 def considered(to: Sequence[str], source: Checkpoint, folder: Path) -> Iterator[Case]:

@@ -35,16 +35,16 @@ def columns(found: Comparison) -> list[Column]:
         Column("loss", "In a word: " + "; ".join(
             f"{g.name}: KL at most {g.kl:g} and the same token in {100 * g.top1:.0f} % or more" for g in GRADES[:-1])
             + ". A convention, explained in fewbits' guide to comparing.", _loss, False),
-        Column("KL mean", "Kullback-Leibler divergence of the next token's probabilities from the original's, in nats a "
-               "token: 0 is the original.", lambda c: _fine(c, "kl_mean")),
+        Column("KL mean", "Kullback-Leibler divergence of the next token's probabilities from the original's, in nats "
+               "a token: 0 is the original.", lambda c: _fine(c, "kl_mean")),
         Column("KL 99 %", "The same where it is worst: one token in a hundred has more.", lambda c: _fine(c, "kl_99")),
         Column("same token", "How often the most likely next token is the original's.",
                lambda c: NONE if c.top1 is None else f"{100 * c.top1:.1f} %"),
-        Column("perplexity ratio", "Perplexity divided by the original's, over the same tokens, ± the standard error of "
-               "the ratio. It can fall below 1 by accident: believe the KL divergence.", _ratio)]
+        Column("perplexity ratio", "Perplexity divided by the original's, over the same tokens, ± the standard error "
+               "of the ratio. It can fall below 1 by accident: believe the KL divergence.", _ratio)]
     for task, metric in dict.fromkeys((t["task"], t["metric"]) for c in found.candidates for t in c.tasks):
-        out.append(Column(f"{task} {metric}", f"Score in the task {task} by {metric}, ± standard error; in brackets how "
-                          "many choices are not the original's.", partial(_task, task=task, metric=metric)))
+        out.append(Column(f"{task} {metric}", f"Score in the task {task} by {metric}, ± standard error; in brackets "
+                          "how many choices are not the original's.", partial(_task, task=task, metric=metric)))
     timed = [
         Column("reading", "Tokens of a prompt computed a second (prefill).",
                lambda c: _figure(c, "prefill_tokens_per_second")),

@@ -11,7 +11,7 @@ from fewbits.measure.compare.candidates import Candidate
 MEANINGS = (
     (r"Q8_0", "8 bits in blocks of 32 weights, each block with a scale of its own"),
     (r"Q(\d)_[01]", "{0} bits in blocks of 32 weights, each block with a scale of its own; simple and quick"),
-    (r"Q(\d)_K_([SML])", "a mix of llama.cpp's: mostly {0} bits, more for the tensors that need them ({1}: {size} mix)"),
+    (r"Q(\d)_K_([SML])", "a mix of llama.cpp's: mostly {0} bits, more for tensors that need them ({1}: {size} mix)"),
     (r"Q(\d)_K", "a mix of llama.cpp's: mostly {0} bits in super-blocks of 256 weights"),
     (r"IQ4_(NL|XS)", "4 bits whose 16 levels lie closer together near zero, where most weights are"),
     (r"TQ[12]_0", "three levels, -1, 0 and 1: for models that were trained so"),
