@@ -46,7 +46,7 @@ def test_nothing_measured_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: p
     broken.write_bytes(b"GGUF, but not for long")
     code, _, err = run(monkeypatch, capsys, tiny, "--to", broken, "--text", english, "--chunks", 1, "--context", 64,
                        "--no-speed", "-o", tmp_path / "out")
-    assert code == 1 and "error: nothing could be measured" in err and "broken.gguf: not measured" in err
+    assert code == 1 and "error: nothing could be measured" in err and "broken: not measured" in err
 
 
 def test_what_ends_it_before_the_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path,

@@ -13,7 +13,9 @@ from fewbits.errors import FewbitsError
 if TYPE_CHECKING:
     from fewbits.measure.compare import Comparison
 
-BRIEF = ("format", "size", "bits", "loss", "KL mean", "same token", "reading", "writing", "memory")
+BRIEF = ("format", "size", "KL mean", "same token", "writing", "memory")
+ROOMY = 110  # columns of a terminal that has room for the others
+MORE = ("bits", "loss", "reading")
 
 
 def command(
@@ -70,10 +72,11 @@ def _show(found: Comparison) -> None:
     from fewbits.measure.report import words
     from fewbits.measure.report.columns import columns
 
-    shown = [c for c in columns(found) if c.title in BRIEF]
+    shown = [c for c in columns(found) if c.title in BRIEF or (c.title in MORE and console.width >= ROOMY)]
     table = Table(box=None)
-    for column in shown:
-        table.add_column(column.title, justify="right" if column.number else "left", no_wrap=column is shown[0])
+    table.add_column("format", overflow="fold")
+    for column in shown[1:]:
+        table.add_column(column.title, justify="right" if column.number else "left", no_wrap=True)
     for c in found.candidates:
         if not c.reason:
             table.add_row(*(column.show(c) for column in shown))

@@ -152,7 +152,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(tiny: Path, tmp_path: Path, eng
     broken.write_bytes(b"GGUF, but not for long")
     found = run(tiny, tmp_path / "out", english, to=[str(bad), "Q8_0", str(broken)])
     by_name = {c.name: c for c in found.candidates}
-    assert "nothing.like.it" in by_name["bad"].reason and by_name["broken.gguf"].reason
+    assert "nothing.like.it" in by_name["bad"].reason and by_name["broken"].reason
     assert by_name["Q8_0"].kl is not None and by_name["Q8_0"].speed and not by_name["bad"].speed
     assert [c.name for c in found.candidates][1] == "Q8_0", "what could not be measured comes last"
     page = (tmp_path / "out" / "report.html").read_text()
@@ -180,7 +180,7 @@ def test_files_are_only_measured(tiny: Path, tmp_path: Path, english: Path, call
     calls.clear()
     found = run(tiny, tmp_path / "out", english, to=[str(file)], keep=False)
     assert calls["quantize"] == 0 and file.exists() and found.candidates[1].kind == "file"
-    assert found.candidates[1].name == "mine.gguf" and found.candidates[1].kl > 0
+    assert found.candidates[1].name == "mine" and found.candidates[1].kl > 0
 
 
 def test_files_that_are_not_kept(tiny: Path, tmp_path: Path, english: Path, calls: Counter[str]) -> None:
@@ -218,6 +218,21 @@ def test_what_is_refused(tiny: Path, tmp_path: Path, english: Path, monkeypatch:
     with pytest.raises(FewbitsError, match="cannot be reached") as error:
         compare(tiny, ["Q8_0"], out=tmp_path)
     assert "--text FILE" in error.value.hint
+
+
+def test_names_of_cases(tiny: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.gguf").write_text("")
+        (tmp_path / folder / "Q8_0.toml").write_text('base = "Q8_0"')
+    given = ["q4_k_m", "Q4_K_M", "Q8_0", *(str(tmp_path / f / n) for n in ("Q8_0.toml", "same.gguf") for f in "ab")]
+    found = list(cases.considered(given, containers.open(tiny), tmp_path))
+    assert [c.name for c in found] == ["tiny", "Q4_K_M", "Q8_0", given[3], given[4], "same", "same.gguf"]
+    assert len({c.kept.file for c in found}) == len({c.path for c in found}) == len(found)
+    assert [c.kind for c in found] == ["original"] + 4 * ["recipe"] + 2 * ["file"]
+    for name, told in (("tiny-Q4_0.gguf", "Q4_0"), ("Tiny.Q4_0.gguf", "Q4_0"), ("tinyer.gguf", "tinyer")):
+        (tmp_path / name).write_text("")
+        assert list(cases.considered([str(tmp_path / name)], containers.open(tiny), tmp_path))[1].name == told
 
 
 def test_recipes_that_suit(tiny: Path, tmp_path: Path, model: Callable[[str], Path]) -> None:

@@ -14,7 +14,7 @@ from fewbits.containers.base import remove
 from fewbits.errors import FewbitsError
 from fewbits.measure.compare.kept import Kept, digest
 from fewbits.measure.compare.settings import TEXT
-from fewbits.recipe import ModelFacts, get
+from fewbits.recipe import ModelFacts, Recipe, get
 from fewbits.recipe.facts import LINEAR
 
 GGUF = ("Q8_0", "Q4_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")  # of two that are alike, the first
@@ -75,34 +75,46 @@ def considered(to: Sequence[str], source: Checkpoint, folder: Path) -> Iterator[
     """
     own = source.path.stem if source.path.is_file() else source.path.name
     yield Case(own, "original", "", source.path, Kept(folder / "measured" / "original.json"))
-    taken = {own}
+    names = {own}
     for item in to:
-        container = _container(item)
-        if container is None:
-            path = hub.locate(item)
-            name = path.name if path.name not in taken else f"{path.parent.name}/{path.name}"
+        recipe = _recipe(item)
+        path = hub.locate(item) if recipe is None else folder
+        name = _told(path, own) if recipe is None else Path(item).stem if item.endswith(".toml") else recipe.name
+        if name in names:
+            name = path.name if recipe is None else item
+        if name in names and recipe is None:
+            name = str(path)
+        if name in names:
+            continue
+        names.add(name)
+        if recipe is None:
             slug = f"{_slug(path.name)}-{digest(str(path.resolve()))[:8]}"
-        else:
-            name = Path(item).stem if item.endswith(".toml") else item
-            slug = _slug(f"{own}-{name}")
-            path = folder / "models" / (slug + containers.by_name(container).suffix)
-        taken.add(name)
-        kept = Kept(folder / "measured" / f"{slug}.json")
-        yield Case(name, "file" if container is None else "recipe", item if container else "", path, kept)
+            yield Case(name, "file", "", path, Kept(folder / "measured" / f"{slug}.json"))
+            continue
+        slug = _slug(f"{own}-{name}")
+        path = folder / "models" / (slug + containers.by_name(recipe.container).suffix)
+        yield Case(name, "recipe", item, path, Kept(folder / "measured" / f"{slug}.json"))
 
 
-def _container(item: str) -> str | None:
-    """Where the recipe called `item` goes; None where it is a model.
+def _recipe(item: str) -> Recipe | None:
+    """The recipe called `item`; None where it is a model.
 
     Raises:
         FewbitsError: neither.
     """
     try:
-        return get(item).container
+        return get(item)
     except FewbitsError:
         if Path(item).exists() or ("/" in item and not item.endswith(".toml")):
             return None
         raise
+
+
+def _told(path: Path, own: str) -> str:
+    """What a file's name says beyond the original's: `Q4_K_M` of `smollm2-135m-Q4_K_M.gguf`."""
+    name = re.sub(r"\.gguf$", "", path.name)
+    more = re.fullmatch(re.escape(own) + "[-._ ](.+)", name, re.IGNORECASE)
+    return more[1] if more else name
 
 
 def _slug(name: str) -> str:

@@ -175,6 +175,8 @@ class Work:
 
     def time(self) -> None:
         """Speed of all whose speed isn't known, in turn, so that noise hits all alike."""
+        import torch  # noqa: F401  # the machine's graphics processor is known through it
+
         s = self.settings
         setting = {"prompt": s.prompt, "generate": s.generate, "repeats": s.repeats, "threads": s.threads,
                    "machine": machine()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from fewbits.explaining import READERS
 from fewbits.measure.compare.candidates import Candidate
@@ -37,7 +38,7 @@ def meaning(c: Candidate) -> str:
     if c.kind == "original":
         what = "the model as it was given"
     elif c.kind == "file":
-        what = "a file as it was given"
+        what = f"{Path(c.path).name}, as it was given"
     else:
         what = _recipe(c.name)
     if c.nbytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -11,13 +12,13 @@ from fewbits.measure.compare.candidates import Candidate, Comparison
 from fewbits.measure.report import names, palette, pictures, words
 from fewbits.measure.report.columns import columns
 
+TEMPLATES = Path(__file__).parent / "templates"
 WIDE, NARROW = 920, 350  # pixels; the style sheet shows the one that fits
 
 
 def render(found: Comparison) -> str:
     """The page. All that comes from models and users is escaped."""
-    loader = jinja2.PackageLoader("fewbits.measure.report", "templates")
-    engine = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+    engine = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                 lstrip_blocks=True)
     return engine.get_template("page.html").render(context(found))
 
