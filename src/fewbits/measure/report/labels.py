@@ -13,8 +13,9 @@ from fewbits.measure.report.drawing import Point
 ANGLES = [math.radians(a) for a in (0, 180, 270, 90, 315, 225, 45, 135, 20, 340, 160, 200)]
 DISTANCES = (9, 14, 22, 32, 44, 58, 74, 92, 112)
 SWEEPS = 6  # each label is moved that often while the others stay
+NEARER = 80  # what it costs that a label without a line lies as near to another point as to its own
 MARK = 7  # half the width of a point
-FAR = 20  # from this distance on a line leads from the point to its label
+FAR = 15  # from this distance on a line leads from the point to its label
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def place(points: Sequence[Point], sizes: Sequence[Point], inside: Rect, line: S
         crossed = sum(any(p.rect.overlap(c) for c in mine.lead) or any(mine.rect.overlap(c) for c in p.lead)
                       for p in others)
         crossed += sum(any(m.overlap(c) for c in mine.lead) for j, m in enumerate(marks) if j != i)
-        return 50 * covered + 400 * crossed + 6 * sum(mine.rect.overlap(c) for c in crumbs) + mine.distance
+        nearer = sum(math.dist(p, mine.rect.nearest(p)) < mine.distance + 3 for j, p in enumerate(points) if j != i)
+        lined = sum(mine.rect.overlap(c) for c in crumbs)
+        return 50 * covered + 400 * crossed + 6 * lined + NEARER * nearer * (not mine.lead) + mine.distance
 
     # points with many neighbours first: they have the least choice
     order = sorted(range(len(points)), key=lambda i: sum(math.dist(points[i], p) > 60 for p in points))
