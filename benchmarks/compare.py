@@ -1,4 +1,4 @@
-"""The full comparison of SmolLM2, shuffled and wide: sixteen recipes, quality, speed, error by layer; the report opened.
+"""The full comparison of SmolLM2, shuffled and wide, in sixteen recipes; the report opened in a browser.
 
 Every recipe is calibrated on c4 (GPTQ; a search where blocks cross rows), measured on wikitext2-test. The reports go to
 --work/compare/MODEL, and are then opened in headless Chromium where that is installed, light and dark, wide and narrow:
@@ -32,6 +32,7 @@ def main() -> None:
     p.add_argument("--samples", type=int, default=32)
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--tasks", nargs="*", default=[], help="tasks to measure too, from the shared files")
+    p.add_argument("--only", nargs="*", default=RECIPES, help="these recipes")
     p.add_argument("--quick", action="store_true")
     args = p.parse_args()
     quiet_libraries()
@@ -58,11 +59,11 @@ def compared(args, model: str) -> Comparison:
     calibration = "none" if args.quick else str(data / "text" / "c4.txt")
     short = {"chunks": 2, "prompt": 64, "generate": 16, "repeats": 2} if args.quick else {
         "chunks": args.chunks, "repeats": args.repeats}
+    recipes = [recipe.format(MODELS.get(model, "g128")) for recipe in args.only]
     with progress() as report:
-        return compare(args.models / model, [r.format(MODELS.get(model, "g128")) for r in RECIPES], out=out,
-                       text=str(data / "text" / "wikitext2-test.txt"), calibration=calibration, samples=args.samples,
-                       tasks=tuple(args.tasks), task_files=str(data / "tasks") if args.tasks else None,
-                       progress=report, **short)
+        return compare(args.models / model, recipes, out=out, keep=False, calibration=calibration,
+                       text=str(data / "text" / "wikitext2-test.txt"), samples=args.samples, tasks=tuple(args.tasks),
+                       task_files=str(data / "tasks") if args.tasks else None, progress=report, **short)
 
 
 def looked_at(page: Path) -> int:

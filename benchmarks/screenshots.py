@@ -87,7 +87,7 @@ def _address(profile: Path) -> str:
 def _look(tab: Browser, page: Path, scheme: str, width: int, picture: Path) -> list[str]:
     tab.call("Emulation.setEmulatedMedia", media="screen",
              features=[{"name": "prefers-color-scheme", "value": scheme}])
-    tab.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+    tab.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
     tab.call("Page.enable")
     tab.call("Page.navigate", url=page.resolve().as_uri())
     tab.wait("Page.loadEventFired")

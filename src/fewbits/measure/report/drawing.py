@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 Point = tuple[float, float]
-LETTER = 0.63  # mean width of a letter, in heights: of sans-serif fonts, rather more than less
+LETTER, BOLD = 0.59, 0.66  # mean width of a letter, in heights: of sans-serif fonts, rather more than less
 DASHES = {"grid": "", "limit": "5 4", "leader": "", "frontier": ""}
 
 
@@ -74,8 +74,8 @@ class Drawing:
         self.shapes += shapes
 
 
-def text_width(text: str, size: float = 12.0) -> float:
-    return len(text) * size * LETTER
+def text_width(text: str, size: float = 12.0, bold: bool = False) -> float:
+    return len(text) * size * (BOLD if bold else LETTER)
 
 
 # SVG ------------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ WIDE, NARROW = 920, 350  # pixels; the style sheet shows the one that fits
 
 def render(found: Comparison) -> str:
     """The page. All that comes from models and users is escaped."""
-    engine = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                lstrip_blocks=True)
+    engine = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
+                                lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return engine.get_template("page.html").render(context(found))
 
 

@@ -31,7 +31,7 @@ def drawable(c: Candidate) -> bool:
 
 
 def quality(found: Comparison, width: float = 920) -> Drawing:
-    """Divergence (logarithmic) over size; the frontier as steps, the grades as lines across."""
+    """Divergence over size, both logarithmic; the frontier as steps, the grades as lines across."""
     shown = [c for c in found.measured if drawable(c)]
     narrow = width < 600
     height, left, right, top, bottom = 500, 58, 16, 34, 56
@@ -40,24 +40,24 @@ def quality(found: Comparison, width: float = 920) -> Drawing:
         out.add(Text((width / 2, height / 2), "nothing to draw", "muted", "middle"))
         return out
     sizes, kls = [c.nbytes for c in shown], [c.kl or 1.0 for c in shown]
-    span = (max(sizes) - min(sizes)) or max(sizes)
-    low, high = max(0.0, min(sizes) - 0.08 * span), max(sizes) + 0.12 * span
+    room = max(1.05, (max(sizes) / min(sizes)) ** 0.1)  # at both sides
+    low, high = min(sizes) / room, max(sizes) * room
     bottom_kl, top_kl = min(kls) / 1.6, max(kls) * 1.6
 
     def x(nbytes: float) -> float:
-        return left + (nbytes - low) / (high - low) * (width - left - right)
+        return left + math.log(nbytes / low) / math.log(high / low) * (width - left - right)
 
     def y(kl: float) -> float:
-        return top + (math.log(top_kl) - math.log(kl)) / (math.log(top_kl) - math.log(bottom_kl)) * (
-            height - top - bottom)
+        return top + math.log(top_kl / kl) / math.log(top_kl / bottom_kl) * (height - top - bottom)
 
     out.add(Text((2, 16), "KL divergence from the original (less is better)", "muted"))
     for value in decades(bottom_kl, top_kl):
         out.add(Line([(left, y(value)), (width - right, y(value))], "grid"),
                 Text((left - 7, y(value) + 4), f"{value:.10f}".rstrip("0").rstrip("."), "muted", "end"))
     for value in steps(low, high, 4 if narrow else 8):
+        middle = min(x(value), width - text_width(gigabytes(value)) / 2 - 2)
         out.add(Line([(x(value), height - bottom), (x(value), height - bottom + 5)], "axis"),
-                Text((x(value), height - bottom + 20), gigabytes(value) if value else "0", "muted", "middle"))
+                Text((middle, height - bottom + 20), gigabytes(value), "muted", "middle"))
     out.add(Line([(left, height - bottom), (width - right, height - bottom)], "axis"),
             Text((width - right, height - 8), "size of all files (less is better)", "muted", "end"))
     edge = [c for c in shown if c.name in found.frontier]
@@ -91,16 +91,17 @@ def _points(out: Drawing, found: Comparison, shown: Sequence[Candidate], at: Seq
             narrow: bool, inside: Rect, taken: Sequence[Rect]) -> None:
     size = 11.0 if narrow else 12.5
     names = [short(c.name, 16 if narrow else 26) for c in shown]
-    sizes = [(text_width(n, size) + 2, size + 3) for n in names]
+    sizes = [(text_width(n, size, c.name in found.frontier) + 2, size + 3) for n, c in zip(names, shown, strict=True)]
     places = place(at, sizes, inside, stairs, taken)
     for point, rect in zip(at, places, strict=True):
         if line := leader(point, rect):
             out.add(Line(line, "leader"))
     for c, point, name, rect in zip(shown, at, names, places, strict=True):
-        best = c.name in found.frontier
+        best, before = c.name in found.frontier, rect.x + rect.width / 2 < point[0]
         out.add(Mark(point, SHAPES.get(c.container, "diamond"), "frontier" if best else "other",
                      f"{c.name}: {gigabytes(c.nbytes)}, KL {c.kl:.4f}" + (", on the frontier" if best else "")),
-                Text((rect.x + 1, rect.y + size), name, "strong" if best else "ink", "start", size))
+                Text((rect.x + (rect.width - 1 if before else 1), rect.y + size), name, "strong" if best else "ink",
+                     "end" if before else "start", size))
 
 
 # speed ----------------------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def speed(found: Comparison, width: float = 920) -> Drawing:
     high, head = 22, 30
     panel = head + len(rows) * high + 14
     out = Drawing(width, panel * (2 if narrow else 1), "Speed of each format: bars for reading and for writing")
-    names = min(170.0, 12 + max((text_width(short(c.name, 22)) for c in rows), default=0))
+    names = min(176.0, 20 + max((text_width(short(c.name, 22)) for c in rows), default=0))
     for i, (figure, title) in enumerate(panels):
         left, top = (0.0, i * panel) if narrow else (i * width / 2, 0.0)
         room = (width if narrow else width / 2 - 16) - names - 58
