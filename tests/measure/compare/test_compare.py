@@ -230,6 +230,8 @@ def test_names_of_cases(tiny: Path, tmp_path: Path) -> None:
     assert [c.name for c in found] == ["tiny", "Q4_K_M", "Q8_0", given[3], given[4], "same", "same.gguf"]
     assert len({c.kept.file for c in found}) == len({c.path for c in found}) == len(found)
     assert [c.kind for c in found] == ["original"] + 4 * ["recipe"] + 2 * ["file"]
+    (_, target) = cases.considered(["4.25bpw"], containers.open(tiny), tmp_path)
+    assert (target.name, target.to, target.path.name) == ("4.25bpw", "4.25bpw", "tiny-4.25bpw.gguf")
     for name, told in (("tiny-Q4_0.gguf", "Q4_0"), ("Tiny.Q4_0.gguf", "Q4_0"), ("tinyer.gguf", "tinyer")):
         (tmp_path / name).write_text("")
         assert list(cases.considered([str(tmp_path / name)], containers.open(tiny), tmp_path))[1].name == told

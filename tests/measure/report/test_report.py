@@ -133,7 +133,8 @@ def test_the_heat_map() -> None:
     assert len(cells) == 7 and cells["embedding: 0 %"] == "h0"
 
 
-@pytest.mark.parametrize("value, text", [(0.0, "0"), (0.52, ".52"), (3.14, "3.1"), (9.96, "10"), (24.4, "24"),
+@pytest.mark.parametrize("value, text", [(0.0, "0"), (0.004, "<.01"), (0.52, ".52"), (3.14, "3.1"), (9.96, "10"),
+                                         (24.4, "24"),
                                          (310.2, "310"), (1695.0, "1.7k"), (41234.0, "41k")])
 def test_numbers_of_cells(value: float, text: str) -> None:
     assert pictures.number(value) == text

@@ -18,7 +18,7 @@ from fewbits.recipe import ModelFacts, Recipe, get
 from fewbits.recipe.facts import LINEAR
 
 GGUF = ("Q8_0", "Q4_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")  # of two that are alike, the first
-BESIDE = (".quantization.json", ".log.jsonl")  # what quantizing leaves beside a file
+BESIDE = (".quantization.json", ".log.jsonl", ".recipe.toml")  # what quantizing leaves beside a file
 
 
 @dataclass
@@ -102,6 +102,8 @@ def _recipe(item: str) -> Recipe | None:
     Raises:
         FewbitsError: neither.
     """
+    if re.fullmatch(r"[\d.]+bpw", item):  # a target: what each tensor gets is found when quantizing
+        return Recipe(item, "gguf")
     try:
         return get(item)
     except FewbitsError:

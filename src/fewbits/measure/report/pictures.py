@@ -198,4 +198,6 @@ def number(value: float) -> str:
         return f"{value / 1000:.1f}k" if value < 9950 else f"{value / 1000:.0f}k"
     if value >= 9.95:
         return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}".lstrip("0") if value >= 0.005 else "0"
+    if value >= 0.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}".lstrip("0") if value >= 0.005 else "<.01" if value > 0 else "0"
