@@ -36,7 +36,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Which random tokens.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
 ) -> None:
-    """Measure speed and memory of models side by side."""
+    """Measure speed and memory of models side by side; exit code 1 if nothing could be measured."""
     from fewbits.measure.speed import bench
 
     quiet_libraries()
@@ -44,16 +44,18 @@ def command(
     with progress() as report:
         found = bench(models, prompts=_numbers(prompt, "--prompt"), generate=_numbers(generate, "--generate"),
                       batches=_numbers(batch, "--batch"), cache=(True, False) if no_cache else (True,),
-                      kernels=[None if k == "decoder" else k for k in kernel or ["decoder"]], train=train, peers=peers,
+                      kernels=kernel or ["decoder"], train=train, peers=peers,
                       threads=threads, repeats=repeats, seconds=seconds, seed=seed, progress=report)
     if json:
         emit({"rows": [row.to_json() for row in found]})
-        return
-    for work in dict.fromkeys(row.work for row in found):
-        _table([row for row in found if row.work == work])
-    about = found[0].circumstances
-    print(f"{about['machine']['processor']}, {about['machine']['cores']} processors, threads: {about['threads']}. "
-          "Medians; x: how many times the first row's; memory: resident, at most, loading included.")
+    else:
+        for work in dict.fromkeys(row.work for row in found):
+            _table([row for row in found if row.work == work])
+        about = found[0].circumstances
+        print(f"{about['machine']['processor']}, {about['machine']['cores']} processors, threads: {about['threads']}. "
+              "Medians; x: how many times the first row's; memory: resident, at most, loading included.")
+    if all(row.reason is not None for row in found):
+        raise typer.Exit(1)
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 import fewbits
 from fewbits.errors import FewbitsError
@@ -95,6 +96,12 @@ def test_memory_is_looked_at_before_anything_runs(tiny: Path, monkeypatch: pytes
         bench([tiny, tiny])
 
 
+def test_models_that_do_not_fit_together_take_turns(tiny: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benching, "available_bytes", lambda: 0)
+    found = bench([gguf, tiny], **LITTLE)
+    assert [(r.candidate, r.reason, r.repeats) for r in found] == [("tiny.gguf", None, 2), ("tiny", None, 2)]
+
+
 def test_names_tell_files_apart(tiny: Path, gguf: Path, tmp_path: Path) -> None:
     for folder in ("a/m", "b/m", "c/n"):
         (tmp_path / folder).parent.mkdir(exist_ok=True)
@@ -106,6 +113,14 @@ def test_works_go_from_small_to_large() -> None:
     found = choosing.works((8, 2), (0, 4), (2, 1), (True, False))
     sizes = [w.batch * (w.prompt + w.generate) for w in found]
     assert sizes == sorted(sizes) and len(found) == len(set(found)) == 12  # without tokens after it no cache to leave
+
+
+def test_models_that_write_no_text(fewbits_command: Run, tmp_path: Path) -> None:  # noqa: F811
+    config = transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=64, max_position_embeddings=32)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    code, out, _ = fewbits_command("bench", tmp_path, "--prompt", 4, "--generate", 1, "--repeats", 1)
+    assert code == 1 and "fewbits: not measured: BertModel writes no text" in out
 
 
 def test_the_command(fewbits_command: Run, gguf: Path, tiny: Path, broken: str) -> None:  # noqa: F811
@@ -120,6 +135,8 @@ def test_the_command(fewbits_command: Run, gguf: Path, tiny: Path, broken: str) 
     assert sum(line.startswith("prompt of") for line in lines) == 2 and "threads: 1" in lines[-1]
     code, out, _ = fewbits_command("bench", gguf, *little, "--json")
     assert code == 0 and [row["prompt"] for row in json.loads(out)["rows"]] == [4, 6]
+    code, _, err = fewbits_command("bench", gguf, *little, "--kernel", "decoder", "--kernel", "best")
+    assert code == 1 and err.startswith("error: no kernel is called 'best'\nhint: one of: decoder, modules, native,")
     code, _, err = fewbits_command("bench", gguf, "--prompt", "some")
     assert code == 1 and err == "error: --prompt 'some': no number, or several with commas\n" \
                                 "hint: for example --prompt 32,512\n"

@@ -117,6 +117,16 @@ def test_files_of_others_are_refused(tiny: Path, tmp_path: Path) -> None:
         engine.read(job(tiny))
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_transformers_computes_in_the_type_that_is_stored(kind: str, tiny: Path, tmp_path: Path) -> None:
+    transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=getattr(torch, kind)).save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace(f'"{kind}"', '"float16"'))
+    engine = Transformers(job(tmp_path))
+    engine.load(job(tmp_path))
+    assert engine.kernel == kind and engine.net.dtype == getattr(torch, kind)
+
+
 def test_memory_that_was_there_for_a_moment() -> None:
     if "RssAnon" not in status():
         pytest.skip("the system does not say what memory a process takes")

@@ -24,11 +24,12 @@ def bench(models: str | Path | Sequence[str | Path], *, prompts: Sequence[int] =
           progress: Progress | None = None) -> list[Speed]:
     """Every model at every work: a prompt of so many random tokens and so many tokens after it, several texts at once.
 
-    By default the native decoder computes, where it knows the model. `kernels` may name others: `modules`, which is
-    `fewbits.load` with its own choice, or one that `load` takes. `train` adds a training step, forward and backward
-    to the inputs, through the modules. `peers` are other engines for the same files: "transformers", "bitsandbytes",
-    "gptqmodel" or "llama.cpp", each with the Python that has it (None: this one). Candidates take turns, each in a
-    process of its own, after a warm-up; after `seconds` at a work no further round is begun, but two are.
+    By default (None, or "decoder") the native decoder computes, where it knows the model. `kernels` may name others:
+    "modules", which is `fewbits.load` with its own choice, or one that `load` takes. `train` adds a training step,
+    forward and backward to the inputs, through the modules. `peers` are other engines for the same files:
+    "transformers", "bitsandbytes", "gptqmodel" or "llama.cpp", each with the Python that has it (None: this one).
+    Candidates take turns, each in a process of its own, after a warm-up; after `seconds` at a work no further round is
+    begun, but two are.
 
     What an engine cannot read or do is a row with the reason.
 

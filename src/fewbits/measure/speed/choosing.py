@@ -21,7 +21,8 @@ from fewbits.recipe import ModelFacts
 # peers, and what is importable where they are installed
 PEERS = {"transformers": "transformers", "bitsandbytes": "bitsandbytes", "gptqmodel": "gptqmodel",
          "llama.cpp": "llama_cpp"}
-MODULES = "modules"  # a kernel: Transformers' modules, each with the kernel that suits it
+DECODER = "decoder"  # in place of a kernel's name: the native decoder, which is what None means
+MODULES = "modules"  # Transformers' modules, each with the kernel that suits it
 
 
 def opened(models: Sequence[str | Path]) -> dict[str, Checkpoint]:
@@ -68,9 +69,9 @@ def candidates(models: Mapping[str, Checkpoint], kernels: Sequence[str | None], 
     for name, checkpoint in models.items():
         path = Path(os.path.abspath(checkpoint.path))
         for kernel in kernels:
-            modules = train or kernel is not None
-            found.append(Candidate(name, path, "fewbits", ("modules",) if modules else ("decoder", "modules"),
-                                   sys.executable, None if kernel == MODULES else kernel))
+            engines = ("modules",) if train or kernel not in (None, DECODER) else ("decoder", "modules")
+            found.append(Candidate(name, path, "fewbits", engines, sys.executable,
+                                   None if kernel in (DECODER, MODULES) else kernel))
         found += [Candidate(name, path, peer, (peer,), python or sys.executable) for peer, python in peers.items()]
     return list(dict.fromkeys(found))
 
@@ -80,11 +81,11 @@ def check_kernels(kernels: Sequence[str | None]) -> None:
     Raises:
         FewbitsError: there is none of a name.
     """
-    asked = [k for k in kernels if k not in (None, MODULES)]
+    asked = [k for k in kernels if k not in (None, DECODER, MODULES)]
     if asked:
         from fewbits.runtime.dispatch import KERNELS
 
-        names = [MODULES, *(k.name for k in KERNELS)]
+        names = [DECODER, MODULES, *(k.name for k in KERNELS)]
         for unknown in [k for k in asked if k not in names][:1]:
             raise FewbitsError(f"no kernel is called {unknown!r}", "one of: " + ", ".join(names))
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from .base import Json
 from .modules import Modules
 
+TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors
+
 
 class Transformers(Modules):
-    """Alone, in the type that the directory is stored in."""
+    """Alone, in the type that most weights are stored in, whatever the configuration says."""
 
     method: str | None = None  # of quantization, which the directory must have
-    dtype = "auto"
+    dtype = ""
 
     def __init__(self, job: Json):
         super().__init__(job)
@@ -34,9 +37,20 @@ class Transformers(Modules):
         return self.opened(folder, settings)
 
     def opened(self, folder: Path, settings: Json, **options: Any) -> Any:
-        net = self._pretrained(folder, device_map={"": "cpu"}, dtype=self.dtype, **options)
+        net = self._pretrained(folder, device_map={"": "cpu"}, dtype=self.dtype or stored(folder), **options)
         self.kernel = str(net.dtype).removeprefix("torch.")
         return net
+
+
+def stored(folder: Path) -> str:
+    found: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as data:
+            header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                found[tensor["dtype"]] += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+    return TYPES.get(max(found, key=lambda kind: found[kind], default=""), "auto")
 
 
 class Bitsandbytes(Transformers):

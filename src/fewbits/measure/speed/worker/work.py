@@ -7,6 +7,8 @@ import time
 from .base import Engine, Json
 from .memory import Memory
 
+TRIED = 16  # tokens after the prompts, to see which way is the fastest
+
 
 def repetition(engine: Engine, job: Json) -> Json:
     """Seconds of the prompts, first token included, and of each token after it; or of a training step."""
@@ -33,9 +35,10 @@ def room(job: Json) -> int:
 
 
 def warm_up(engine: Engine, job: Json, memory: Memory) -> Json:
-    """The way to compute that is the fastest, each tried once; memory is watched here, where no time counts."""
+    """The way to compute that is the fastest; memory is watched here, where no time counts."""
     ways = engine.ways if job["way"] is None else (job["way"],)
     little = job | {"prompts": [row[:8] for row in job["prompts"]], "generate": min(2, job["generate"])}
+    trial = job | {"generate": min(TRIED, job["generate"])}
     seconds: dict[str, float] = {}
     refused: Exception | None = None
 
@@ -50,14 +53,25 @@ def warm_up(engine: Engine, job: Json, memory: Memory) -> Json:
             try:
                 ready(way)
                 began = time.perf_counter()
-                repetition(engine, job)
+                if len(ways) > 1:
+                    repetition(engine, trial)
                 seconds[way] = time.perf_counter() - began
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 refused = error
-    if not seconds:
-        assert refused is not None
-        raise refused
-    best = min(seconds, key=lambda way: seconds[way])
-    if best != ways[-1]:
-        ready(best)
+        if not seconds:
+            assert refused is not None
+            raise refused
+        best = min(seconds, key=lambda way: seconds[way])
+        if best != ways[-1]:
+            ready(best)
+        if len(ways) == 1 or trial["generate"] < job["generate"]:
+            _largest(engine, job)
     return {"way": best, "kernel": engine.kernel} | memory.most()
+
+
+def _largest(engine: Engine, job: Json) -> None:
+    """What takes the most memory of a repetition."""
+    if job["cache"] or not job["generate"]:
+        repetition(engine, job)
+    else:
+        engine.whole([[*row, *row[:1] * job["generate"]] for row in job["prompts"]])
