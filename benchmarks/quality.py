@@ -5,13 +5,15 @@
 The tool is llama.cpp's (built from the sources that llama-cpp-python carries). Its perplexity is over the second half
 of every window of 512 tokens, and its --kl-divergence is from the logits of the F16 file, in 16 bits. Ours: the native
 decoder, which rounds activations to 8 bits 32 at a time, and Transformers on decoded weights with activations rounded
-as llama.cpp rounds them (256 at a time for K-quants).
+as llama.cpp rounds them (256 at a time for K-quants): once as they are, and once with embeddings off by 1e-7, which
+tells how far two programs may be apart that round alike but add in another order.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from fewbits import containers
 from fewbits.cli.common import quiet_libraries
 from fewbits.measure import evaluate
 
-HEADER = ("type", "llama.cpp", "rounded alike", "difference, %", "native", "difference, %", "KL llama.cpp",
-          "rounded alike", "native", "same top %, llama.cpp", "rounded alike")
+HEADER = ("type", "llama.cpp", "rounded alike", "difference, %", "off by 1e-7", "difference, %", "native",
+          "difference, %", "KL llama.cpp", "rounded alike", "native", "same top %, llama.cpp", "rounded alike")
 
 
 def tool(path: Path, model: Path, text: Path, *more: str) -> str:
@@ -42,11 +44,14 @@ def number(said: str, label: str) -> float:
     return float(re.search(rf"{label}\s*[:=]\s*([-\d.]+)", said)[1])  # type: ignore[index]
 
 
-def rounded_alike(file: Path) -> Any:
-    """The file's model in Transformers, with activations rounded as llama.cpp does."""
+def rounded_alike(file: Path, off: float = 0) -> Any:
+    """The file's model in Transformers, with activations rounded as llama.cpp does; embeddings `off` by a factor."""
     checkpoint = containers.open(file)
     net = model_of(checkpoint)
     round_activations(net, checkpoint)
+    random = torch.Generator().manual_seed(0)
+    net.get_input_embeddings().register_forward_hook(
+        lambda _, __, out: out * (1 + off * torch.randn(out.shape, generator=random)))
     vars(net)["checkpoint"] = checkpoint
     return net
 
@@ -73,11 +78,11 @@ def main() -> None:
         if not file.exists():
             fewbits.quantize(source, file, name, calibration="none", finish="off")
         said = tool(args.tool, file, text, "--kl-divergence", "--kl-divergence-base", str(logits))
-        native, alike = evaluate(file, source, **settings), evaluate(rounded_alike(file), source, **settings)
+        native, alike, off = (evaluate(x, source, **settings)
+                              for x in (file, rounded_alike(file), rounded_alike(file, 1e-7)))
         theirs = number(said, r"Mean PPL\(Q\)")
-        rows.append((name, theirs, alike.perplexity_llama, 100 * (alike.perplexity_llama / theirs - 1),
-                     native.perplexity_llama, 100 * (native.perplexity_llama / theirs - 1),
-                     number(said, "Mean +KLD"), alike.kl_mean, native.kl_mean,
+        pairs = [(x.perplexity_llama, 100 * (x.perplexity_llama / theirs - 1)) for x in (alike, off, native)]
+        rows.append((name, theirs, *chain(*pairs), number(said, "Mean +KLD"), alike.kl_mean, native.kl_mean,
                      number(said, "Same top p"), 100 * (alike.top1 or 0)))
         print(*(f"{v:.6g}" if isinstance(v, float) else v for v in rows[-1]), flush=True)
     logits.unlink()

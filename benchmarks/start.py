@@ -11,7 +11,6 @@ in fresh memory: what the system takes for 100 MiB of that is measured between t
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import os
 import subprocess
@@ -22,10 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from baselines import f16_gguf
 from common import ROOT, parser, show
-
-import fewbits
+from made import plain_gguf
 
 PROMPT = ("Once upon a time there was a little robot who wanted to count all the stars of the sky and tell each one "
           "of them a name that it would")
@@ -71,16 +68,6 @@ def fresh() -> float:
     return time.perf_counter() - began
 
 
-def made(args: argparse.Namespace) -> list[Path]:
-    args.work.mkdir(parents=True, exist_ok=True)
-    source, files = f16_gguf(args.models / "smollm2-135m", args.work), []
-    for name in ("Q4_K_M", "Q8_0"):
-        files.append(args.work / f"smollm2-135m-{name}-plain.gguf")
-        if not files[-1].exists():
-            fewbits.quantize(source, files[-1], name, calibration="none", finish="off")
-    return files
-
-
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("files", nargs="*", type=Path, help="default: SmolLM2 in Q4_K_M and Q8_0")
@@ -90,7 +77,8 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     args = p.parse_args()
     rows, fresh_ones = list[tuple[Any, ...]](), []
-    for file in args.files or made(args):
+    args.work.mkdir(parents=True, exist_ok=True)
+    for file in args.files or [plain_gguf(args.models / "smollm2-135m", args.work, mix) for mix in ("Q4_K_M", "Q8_0")]:
         commands: dict[str, tuple[list[str], str]] = {
             "fewbits": ([sys.executable, "-m", "fewbits", "run", str(file), PROMPT, "--raw", "--max-tokens", str(COUNT),
                          "--context", str(CONTEXT), "--threads", str(args.threads)], ""),

@@ -277,3 +277,10 @@ def test_a_file_that_reads_back_differently_is_not_kept(tiny: Path, tmp_path: Pa
 def test_result_is_json(tiny: Path, tmp_path: Path) -> None:
     result = fewbits.quantize(tiny, tmp_path / "out", "nf4")
     assert json.loads(json.dumps(result.to_json()))["recipe"] == "nf4"
+
+
+@pytest.mark.parametrize(("recipe", "name"), [("f16", "float16"), ("bf16", "bfloat16"), ("f32", "float32")])
+def test_the_configuration_names_the_type_of_the_weights(tiny: Path, tmp_path: Path, recipe: str, name: str) -> None:
+    out = fewbits.quantize(tiny, tmp_path / "out", recipe).path
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert str(loaded.dtype) == f"torch.{name}"

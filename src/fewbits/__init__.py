@@ -13,17 +13,20 @@ if TYPE_CHECKING:
     from fewbits.finishing.files import finish
     from fewbits.inspection import inspect
     from fewbits.loading import load
-    from fewbits.measure import evaluate
+    from fewbits.measure import bench, evaluate
+    from fewbits.measure.compare import compare
     from fewbits.planning import plan
     from fewbits.quantizing import quantize
     from fewbits.verifying import verify
 
 __version__ = "0.1.0"
-__all__ = ["FewbitsError", "convert", "evaluate", "explain", "finish", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = ["FewbitsError", "bench", "compare", "convert", "evaluate", "explain", "finish", "inspect", "load", "plan",
+           "quantize", "verify"]
 
-_HOMES = {"convert": "fewbits.converting", "evaluate": "fewbits.measure", "explain": "fewbits.explaining",
-          "finish": "fewbits.finishing.files", "inspect": "fewbits.inspection", "load": "fewbits.loading",
-          "plan": "fewbits.planning", "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
+_HOMES = {"bench": "fewbits.measure", "compare": "fewbits.measure.compare", "convert": "fewbits.converting",
+          "evaluate": "fewbits.measure", "explain": "fewbits.explaining", "finish": "fewbits.finishing.files",
+          "inspect": "fewbits.inspection", "load": "fewbits.loading", "plan": "fewbits.planning",
+          "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
 
 
 def __getattr__(name: str) -> Any:

@@ -298,27 +298,6 @@ def test_sequences_in_threads_of_their_own(path: Path) -> None:
             assert np.array_equal(got, right)
 
 
-def test_an_interrupt_leaves_the_sequence_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = compiled(path)
-    sequence = made.sequence(20)
-    sequence.append(TOKENS[:3])
-    monkeypatch.setattr(_native, "MOST_TOKENS", 4)
-    calls = iter([1, 1])
-
-    def interrupted() -> int:
-        try:
-            return next(calls)
-        except StopIteration:
-            raise KeyboardInterrupt from None
-
-    monkeypatch.setattr(sequences, "threads", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sequence.append(TOKENS[3:15])
-    monkeypatch.undo()
-    assert len(sequence) == 3
-    assert np.array_equal(sequence.append(TOKENS[3:15]), made.logits(TOKENS[:15], last_only=True))
-
-
 @pytest.mark.parametrize(("recipe", "limit"), [(None, 1e-6), ("Q8_0", 1e-4), ("Q4_0", 1e-4)])
 def test_stories(recipe: str | None, limit: float, shared: Callable[[str], Path], tmp_path: Path) -> None:
     path = shared("models/stories260k")

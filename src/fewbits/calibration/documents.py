@@ -17,6 +17,7 @@ TEXT = "give a UTF-8 text, a .jsonl of texts or chats, c4, wikitext2 or self"
 DATASETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "c4": (("allenai/c4",), {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}),
     "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}),
+    "wikitext2-test": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"}),
 }
 
 
@@ -54,7 +55,7 @@ def named(name: str, budget: int) -> list[str]:
     except Exception as error:  # of the hub, the network, the file system: each library has its own
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise FewbitsError(f"{name}: {where[0]} cannot be read: {first}", "give a text file, or self") from error
-    return ["".join(texts)] if name == "wikitext2" else texts  # wikitext2 comes line by line
+    return ["".join(texts)] if name.startswith("wikitext2") else texts  # which comes line by line
 
 
 def _places(path: Path, budget: int, parts: int, seed: int) -> list[tuple[int, int]]:

@@ -47,8 +47,8 @@ def command(
         from fewbits.measure.tasks import run
 
         with progress() as report:
-            answers = run(model, against, names=tasks.split(","), folder=task_files, limit=limit, seed=seed,
-                          kernel=kernel, fresh=fresh, progress=report)
+            answers = run(model, against, names=[name.strip() for name in tasks.split(",")], folder=task_files,
+                          limit=limit, seed=seed, kernel=kernel, fresh=fresh, progress=report)
         told["tasks"] = [one.to_json() for one in answers]
         if not json:
             console.print(table(answers), highlight=False, soft_wrap=True)

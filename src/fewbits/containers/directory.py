@@ -168,6 +168,13 @@ class TransformersDirectory(Directory):
     def accepts(self, checkpoint: Checkpoint, entry: Entry) -> str | None:
         return float_reason(entry)
 
+    def stage(self, path: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        """A `dtype` in the configuration becomes that of the weights, if they share one: Transformers obeys it."""
+        types = {entry.codec.name for entry in checkpoint.entries.values()}
+        found = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get("".join(types))
+        told = {key: found for key in ("dtype", "torch_dtype") if found and checkpoint.config.get(key)}
+        super().stage(path, replace(checkpoint, config=checkpoint.config | told), progress)
+
 
 def _write_entry(out: Writer, layout: Layout, entry: Entry) -> None:
     for name, data in layout.tensors(entry.name, entry.load()).items():

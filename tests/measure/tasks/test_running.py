@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 import fewbits
 from fewbits import caching, cli
@@ -13,6 +14,7 @@ from fewbits.errors import FewbitsError
 from fewbits.measure import tasks
 from fewbits.measure.tasks import harness
 from fewbits.measure.tasks.answers import Answers
+from fewbits.measure.tasks.local import documents
 from fewbits.measure.tasks.questions import questions
 from tests.measure.tasks.files import write
 
@@ -120,6 +122,36 @@ def test_norms_and_shares(folder: Path) -> None:
     several = questions("truthfulqa_mc2", folder)[0]
     found = [(-0.5, False), (-1.5, False), (-1.5, False)]
     assert several.scores(found)["acc"] == pytest.approx(1 - 0.25 / (0.25 + 0.25 + 2.718281828 ** 1 * 0.25))
+
+
+def test_questions_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str) -> dict[str, Dataset]:
+        asked.append((path, name))
+        return {split: Dataset.from_list(documents("arc_easy", folder)) for split in ("train", "validation", "test")}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert [q.key for q in questions("arc_easy")] == [q.key for q in questions("arc_easy", folder)]
+    assert asked == [("allenai/ai2_arc", "ARC-Easy")]
+
+
+def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, name: str) -> None:
+        raise ConnectionError(f"Couldn't reach {path!r}\nsince there is no network")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(FewbitsError, match="task arc_easy: Couldn't reach 'allenai/ai2_arc'$") as told:
+        questions("arc_easy")
+    assert "--task-files" in str(told.value.hint)
+
+
+def test_only_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Dataset.from_list([{"question": "Why?", "best_answer": "So.", "correct_answers": ["So."],
+                               "incorrect_answers": ["No."]}])
+    monkeypatch.setattr("datasets.load_dataset", lambda **_: {"validation": rows})
+    with pytest.raises(FewbitsError, match="task truthfulqa_gen: generate_until, not a choice"):
+        questions("truthfulqa_gen")
 
 
 def test_tasks_that_are_none(tiny: Path, folder: Path) -> None:

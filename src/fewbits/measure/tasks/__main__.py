@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 
+from fewbits.errors import FewbitsError
 from fewbits.measure.tasks import needs
 
 if __name__ == "__main__":
-    needs.installed()
-    import_module("fewbits.measure.tasks.harness")  # registers the model
-    import_module("lm_eval.__main__").cli_evaluate()
+    try:
+        needs.installed()
+        import_module("fewbits.measure.tasks.harness")  # registers the model
+        import_module("lm_eval.__main__").cli_evaluate()
+    except FewbitsError as error:
+        sys.exit(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))

@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
 
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
@@ -32,14 +33,13 @@ class FewbitsLM(TemplateLM):
 
     def __init__(self, pretrained: str | Path | Checkpoint | Any, kernel: str | None = None,
                  batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None):
-        """`batch_size` means nothing: the endings of a context are a batch.
+        """Batches and device mean nothing here: the harness's command names "cuda:0" wherever it runs. The endings of a
+        context are a batch.
 
         Raises:
-            FewbitsError: nothing readable there; another device than the processor.
+            FewbitsError: nothing readable there.
         """
         super().__init__()
-        if device not in (None, "cpu"):
-            raise FewbitsError(f"device {device!r} for the harness's fewbits model", "it computes on the processor")
         self._scorer = scorer(pretrained, kernel)
         self.checkpoint, self._endings = self._scorer.checkpoint, endings(self._scorer)
         self.tokenizer = tokenizer_of(self.checkpoint)
@@ -96,7 +96,7 @@ class FewbitsLM(TemplateLM):
         for i, (_, context, ending) in enumerate(requests):
             together.setdefault(self._fitting(context, ending), []).append(i)
         found: list[Likelihood] = [(0.0, False)] * len(requests)
-        for shared, members in together.items():
+        for shared, members in tqdm(together.items(), desc="contexts", disable=disable_tqdm):
             likelihoods = self._endings.likelihoods(shared, [requests[i][2] for i in members])
             for i, one in zip(members, likelihoods, strict=True):
                 found[i] = one
@@ -117,13 +117,13 @@ class FewbitsLM(TemplateLM):
             windows = utils.get_rolling_token_windows(token_list=self.tok_encode(text), context_len=1,
                                                       prefix_token=self.prefix_token_id, max_seq_len=self.max_length)
             parts: list[Request] = [(None, *utils.make_disjoint_window(w)) for w in windows]
-            found.append(sum(one for one, _ in self._loglikelihood_tokens(parts)))
+            found.append(sum(one for one, _ in self._loglikelihood_tokens(parts, disable_tqdm)))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         found = []
-        for text, settings in (r.args for r in requests):
+        for text, settings in tqdm([r.args for r in requests], desc="texts", disable=disable_tqdm):
             found.append(self._generate(text, settings))
             self.cache_hook.add_partial("generate_until", (text, settings), found[-1])
         return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fewbits
-from fewbits import caching, containers, hub
+from fewbits import caching, containers, hub, instructions
 from fewbits.checkpoint import Checkpoint
 from fewbits.measure.circumstances import circumstances, identity
 from fewbits.measure.tasks import needs
@@ -66,7 +66,8 @@ def ask(model: Checkpoint | Any, asked: Sequence[Question], kernel: str | None =
         for i, question in enumerate(missing):
             answers.put(question.key, lm.likelihoods(question.pairs))
             if progress:
-                progress(f"asking {Path(lm.checkpoint.path).name}", i + 1, len(missing))
+                name = Path(lm.checkpoint.path).name
+                progress(f"asking {name}: {question.task.task_name}", i + 1, len(missing))
     return {q.key: answers[q.key] for q in asked}
 
 
@@ -85,4 +86,5 @@ def _file(model: Checkpoint | Any, kernel: str | None) -> Path | None:
     known = identity(model)["sha256"] if isinstance(model, Checkpoint) else None
     if known is None:
         return None
-    return caching.folder("answers") / f"{known[:32]}-{kernel or 'default'}-{fewbits.__version__}.jsonl"
+    computed = f"{kernel or 'default'}-{instructions.current()}-{fewbits.__version__}"
+    return caching.folder("answers") / f"{known[:32]}-{computed}.jsonl"
