@@ -6,8 +6,8 @@ matrix, the embedding too, in one codec. All by the same solver with the same st
 importance matrix of c4; with --solver gptq, calibrated on that text), measured on wikitext2-test, which nobody saw.
 
 What "the best uniform preset of the same size" has is told in three ways, from mild to strict: the best that there is
-and that is no larger; log KL interpolated over bits between neighbours of the frontier (recipes that no smaller one is as
-near as); the same on the lower convex hull, which no recipe lies below and few lie on.
+and that is no larger; log KL interpolated over bits between neighbours of the frontier (recipes that no smaller one is
+as near as); the same on the lower convex hull, which no recipe lies below and few lie on.
 
 Resumes: files and figures stay in --work.
 """

@@ -76,9 +76,9 @@ def share_out(source: Checkpoint, target: Target, container: str, text: Calibrat
     """
     began = time.monotonic()
     room = Room(source, target, container, overrides)
-    losses = Losses(source, text, importances or {}, seed, progress)
     if weigh and not importances:
-        losses.importances = own_importances(source, losses.windows)
+        importances = own_importances(source, windows_of(source, text.batches))
+    losses = Losses(source, text, importances or {}, seed, progress)
     company: dict[str, QTensor] = {}
     losing: dict[tuple[str, str], float] = {}
     rounds: list[tuple[float, float, dict[str, str]]] = []
