@@ -32,7 +32,7 @@ from fewbits.recipe.allocation import target
 TARGETS = (2.7, 3.0, 3.5, 4.0, 4.5)
 UNIFORM = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")  # every matrix in one codec
 MIXES = ("Q2_K_S", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_K_S", "Q4_K_M")
-EMBEDDING = "model.embed_tokens.weight"
+MATRICES = ("*_proj.weight", "model.embed_tokens.weight")
 
 
 def matrix(args: Any) -> Path:
@@ -121,7 +121,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     kept = args.work / f"{args.model}-{args.solver}.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}
-    presets = {f"all-{c}": figures(f"all-{c}", c, [f"{EMBEDDING}={c}"], args, known) for c in UNIFORM}
+    presets = {f"all-{c}": figures(f"all-{c}", c, [f"{matrices}={c}" for matrices in MATRICES], args, known)
+               for c in UNIFORM}  # a mix may have the name of a codec
     presets |= {m: figures(m, m, [], args, known) for m in MIXES}
     curve = frontier([(row["bits"], math.log(row["kl"])) for row in presets.values()])
     rows = []

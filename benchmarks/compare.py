@@ -1,6 +1,7 @@
 """The full comparison of SmolLM2, shuffled and wide, in sixteen recipes; the report opened in a browser.
 
-Every recipe is calibrated on c4 (GPTQ; a search where blocks cross rows), measured on wikitext2-test. The reports go to
+Every recipe is calibrated on c4 (GPTQ; a search where blocks cross rows) unless --calibration is none (a search for all),
+and measured on wikitext2-test. The reports go to
 --work/compare/MODEL, and are then opened in headless Chromium where that is installed, light and dark, wide and narrow:
 see screenshots.py. It resumes, and measures only what is not yet known.
 
@@ -29,6 +30,7 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--model", nargs="*", default=list(MODELS))
     p.add_argument("--chunks", type=int, default=20)
+    p.add_argument("--calibration", default="c4", help="a text of the shared data, or none")
     p.add_argument("--samples", type=int, default=32)
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--tasks", nargs="*", default=[], help="tasks to measure too, from the shared files")
@@ -56,7 +58,8 @@ def main() -> None:
 def compared(args, model: str) -> Comparison:
     out = args.work / "compare" / (model + ("-quick" if args.quick else ""))
     data = args.shared / "data"
-    calibration = "none" if args.quick else str(data / "text" / "c4.txt")
+    plain = args.quick or args.calibration == "none"
+    calibration = "none" if plain else str(data / "text" / f"{args.calibration}.txt")
     short = {"chunks": 2, "prompt": 64, "generate": 16, "repeats": 2} if args.quick else {
         "chunks": args.chunks, "repeats": args.repeats}
     recipes = [recipe.format(MODELS.get(model, "g128")) for recipe in args.only]
