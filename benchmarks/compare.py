@@ -1,9 +1,8 @@
 """The full comparison of SmolLM2, shuffled and wide, in sixteen recipes; the report opened in a browser.
 
-Every recipe is calibrated on c4 (GPTQ; a search where blocks cross rows) unless --calibration is none (a search for all),
-and measured on wikitext2-test. The reports go to
---work/compare/MODEL, and are then opened in headless Chromium where that is installed, light and dark, wide and narrow:
-see screenshots.py. It resumes, and measures only what is not yet known.
+Every recipe is calibrated on c4 (GPTQ; a search where blocks cross rows), or with --calibration none searched, and
+measured on wikitext2-test. The reports go to --work/compare/MODEL, and are then opened in headless Chromium where that
+is installed, light and dark, wide and narrow: see screenshots.py. It resumes, and measures only what is not yet known.
 
     python benchmarks/compare.py --quick    # tried in minutes: nothing calibrated, two chunks
 """
