@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fewbits.cli import main
 from fewbits.cli.common import nbytes
 from fewbits.errors import FewbitsError
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fewbits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`fewbits("info", path)` -> exit code, stdout, stderr."""
-
-    def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fewbits", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+from tests.cli.conftest import Run
 
 
 def test_the_way_of_a_model(fewbits: Run, tiny: Path, tmp_path: Path, english: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fewbits import finishing
-from tests.cli.test_commands import Run, fewbits  # noqa: F401
+from tests.cli.conftest import Run
 
 
 def test_a_file_is_finished(fewbits: Run, tiny: Path, english: Path, tmp_path: Path,  # noqa: F811

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.cli.test_commands import Run, fewbits  # noqa: F401
+from tests.cli.conftest import Run
 
 
 def test_collects_shows_and_converts(fewbits: Run, tiny: Path, english: Path, tmp_path: Path) -> None:  # noqa: F811

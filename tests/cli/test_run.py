@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fewbits.cli import answering
-from tests.cli.test_commands import Run, fewbits  # noqa: F401
+from tests.cli.conftest import Run
 
 
 def ran(fewbits: Run, *arguments: object, stdin: str = "") -> dict:  # noqa: F811

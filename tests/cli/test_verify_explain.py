@@ -4,28 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
-
-from fewbits.cli import main
-
-
-@pytest.fixture
-def fewbits(monkeypatch, capsys):
-    """`fewbits("verify", path)` -> exit code, stdout, stderr; on a terminal of 80 columns."""
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fewbits", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-    return run
 
 
 def test_verify(fewbits, shared, tmp_path):
