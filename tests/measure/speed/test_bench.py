@@ -12,8 +12,8 @@ import transformers
 import fewbits
 from fewbits.errors import FewbitsError
 from fewbits.measure.speed import bench, benching, choosing
-from tests.cli.test_commands import Run
-from tests.cli.test_commands import fewbits as fewbits_command  # noqa: F401
+from tests.cli.conftest import Run
+from tests.cli.conftest import fewbits as fewbits_command  # noqa: F401
 
 FIELDS = {"candidate", "engine", "kernel", "prompt", "generate", "batch", "cache", "train", "reason", "repeats",
           "import_seconds", "load_seconds", "first_token_seconds", "prefill_tokens_per_second",
