@@ -71,7 +71,7 @@ def digest(files: list[Path]) -> str:
     whole = hashlib.sha256()
     for name, found in checksums.of_files(files).items():
         whole.update(f"{name} {found}\n".encode())
-    known.write_text(whole.hexdigest())
+    caching.write(known, lambda out: out.write(whole.hexdigest().encode()))
     return whole.hexdigest()
 
 

@@ -15,6 +15,7 @@ from fewbits.errors import FewbitsError
 from fewbits.measure.compare.kept import Kept, digest
 from fewbits.measure.compare.settings import TEXT
 from fewbits.recipe import ModelFacts, Recipe, get
+from fewbits.recipe.allocation import target
 from fewbits.recipe.facts import LINEAR
 
 GGUF = ("Q8_0", "Q4_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")  # of two that are alike, the first
@@ -102,7 +103,7 @@ def _recipe(item: str) -> Recipe | None:
     Raises:
         FewbitsError: neither.
     """
-    if re.fullmatch(r"[\d.]+bpw", item):  # a target: what each tensor gets is found when quantizing
+    if target(item):  # what each tensor gets is found when quantizing
         return Recipe(item, "gguf")
     try:
         return get(item)
