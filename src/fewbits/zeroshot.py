@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from fewbits import codecs, solvers
 from fewbits import recipe as recipes
-from fewbits import solvers
 from fewbits.checkpoint import Checkpoint
 from fewbits.codecs import native
 from fewbits.codecs.floats import Float
@@ -115,8 +115,12 @@ def recipe_of(asked: str | Recipe, facts: ModelFacts) -> Recipe:
     if isinstance(asked, Recipe):
         return asked
     found = recipes.get(asked)
-    # nothing goes to GGUF here: a single codec needs no table of names
-    return recipes.get(asked, "fewbits") if found.mix and found.pure and facts.arch is None else found
+    if found.mix is None or facts.arch is not None:
+        return found
+    try:  # a type of ggml, which needs no table of names where nothing goes to GGUF
+        return Recipe(asked, "fewbits", codecs.get(asked))
+    except FewbitsError:
+        return found
 
 
 def _why(everything: list[Choice], meant: list[Choice], wish: Wish) -> str:
