@@ -15,6 +15,7 @@ def command(
     data: Annotated[str, typer.Option(
         help="A text file, a .jsonl of texts, pairs or chats, or a data set of the hub as owner/name:split.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The adapter's directory.")],
+    recipe: Annotated[str | None, typer.Option(help="Quantize the model on loading: nf4, int8, Q4_K_M, …")] = None,
     epochs: Annotated[float, typer.Option(min=0, help="Times that the data are gone through.")] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the optimizer, instead of --epochs.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 4,
@@ -38,6 +39,7 @@ def command(
     held_out: Annotated[float, typer.Option(min=0, max=0.5, help="Share of the data to measure on.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, help="Of the adapter's start and the order of the data.")] = 0,
     gguf: Annotated[Path | None, typer.Option(help="Also write the adapter for llama.cpp, to this file.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     """Train a LoRA adapter on a model, quantized or not."""
@@ -52,8 +54,8 @@ def command(
     names = tuple(n for n in targets.split(",") if n)
     lora = Lora(rank, alpha, dropout, names if len(names) > 1 else targets)
     with progress() as report:
-        found = finetune(model, out, data=data, lora=lora, adapter=adapter, gguf=gguf, settings=settings,
-                         progress=report)
+        found = finetune(model, out, data=data, recipe=recipe, lora=lora, adapter=adapter, gguf=gguf,
+                         settings=settings, trust_remote_code=trust_remote_code, progress=report)
     if json:
         emit(found.to_json())
         return

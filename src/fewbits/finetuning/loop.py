@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fewbits.errors import FewbitsError
 from fewbits.finetuning.checkpoints import Checkpointed, complete, restore
 from fewbits.finetuning.data import IGNORED, Data, Example, split
 from fewbits.finetuning.loss import CausalLoss, Inputs
+from fewbits.finetuning.saving import halved
 
 HELD_OUT = 16  # examples that are held out at most: measuring takes time from learning
 CHECKS = 4  # times that they are measured on the way
@@ -49,6 +51,7 @@ class Settings:
     seed: int = 0
     dtype: str = "float32"
     checkpointing: bool = False  # compute activations again instead of keeping them
+    compact: bool = True  # keep float32 activations for the backward pass in bfloat16
     held_out: float = 0.05  # share of the examples that the model is measured on
     shuffle: bool = True
     save_every: float = 120.0  # seconds
@@ -144,6 +147,7 @@ def _trainer(model: nn.Module, learn: Data, held: Data, settings: Settings, tota
     trainer = _Trainer(model, arguments, train_dataset=learn, eval_dataset=held if len(held) else None,
                        data_collator=_Padded(_padding(model)), callbacks=[watch])
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.compact = settings.compact
     trainer.loss, trainer.model_accepts_loss_kwargs = loss, True  # so that it counts the tokens of a step
     return trainer
 
@@ -183,10 +187,12 @@ class _Trainer(Checkpointed):
     """A trainer with a loss of ours, which stops before the parameters are spoilt."""
 
     loss: Loss
+    compact: bool
 
     def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False,
                      num_items_in_batch: torch.Tensor | int | None = None) -> Any:
-        loss = self.loss(model, inputs)
+        with halved(model) if self.compact else nullcontext():
+            loss = self.loss(model, inputs)
         if num_items_in_batch is not None and self.args.gradient_accumulation_steps > 1:
             loss = loss * ((inputs["labels"][:, 1:] != IGNORED).sum() / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
