@@ -10,6 +10,7 @@ from fewbits.errors import FewbitsError
 if TYPE_CHECKING:
     from fewbits.converting import convert
     from fewbits.explaining import explain
+    from fewbits.finetuning.lora import finetune
     from fewbits.finishing.files import finish
     from fewbits.hf import FewbitsConfig
     from fewbits.inspection import inspect
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from fewbits.verifying import verify
 
 __version__ = "0.1.0"
-__all__ = ["FewbitsConfig", "FewbitsError", "bench", "compare", "convert", "evaluate", "explain", "finish", "inspect",
-           "load", "plan", "quantize", "verify"]
+__all__ = ["FewbitsConfig", "FewbitsError", "bench", "compare", "convert", "evaluate", "explain", "finetune", "finish",
+           "inspect", "load", "plan", "quantize", "verify"]
 
 _HOMES = {"FewbitsConfig": "fewbits.hf",
           "bench": "fewbits.measure", "compare": "fewbits.measure.compare", "convert": "fewbits.converting",
-          "evaluate": "fewbits.measure", "explain": "fewbits.explaining", "finish": "fewbits.finishing.files",
-          "inspect": "fewbits.inspection", "load": "fewbits.loading", "plan": "fewbits.planning",
-          "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
+          "evaluate": "fewbits.measure", "explain": "fewbits.explaining", "finetune": "fewbits.finetuning.lora",
+          "finish": "fewbits.finishing.files", "inspect": "fewbits.inspection", "load": "fewbits.loading",
+          "plan": "fewbits.planning", "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
 
 
 def __getattr__(name: str) -> Any:
