@@ -17,10 +17,9 @@ from fewbits.instructions import threads
 from fewbits.qtensor import QTensor
 from fewbits.runtime import blocks
 from fewbits.runtime.interleaved import BLOCK, TILE, Form, form, scale_name, unfit, weight
-from fewbits.runtime.reference import Prepared
+from fewbits.runtime.reference import OUTLIERS, Prepared, far_columns
 
 CHUNK = 1 << 22  # weights unpacked at a time while preparing
-OUTLIER = 6.0  # LLM.int8(): columns of activations that reach it are multiplied in floating point
 DECODED = 1 << 20  # weights decoded at a time for gradients: they stay in the second cache
 
 
@@ -98,7 +97,12 @@ def multiply(matrices: Sequence[Matrix], x: torch.Tensor, biases: Sequence[torch
 
 
 class Native:
-    """A prepared weight `[out, in]`, or a stack of them `[experts, out, in]`."""
+    """A prepared weight `[out, in]`, or a stack of them `[experts, out, in]`.
+
+    Of `int8`, columns of activations that reach `outliers` are multiplied in floating point; None or 0: none are.
+    """
+
+    outliers: float | None = OUTLIERS
 
     def __init__(self, q: QTensor, dtype: torch.dtype):
         f = form(q.codec)
@@ -171,7 +175,7 @@ class Native:
             bias = bias.detach().float().contiguous()
         if self.codec.family != "int8" or not len(x):
             return multiply([m], x.contiguous(), [bias])[0]
-        far = (x.abs().amax(0) >= OUTLIER).nonzero()[:, 0]
+        far = far_columns(x, self.outliers)
         if not len(far):
             return multiply([m], x.contiguous(), [bias])[0]
         near = x.index_fill(1, far, 0.0)
