@@ -17,9 +17,10 @@ from fewbits.instructions import threads
 from fewbits.qtensor import QTensor
 from fewbits.runtime import blocks
 from fewbits.runtime.interleaved import BLOCK, TILE, Form, form, scale_name, unfit, weight
-from fewbits.runtime.reference import OUTLIERS, Prepared, far_columns
+from fewbits.runtime.reference import Prepared
 
 CHUNK = 1 << 22  # weights unpacked at a time while preparing
+OUTLIER = 6.0  # LLM.int8(): columns of activations that reach it are multiplied in floating point
 DECODED = 1 << 20  # weights decoded at a time for gradients: they stay in the second cache
 
 
@@ -96,13 +97,20 @@ def multiply(matrices: Sequence[Matrix], x: torch.Tensor, biases: Sequence[torch
     return outs
 
 
+def far_columns(x: torch.Tensor, threshold: float | None) -> torch.Tensor:
+    """The columns of `x` `[n, in]` with a magnitude of at least `threshold`; none where that is None or 0."""
+    if not threshold or not len(x):
+        return torch.empty(0, dtype=torch.long, device=x.device)
+    return (x.abs().amax(0) >= threshold).nonzero()[:, 0]
+
+
 class Native:
     """A prepared weight `[out, in]`, or a stack of them `[experts, out, in]`.
 
     Of `int8`, columns of activations that reach `outliers` are multiplied in floating point; None or 0: none are.
     """
 
-    outliers: float | None = OUTLIERS
+    outliers: float | None = OUTLIER
 
     def __init__(self, q: QTensor, dtype: torch.dtype):
         f = form(q.codec)

@@ -11,16 +11,6 @@ from fewbits.codecs.base import Codec, Planes, Shape
 from fewbits.qtensor import QTensor
 
 
-OUTLIERS = 6.0  # LLM.int8(): columns of activations that reach it are multiplied in floating point
-
-
-def far_columns(x: torch.Tensor, threshold: float | None) -> torch.Tensor:
-    """The columns of `x` `[n, in]` with a magnitude of at least `threshold`; none where that is None or 0."""
-    if not threshold or not len(x):
-        return torch.empty(0, dtype=torch.long, device=x.device)
-    return (x.abs().amax(0) >= threshold).nonzero()[:, 0]
-
-
 class Prepared(Protocol):
     """One weight, ready to multiply."""
 

@@ -12,13 +12,14 @@ from fewbits.codecs.affine import Int8
 from fewbits.codecs.w8a8 import SPAN, TOP, W8A8
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
-from fewbits.runtime.reference import OUTLIERS, Prepared, _Decode, far_columns
+from fewbits.runtime.cpu import OUTLIER, far_columns
+from fewbits.runtime.reference import Prepared, _Decode
 
 
 class _Rowwise(_Decode):
     """Of `int8`, columns of activations that reach `outliers` are multiplied in floating point; None or 0: none are."""
 
-    outliers: float | None = OUTLIERS
+    outliers: float | None = OUTLIER
 
     def __init__(self, q: QTensor, dtype: torch.dtype):
         super().__init__(q, dtype)
