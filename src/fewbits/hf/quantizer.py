@@ -25,11 +25,12 @@ from fewbits.errors import FewbitsError
 from fewbits.hf import saving
 from fewbits.hf.config import METHOD, FewbitsConfig
 from fewbits.hf.stored import Stored
-from fewbits.loading import QUANTIZED, prepare, threshold, tie
+from fewbits.loading import prepare, threshold, tie
 from fewbits.notes import tell
 from fewbits.recipe import Choice, ModelFacts, targets
 from fewbits.recipe.facts import float_of
-from fewbits.runtime.linear import QEmbedding, QLinear, packed
+from fewbits.runtime.linear import QEmbedding, QLinear, holds_packed, packed
+from fewbits.runtime.shown import show_types
 
 
 @register_quantizer(METHOD)
@@ -79,7 +80,7 @@ class FewbitsQuantizer(HfQuantizer):
         """Whether a parameter is the weight of a layer that has a form with a packed one."""
         def held(name: str) -> bool:
             owner, _, leaf = name.rpartition(".")
-            return leaf == "weight" and isinstance(model.get_submodule(owner), QUANTIZED)
+            return leaf == "weight" and holds_packed(model.get_submodule(owner))
         return held
 
     def _opened(self, model: Any) -> Checkpoint | None:
@@ -126,6 +127,7 @@ class FewbitsQuantizer(HfQuantizer):
     # after loading --------------------------------------------------------------------------------------------------
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         tie(model)
+        show_types(model, self.dtype)
         self.conversions = model._weight_conversions
         if self.stored:
             vars(model)["checkpoint"] = self.stored.checkpoint
