@@ -22,8 +22,8 @@ class Done(Exception):
     """A forward pass got as far as needed."""
 
 
-# what blocks that are not run put out: a tensor, or a tuple with it alone; "run": more, on which later blocks depend, so
-# that they are run while their arguments are recorded
+# what blocks that are not run put out: a tensor, or a tuple with it alone; "run": more, on which later blocks depend:
+# they are run while their arguments are recorded, all of the model in memory
 Manner = Literal["plain", "tupled", "run"]
 MANNERS: tuple[Manner, ...] = ("plain", "tupled", "run")
 Batches = list[dict[str, "torch.Tensor"]]  # keyword arguments of the model, one batch each
@@ -204,11 +204,11 @@ class Walk:
         def attempt(manner: Manner) -> Stream:
             stream = Stream([], [[] for _ in self.lists[at][1]], manner)
             if manner == "run":
-                self._load([n for _, modules in self.lists[:at + 1] for m in modules for n in self._names[m]])
+                self._load([n for names in self.names for n in names])
             for number, batch in enumerate(self.batches):
                 self._record(stream, at, which, number, batch)
             if manner == "run":
-                for _, modules in self.lists[:at + 1]:
+                for _, modules in self.lists:
                     modules.to("meta")
             return stream
 
@@ -219,7 +219,7 @@ class Walk:
         forwards: dict[torch.nn.Module, Any] = {}
         for (_, modules), ends in zip(self.lists, self._ends, strict=False):
             forwards |= {m: _ending(m, ends[which], ends[which].inputs[number]) for m in modules}
-        for _, modules in self.lists[at:]:
+        for _, modules in self.lists[at:] if stream.manner != "run" else ():
             forwards |= {m: lambda x, *_, **__: stream.wrap(x) for m in modules}
         stream.at = None
         forwards |= {m: self._recorder(stream, number, i, m) for i, m in enumerate(self.lists[at][1])}
@@ -242,7 +242,7 @@ class Walk:
             named.pop("past_key_values", None)
             arguments.append({**named, "use_cache": False} if "use_cache" in named else named)
             run = stream.manner == "run"
-            if (number or run) and index == len(stream.arguments) - 1:
+            if number and index == len(stream.arguments) - 1:
                 raise Done
             found = type(module).forward(module, x, **named) if run else stream.wrap(x)
             stream.at = found[0] if run and isinstance(found, tuple) else found if run else x

@@ -11,13 +11,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fewbits import codecs
 from fewbits.checkpoint import Entry
 from fewbits.codecs.base import Codec
 from fewbits.codecs.w8a8 import W8A8
 from fewbits.containers.intk import SCALES, codec_of, expect
 from fewbits.containers.safetensors import Raw, Spec, take
-from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 

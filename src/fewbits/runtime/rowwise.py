@@ -1,7 +1,7 @@
 """Products of int8 weights and activations rounded to int8, a scale a row: integers until the very end.
 
-`w8a8` rounds activations as its files say: by a scale for each token, or by the layer's own. `int8` does what LLM.int8()
-(Dettmers et al., 2022) says, to the letter; the native kernel is quicker, and rounds finer.
+`w8a8` rounds activations as its files say: by a scale for each token, or by the layer's own. `int8` is LLM.int8()
+(Dettmers et al., 2022) to the letter; the native kernel is quicker there, and rounds finer.
 """
 
 from __future__ import annotations
