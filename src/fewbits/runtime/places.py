@@ -115,7 +115,7 @@ class Places:
         return place
 
     def _find(self, entry: Entry) -> Place | None:
-        for name in (entry.name, self._renamed(entry.name)):
+        for name in (entry.name, self.renamed(entry.name)):
             owner_name, _, leaf = name.rpartition(".")
             try:
                 owner = self.model.get_submodule(owner_name)
@@ -134,7 +134,7 @@ class Places:
 
     def _find_fused(self, entry: Entry) -> Place | None:
         one = experts.ONE.fullmatch(entry.name)
-        name = self._renamed(experts.stack_of(entry.name))
+        name = self.renamed(experts.stack_of(entry.name))
         for ending, (target, part) in self._fused.items():
             if name.endswith(ending):
                 owner, _, leaf = (name.removesuffix(ending) + target).rpartition(".")
@@ -172,7 +172,7 @@ class Places:
                     found[source.replace(".*.", ".")] = c.target_patterns[0], (i, len(c.source_patterns))
         return found
 
-    def _renamed(self, name: str) -> str:
+    def renamed(self, name: str) -> str:
         """What Transformers calls a tensor that files know under another name: an older one, or without a prefix."""
         from transformers.core_model_loading import WeightRenaming, rename_source_key
 
