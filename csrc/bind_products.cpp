@@ -175,7 +175,15 @@ void bind_products(nb::module_& m) {
             require(out.shape(0) == ids.shape(0) && (long)out.shape(1) == w.weight.rows, "the result's shape");
             nb::gil_scoped_release release;
             columns(w.weight, ids.data(), (long)ids.shape(0), out.data(), threads);
-        }, array("ids"), array("out"), nb::arg("threads"));
+        }, array("ids"), array("out"), nb::arg("threads"))
+        .def("turned", [](const Held& w, long first, Out out, int threads) {
+            check_threads(threads);
+            const long tiles = (long)out.shape(1) / TILE;
+            require(out.shape(1) % TILE == 0 && (long)out.shape(0) == w.weight.columns, "the result's shape");
+            require(0 <= first && first <= w.weight.tiles - tiles, "tiles beyond the last");
+            nb::gil_scoped_release release;
+            turned(w.weight, first, tiles, out.data(), threads);
+        }, nb::arg("first"), array("out"), nb::arg("threads"));
     nb::class_<HeldFloats>(m, "Floats")
         .def("__init__", [](HeldFloats* self, Bytes values, const std::string& kind, long rows, long columns) {
             new (self) HeldFloats{floats(values, kind, rows, columns), values};

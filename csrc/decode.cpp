@@ -98,6 +98,29 @@ static void column(const Weight& w, long tile, long column, float* out) {
     }
 }
 
-extern const Decoders decoders = {rows, column};
+template <bool TABLE>
+static void turned(const Weight& w, long tile, float* out, long stride) {
+    const F32 levels = load<F32>(w.values);
+    Quads quads;
+    Lines l;
+    for (long b = 0; b < w.blocks; ++b) {
+        unpack(w, tile, b, quads);
+        lines(w, tile, b, l);
+        const long left = w.columns - b * BLOCK;
+        for (int half = 0; half < 2; ++half) {
+            const F32 scale = load<F32>(l.scale[half]), offset = load<F32>(l.offset[half]);
+            for (int c = half * LANES; c < (half + 1) * LANES && c < left; ++c, out += stride) {
+                const I32 code = (I32)(load<U32>(quads[c / 4]) >> (8 * (c % 4)) & 255);
+                store(out, (TABLE ? pick(levels, code) : floats(code - w.zero)) * scale + offset);
+            }
+        }
+    }
+}
+
+static void turned(const Weight& w, long tile, float* out, long stride) {
+    return w.table ? turned<true>(w, tile, out, stride) : turned<false>(w, tile, out, stride);
+}
+
+extern const Decoders decoders = {rows, column, turned};
 
 }  // namespace fewbits::FEWBITS_ISA

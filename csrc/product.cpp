@@ -207,4 +207,9 @@ void columns(const Weight& weight, const int64_t* ids, long count, float* out, i
     });
 }
 
+void turned(const Weight& weight, long first, long tiles, float* out, int threads) {
+    const Decoders& decoders = decoders_of(current());
+    parallel(threads, tiles, [&](long i) { decoders.turned(weight, first + i, out + i * TILE, tiles * TILE); });
+}
+
 }  // namespace fewbits

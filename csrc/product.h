@@ -44,5 +44,7 @@ void grouped(const std::vector<Share>& shares, const float* x, float* out, int t
 void rows(const Weight& weight, const int64_t* ids, long count, float* out, int threads);
 // Values of the columns `ids`: out [count, rows].
 void columns(const Weight& weight, const int64_t* ids, long count, float* out, int threads);
+// Values of `tiles` tiles from `first` on, columns in the place of rows: out [columns, tiles * 16].
+void turned(const Weight& weight, long first, long tiles, float* out, int threads);
 
 }  // namespace fewbits

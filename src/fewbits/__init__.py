@@ -10,6 +10,7 @@ from fewbits.errors import FewbitsError
 if TYPE_CHECKING:
     from fewbits.converting import convert
     from fewbits.explaining import explain
+    from fewbits.finetuning.lora import finetune
     from fewbits.finishing.files import finish
     from fewbits.inspection import inspect
     from fewbits.loading import load
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
     from fewbits.verifying import verify
 
 __version__ = "0.1.0"
-__all__ = ["FewbitsError", "bench", "compare", "convert", "evaluate", "explain", "finish", "inspect", "load", "merge",
-           "plan", "push", "quantize", "verify"]
+__all__ = ["FewbitsError", "bench", "compare", "convert", "evaluate", "explain", "finetune", "finish", "inspect",
+           "load", "merge", "plan", "push", "quantize", "verify"]
 
 _HOMES = {"bench": "fewbits.measure", "compare": "fewbits.measure.compare", "convert": "fewbits.converting",
-          "evaluate": "fewbits.measure", "explain": "fewbits.explaining", "finish": "fewbits.finishing.files",
-          "inspect": "fewbits.inspection", "load": "fewbits.loading", "merge": "fewbits.merging",
-          "plan": "fewbits.planning", "push": "fewbits.publishing", "quantize": "fewbits.quantizing",
-          "verify": "fewbits.verifying"}
+          "evaluate": "fewbits.measure", "explain": "fewbits.explaining", "finetune": "fewbits.finetuning.lora",
+          "finish": "fewbits.finishing.files", "inspect": "fewbits.inspection", "load": "fewbits.loading",
+          "merge": "fewbits.merging", "plan": "fewbits.planning", "push": "fewbits.publishing",
+          "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
 
 
 def __getattr__(name: str) -> Any:

@@ -85,6 +85,16 @@ void test_values(const RandomWeight& w, const std::string& name) {
     Error by_column;
     for (long i = 0; i < other.size(); ++i) by_column.add(other[i], w.values[i % rows * columns + ids[i / rows]]);
     check(by_column.nmse() <= ALIKE, name + ": columns");
+
+    const long first = w.weight.tiles / 2, tiles = w.weight.tiles - first;
+    Buffer<float> turned(columns * tiles * TILE);
+    fewbits::turned(w.weight, first, tiles, turned.fill(7).data(), 2);
+    Error by_tile;
+    for (long i = 0; i < turned.size(); ++i) {
+        const long row = first * TILE + i % (tiles * TILE);
+        if (row < rows) by_tile.add(turned[i], w.values[row * columns + i / (tiles * TILE)]);
+    }
+    check(by_tile.nmse() <= ALIKE, name + ": turned");
 }
 
 // Experts: the same bits as a product of each.

@@ -21,7 +21,7 @@ from fewbits.runtime.reference import Prepared
 
 CHUNK = 1 << 22  # weights unpacked at a time while preparing
 OUTLIER = 6.0  # LLM.int8(): columns of activations that reach it are multiplied in floating point
-DECODED = 1 << 20  # weights decoded at a time for gradients: they stay in the second cache
+DECODED = 1 << 18  # weights decoded at a time for gradients: they stay in the second cache
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Matrix:
     def weight(self) -> _native.Weight:
         return weight(self.form, self.rows, self.columns, self.unit, scale_name(self.dtype), self.planes)
 
-    def decode(self, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` `[n]`, float32 `[n, columns]`."""
-        out = torch.empty(len(ids), self.columns) if out is None else out
+        out = torch.empty(len(ids), self.columns)
         self.weight.rows(ids.long().contiguous(), out, threads())
         return out
 
@@ -182,11 +182,14 @@ class Native:
             raise FewbitsError(f"a gradient of {g.shape[-1]} columns for a weight {list(self.shape)}")
         flat, m = g.reshape(-1, g.shape[-1]).float(), self.matrices[0]
         out = torch.zeros(len(flat), m.columns)
-        step = min(m.rows, max(TILE, DECODED // m.columns // TILE * TILE))
-        buffer = torch.empty(step, m.columns)
-        for at in range(0, m.rows, step):
-            ids = torch.arange(at, min(at + step, m.rows))
-            out.addmm_(flat[:, at:at + step], m.decode(ids, buffer[:len(ids)]))
+        tiles = units(m.rows, TILE)
+        step = min(tiles, max(1, DECODED // m.columns // TILE))
+        buffer = torch.empty(step * TILE * m.columns)
+        for at in range(0, tiles, step):
+            part = flat[:, at * TILE:(at + step) * TILE]
+            turned = buffer[:min(step, tiles - at) * TILE * m.columns].view(m.columns, -1)
+            m.weight.turned(at, turned, threads())
+            out.addmm_(part, turned.T[:part.shape[1]])
         return self._ordered(out).view(*g.shape[:-1], self.shape[-1]).to(g.dtype)
 
     def _ordered(self, values: torch.Tensor) -> torch.Tensor:
