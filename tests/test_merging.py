@@ -17,7 +17,8 @@ from fewbits.containers.base import Progress
 from fewbits.errors import FewbitsError
 from fewbits.merging import merge
 from fewbits.quantizing import quantize
-from tests.cli.conftest import Run, fewbits as command  # noqa: F401
+from tests.cli.conftest import Run
+from tests.cli.conftest import fewbits as command  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_a_base_that_the_adapter_was_not_trained_on(tiny, adapter, english, tmp_
     assert [d.what for d in found.distances] == [f"the adapter on {tiny.name} instead", "merged as F32"]
     assert found.distances[0].kl == pytest.approx(found.distances[1].kl) and found.distances[0].kl > 1e-4
     assert "trained on" in found.notes[0] and found.tuned == "nf4 with tuned"
-    own = merge(adapter, tmp_path / "nf4", tmp_path / "decoded", text=english, dtype="f32")
+    own = merge(adapter, tmp_path / "nf4", tmp_path / "decoded", trained_on=tmp_path / "nf4", text=english, dtype="f32")
     assert own.distances[0].kl < 1e-9  # the decoded base
 
 
@@ -137,7 +138,7 @@ def test_a_model_without_logits_of_tokens_is_merged_and_not_measured(tmp_path):
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7,
         num_channels=1))
     net.save_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(net, peft.LoraConfig(target_modules=["query", "value"]))
+    model = peft.get_peft_model(net, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
     model.save_pretrained(tmp_path / "adapter")
     found = merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", to="int8", calibration="none")
     assert not found.distances and any("not measured: ViTForImageClassification does not" in n for n in found.notes)
@@ -148,11 +149,12 @@ def test_a_model_without_logits_of_tokens_is_merged_and_not_measured(tmp_path):
     ({"solver": "gptq"}, "solver is about quantizing, and no recipe is asked for"),
     ({"to": "Q9"}, "unknown recipe 'Q9'"),
     ({"out": "base"}, "output and input are the same"),
-    ({"out": "adapter"}, "output and input are the same"),
+    ({"out": "adapter"}, "exists already"),
+    ({"out": "inside"}, "output and input are the same"),
     ({"text": "nothing.txt"}, "nothing.txt"),
 ])
 def test_what_goes_wrong(arguments, message, tiny, adapter, tmp_path):
-    out = {"base": tiny, "adapter": adapter}.get(arguments.pop("out", ""), tmp_path / "out")
+    out = {"base": tiny, "adapter": adapter, "inside": adapter / "out"}.get(arguments.pop("out", ""), tmp_path / "out")
     with pytest.raises(FewbitsError, match=message):
         merge(adapter, tiny, out, **arguments)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,11 +109,11 @@ def merge(adapter: str | Path, base: str | Path | Checkpoint, out: str | Path, *
         written = containers.open(out)
         notes += quantized.notes
     steps = [] if trained is source else [(f"the adapter on {_name(source)} instead", _exact(source, found))]
-    steps += [(f"merged as {_kinds(merged, found)}", merged)]
+    steps += [(f"merged as {_kind(merged)}", merged)]
     steps += [(f"quantized as {quantized.recipe}", written)] if quantized else []
     spec = text if text is not None else _spoken(options.get("calibration"))
     distances, told, why = _measured(_exact(trained, found), steps, spec, text is not None, progress)
-    return Merged(out, written.container, quantized.recipe if quantized else _kinds(merged, found),
+    return Merged(out, written.container, quantized.recipe if quantized else _kind(merged),
                   quantized.nbytes if quantized else written.nbytes, written.nbytes * 8 / written.parameters,
                   len(found.changes), max((c.pair.rank for c in found.changes.values() if c.pair), default=0),
                   f"{_name(trained)} with {found.path.name}", distances, told, time.monotonic() - began, notes + why,
@@ -124,23 +125,14 @@ def _trained(adapter: Adapter, base: Checkpoint, asked: str | Path | Checkpoint 
     """The model that the adapter was trained on, as far as it is here."""
     if isinstance(asked, Checkpoint):
         return asked
-    named = asked or (adapter.base if Path(adapter.base).is_absolute() and Path(adapter.base).exists() else None)
-    if named is None:
-        return base
-    path = hub.locate(named)
-    if path.resolve() == base.path.resolve():
-        return base
-    if asked is not None:
-        return containers.open(path)
-    try:
-        return containers.open(path)
-    except FewbitsError:
-        return base
+    named = asked or (adapter.base if adapter.base and Path(adapter.base).exists() else None)
+    path = base.path if named is None else hub.locate(named)
+    return base if path.resolve() == base.path.resolve() else containers.open(path)
 
 
 def _about_base(adapter: Adapter, base: Checkpoint, trained: Checkpoint) -> list[str]:
     if trained is not base:
-        return [f"the adapter was trained on {trained.path}, and is merged into {base.path}"]
+        return [f"the adapter was trained on {_name(trained)}, and is merged into {_name(base)}"]
     if adapter.base and Path(adapter.base).name != base.path.name:
         return [f"the adapter says that it was trained on {adapter.base}: divergence is counted from the adapter on "
                 f"{base.path}"]
@@ -166,10 +158,10 @@ def _name(checkpoint: Checkpoint) -> str:
     return checkpoint.path.name
 
 
-def _kinds(merged: Checkpoint, adapter: Adapter) -> str:
-    """The float types of the changed tensors."""
-    names = {e.codec.name for e in merged.entries.values() if len(e.shape) > 1}
-    return ", ".join(sorted(names))
+def _kind(merged: Checkpoint) -> str:
+    """The float type of most of the sum."""
+    found = Counter(e.codec.name for e in merged.entries.values() if len(e.shape) > 1)
+    return found.most_common(1)[0][0]
 
 
 # what it cost ---------------------------------------------------------------------------------------------------------
