@@ -71,9 +71,9 @@ def finetune(model: str | Path | Checkpoint, out: str | Path, *, data: str | Pat
     file = None if gguf is None else Path(gguf).resolve()
     if file is not None:
         check_output(file, source.path)
-    given, notes = _examples(data, source, settings)
+    given, notes = prepared(data, source, settings)
     folder = out.with_name(f".{out.name}.work")
-    stamp = {"model": identity(source), "data": _digest(given), "lora": asdict(lora), "adapter": str(adapter),
+    stamp = {"model": identity(source), "data": digest(given), "lora": asdict(lora), "adapter": str(adapter),
              "settings": asdict(settings) | {"save_every": None}, "kernel": kernel, "version": __version__}
     with resumable(folder):
         store = Store(folder, stamp)
@@ -93,7 +93,7 @@ def finetune(model: str | Path | Checkpoint, out: str | Path, *, data: str | Pat
     return Finetuned(out, base, given.description, outcome, file, [*notes, *given.notes])
 
 
-def _examples(data: str | Path | Sequence[Example], source: Checkpoint,
+def prepared(data: str | Path | Sequence[Example], source: Checkpoint,
               settings: Settings) -> tuple[Data, tuple[str, ...]]:
     if isinstance(data, Data):
         return data, ()
@@ -104,7 +104,7 @@ def _examples(data: str | Path | Sequence[Example], source: Checkpoint,
     return examples(data, tokenizer_of(source), length=length, most=wanted), notes
 
 
-def _digest(data: Data) -> str:
+def digest(data: Data) -> str:
     found = hashlib.sha256()
     for example in data.examples:
         for tensor in (example.input_ids, example.labels):

@@ -35,7 +35,10 @@ class _Packed(nn.Module):
 
     def _hold(self, prepared: Prepared) -> None:
         first, *others = prepared.planes
-        self.weight = nn.Parameter(prepared.planes[first], requires_grad=False)
+        codes = prepared.planes[first]
+        if codes.is_floating_point():  # a weight kept in 16 bits: not what the model computes in
+            codes = codes.view(torch.uint8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
         for name in others:
             self.register_buffer(f"plane_{name}", prepared.planes[name])
         self.prepared = prepared
@@ -72,7 +75,8 @@ class QEmbedding(_Packed, nn.Embedding):
         self.num_embeddings, self.embedding_dim = prepared.shape
         self.padding_idx, self.max_norm, self.norm_type = like.padding_idx, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
-        self.scale = getattr(like, "embed_scale", None)  # Gemma multiplies its embeddings
+        scale = getattr(like, "scalar_embed_scale", getattr(like, "embed_scale", None))  # Gemma multiplies embeddings
+        self.scale = None if scale is None else torch.tensor(float(scale))
         self._hold(prepared)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -81,3 +85,12 @@ class QEmbedding(_Packed, nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, codec={self.prepared.codec.name}"
+
+
+def packed(prepared: Prepared, like: nn.Module) -> QLinear | QEmbedding:
+    """The module that takes the place of `like`, a linear layer or an embedding."""
+    if isinstance(like, nn.Embedding):
+        return QEmbedding(prepared, like)
+    bias = like.bias
+    assert isinstance(bias, nn.Parameter | None)
+    return QLinear(prepared, bias)
