@@ -60,13 +60,14 @@ class Fake(Tuned):
         """Parameters with their factors, rounded to what files hold."""
         return {k: p.to(self.params[k].dtype) for k, p in super().scaled().items()}
 
-    def weight(self) -> torch.Tensor:
+    def encode(self) -> torch.Tensor:
+        """Set the codes to those of the latent weights as they are now."""
         self.codes = self._codes(self.latent)
-        return super().weight()
+        return self.codes
 
     def result(self) -> QTensor:
         """What the layer multiplies by, packed."""
-        self.codes = self._codes(self.latent)
+        self.encode()
         return super().result()
 
     def refit(self) -> None:
@@ -104,13 +105,15 @@ def _size(x: torch.Tensor) -> float:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Fake, latent: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
-        ctx.layer, weight = layer, layer.weight()
-        ctx.save_for_backward(x, weight)
-        return x @ weight.to(x.dtype).T
+        ctx.layer = layer
+        ctx.save_for_backward(x, layer.encode())
+        return x @ layer.weight().to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        (x, weight), g, layer = ctx.saved_tensors, grads[0], ctx.layer
+        layer: Fake = ctx.layer
+        (x, layer.codes), g = ctx.saved_tensors, grads[0]
+        weight = layer.weight()
         grad_x = g @ weight.to(g.dtype) if ctx.needs_input_grad[0] else None
         slope = (g.flatten(0, -2).T @ x.flatten(0, -2)).float()
         slopes = layer.slopes(slope, weight) if layer.factors else []

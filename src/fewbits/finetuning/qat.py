@@ -6,6 +6,7 @@ original's logits or on the text alone. What is written is what was multiplied b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from fewbits.finetuning.data import Data, Example, split
 from fewbits.finetuning.distilling import Distillation
 from fewbits.finetuning.fake import Fake
 from fewbits.finetuning.loop import HELD_OUT, Loss, Outcome, Settings, run, write_losses
-from fewbits.finetuning.lora import read
+from fewbits.finetuning.lora import digest, prepared
 from fewbits.finetuning.loss import CausalLoss, Inputs
 from fewbits.finetuning.student import student
 from fewbits.finishing.files import check_original
@@ -41,7 +42,7 @@ SETTINGS = Settings(rate=2e-3, warm_up=0.1)  # rates are in levels of the codec
 SCALES = ("learned", "refitted", "fixed")
 REFIT_EVERY = 100  # steps
 CALIBRATED = 64  # examples that the start is calibrated on, at most
-BYTES = 13  # of memory a trained weight: itself, its gradient, its value, its code; without the optimizer
+BYTES = 9  # of memory a trained weight: itself, its gradient, its code; without the optimizer
 TEACHER = 4  # and where there is a teacher
 STATES = (("8bit", 2), ("4bit", 1), ("adafactor", 0), ("sgd", 0), ("", 8))  # bytes that optimizers keep of a weight
 
@@ -91,8 +92,6 @@ def qat(model: str | Path | Checkpoint, out: str | Path, recipe: str, *, data: s
         FewbitsError: nothing to learn from or to train, a start of another model or recipe, too little memory, a loss
             that is not finite.
     """
-    import time
-
     began = time.monotonic()
     if scales not in SCALES:
         raise FewbitsError(f"--scales {scales}: no such way", "one of: " + ", ".join(SCALES))
@@ -100,7 +99,7 @@ def qat(model: str | Path | Checkpoint, out: str | Path, recipe: str, *, data: s
     target = containers.by_name(get_recipe(recipe, container).container)
     out = Path(out).resolve()
     check_output(out, source.path)
-    given, notes = read(data, source, settings)
+    given, notes = prepared(data, source, settings)
     opened = start if isinstance(start, Checkpoint) or start is None else containers.open(hub.locate(start))
     if opened is not None:
         _check_start(source, opened, recipe, container)
@@ -108,7 +107,7 @@ def qat(model: str | Path | Checkpoint, out: str | Path, recipe: str, *, data: s
     check_space(out.parent, 2 * 12 * source.parameters)
     folder = out.with_name(f".{out.name}.work")
     stamp = {"model": identity(source), "start": opened and identity(opened), "recipe": recipe, "container": container,
-             "data": given.digest(), "distill": distill, "scales": [scales, refit_every], "version": __version__,
+             "data": digest(given), "distill": distill, "scales": [scales, refit_every], "version": __version__,
              "settings": asdict(settings) | {"save_every": None}}
     with resumable(folder):
         store = Store(folder, stamp)
