@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fewbits.cli.common import console, emit, log, progress, quiet_libraries
+from fewbits.errors import FewbitsError
 
 
 def command(
@@ -15,7 +16,8 @@ def command(
     data: Annotated[str, typer.Option(
         help="A text file, a .jsonl of texts, pairs or chats, or a data set of the hub as owner/name:split.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The adapter's directory.")],
-    recipe: Annotated[str | None, typer.Option(help="Quantize the model on loading: nf4, int8, Q4_K_M, …")] = None,
+    base: Annotated[str | None, typer.Option(
+        help="Train on the model quantized so on loading: nf4, int8, Q4_K_M, …; with --deploy nf4, or none.")] = None,
     epochs: Annotated[float, typer.Option(min=0, help="Times that the data are gone through.")] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the optimizer, instead of --epochs.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 4,
@@ -40,6 +42,11 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of the adapter's start and the order of the data.")] = 0,
     gguf: Annotated[Path | None, typer.Option(help="Also write the adapter for llama.cpp, to this file.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    deploy: Annotated[str | None, typer.Option(
+        help="The whole way: OUT is then the model, fine-tuned and quantized by this recipe (int4-g128, Q4_K_M). The "
+             "adapter is left in OUT.adapter.")] = None,
+    calibration: Annotated[str | None, typer.Option(
+        help="With --deploy, as for quantize; by default the training data.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     """Train a LoRA adapter on a model, quantized or not."""
@@ -53,12 +60,34 @@ def command(
                         dtype=dtype, checkpointing=checkpointing, held_out=held_out)
     names = tuple(n for n in targets.split(",") if n)
     lora = Lora(rank, alpha, dropout, names if len(names) > 1 else targets)
+    if deploy is not None:
+        return _deploy(model, out, deploy, {"adapter": adapter, "gguf": gguf}, json, data=data, base=base or "nf4",
+                       lora=lora, settings=settings, calibration=calibration)
     with progress() as report:
-        found = finetune(model, out, data=data, recipe=recipe, lora=lora, adapter=adapter, gguf=gguf,
-                         settings=settings, trust_remote_code=trust_remote_code, progress=report)
+        found = finetune(model, out, data=data, recipe=None if base == "none" else base, lora=lora, adapter=adapter,
+                         gguf=gguf, settings=settings, trust_remote_code=trust_remote_code, progress=report)
     if json:
         emit(found.to_json())
         return
     for note in found.notes:
         log.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{out}: {found.summary}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _deploy(model: str, out: Path, to: str, without: dict[str, Any], as_json: bool, **options: Any) -> None:
+    from fewbits.cli.merge import say
+    from fewbits.finetuning.deploy import deploy
+
+    for name, value in without.items():
+        if value is not None:
+            raise FewbitsError(f"--{name} and --deploy: one of them", "take the steps one by one: finetune, then merge")
+    with progress() as report:
+        found = deploy(model, out, to, progress=report, **options)
+    if as_json:
+        emit(found.to_json())
+        return
+    for note in found.notes:
+        log.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    say(found.merged)
+    console.print(f"adapter in {found.adapter}, trained on {found.trained_on}; {found.seconds:.0f} s in all",
+                  highlight=False, markup=False, soft_wrap=True)
