@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fewbits.explaining import explain
     from fewbits.finetuning.lora import finetune
     from fewbits.finishing.files import finish
+    from fewbits.hf import FewbitsConfig
     from fewbits.inspection import inspect
     from fewbits.loading import load
     from fewbits.measure import bench, evaluate
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from fewbits.verifying import verify
 
 __version__ = "0.1.0"
-__all__ = ["FewbitsError", "bench", "compare", "convert", "evaluate", "explain", "finetune", "finish", "inspect",
-           "load", "merge", "plan", "push", "quantize", "verify"]
+__all__ = ["FewbitsConfig", "FewbitsError", "bench", "compare", "convert", "evaluate", "explain", "finetune", "finish",
+           "inspect", "load", "merge", "plan", "push", "quantize", "verify"]
 
-_HOMES = {"bench": "fewbits.measure", "compare": "fewbits.measure.compare", "convert": "fewbits.converting",
+_HOMES = {"FewbitsConfig": "fewbits.hf",
+          "bench": "fewbits.measure", "compare": "fewbits.measure.compare", "convert": "fewbits.converting",
           "evaluate": "fewbits.measure", "explain": "fewbits.explaining", "finetune": "fewbits.finetuning.lora",
           "finish": "fewbits.finishing.files", "inspect": "fewbits.inspection", "load": "fewbits.loading",
           "merge": "fewbits.merging", "plan": "fewbits.planning", "push": "fewbits.publishing",

@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from fewbits.finetuning.data import Data, Example, examples
     from fewbits.finetuning.loop import Outcome, Settings, run
     from fewbits.finetuning.lora import Finetuned, finetune
+    from fewbits.finetuning.qat import Trained, qat
 
 _HOMES = {"Data": "data", "Example": "data", "examples": "data", "Outcome": "loop", "Settings": "loop", "run": "loop",
-          "Finetuned": "lora", "finetune": "lora"}
-__all__ = ["Data", "Example", "Finetuned", "Outcome", "Settings", "examples", "finetune", "run"]
+          "Finetuned": "lora", "finetune": "lora", "Trained": "qat", "qat": "qat"}
+__all__ = ["Data", "Example", "Finetuned", "Outcome", "Settings", "Trained", "examples", "finetune", "qat", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 NAME = "trained.safetensors"
+KEPT = "fitted_"  # begins the names of buffers that change while training, and are saved too
 LAST = "trainer_state.json"  # what Trainer writes when everything else is there
 LITTLE = 1 << 20  # bytes free on a disk that is as good as full
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name: b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith(KEPT)}
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} | buffers
 
 
 def complete(folder: Path) -> bool:

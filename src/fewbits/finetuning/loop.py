@@ -230,9 +230,9 @@ class _Watch(transformers.TrainerCallback):
                               self.total)
 
 
-def write_losses(outcome: Outcome, folder: Path) -> None:
+def write_losses(outcome: Outcome, folder: Path, name: str = "loss") -> None:
     """Leave `loss.json`, and `loss.png` where matplotlib is there."""
-    (folder / "loss.json").write_text(json.dumps(outcome.to_json(), indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(outcome.to_json(), indent=1) + "\n", encoding="utf-8")
     from fewbits.finetuning.plot import draw
 
-    draw(outcome, folder / "loss.png")
+    draw(outcome, folder / f"{name}.png")

@@ -43,15 +43,15 @@ class ModelFacts:
         return next((int(config[k]) for k in keys if config.get(k) is not None), default)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> ModelFacts:
-        """Facts of a model in any container."""
+    def of(cls, checkpoint: Checkpoint, model: Any = None) -> ModelFacts:
+        """Facts of a model in any container; `model` is Transformers' own of it, where it is made already."""
         family = arch.lookup(checkpoint.config)
         table: dict[str, arch.Tensor] = {}
         if family:
             whole = arch.complete(family, checkpoint.config, checkpoint.entries)
             table = {t.hf: t for t in arch.tensors(family, whole)}
         outline = arch.outline(checkpoint.config)
-        roles = {} if family or outline else _roles(checkpoint.config, checkpoint.path, set(checkpoint.entries))
+        roles = {} if family or outline else _roles(checkpoint, model)
         facts = []
         for e in checkpoint.entries.values():
             t = table.get(experts.stack_of(e.name))
@@ -142,8 +142,13 @@ def _expert(entry: Entry) -> str:
     return "linear" if entry.name.endswith(".weight") and (stack or one) else ""
 
 
-def _roles(config: dict[str, Any], path: Any, names: set[str]) -> dict[str, str]:
+def _roles(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
     from fewbits.recipe import targets
     from fewbits.runtime.build import empty_model
+    from fewbits.runtime.places import Places
 
-    return targets.match(targets.roles(empty_model(config, str(path))), names)
+    model = empty_model(checkpoint.config, str(checkpoint.path)) if model is None else model
+    own, names = targets.roles(model), set(checkpoint.entries)
+    found, places = targets.match(own, names), Places(model, checkpoint)
+    renamed = {name: places.renamed(name) for name in sorted(names - found.keys())}
+    return found | {name: own[new] for name, new in renamed.items() if new in own}

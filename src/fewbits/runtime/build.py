@@ -23,38 +23,69 @@ def is_linear(module: nn.Module) -> bool:
 VERSION = f"is not known to transformers {transformers.__version__}"
 
 
-def settings(config: dict[str, Any], source: str | Path = "config.json") -> transformers.PreTrainedConfig:
+def settings(config: dict[str, Any], source: str | Path = "config.json",
+             trust_remote_code: bool = False) -> transformers.PreTrainedConfig:
     """A config.json as Transformers reads it, what it leaves out filled in.
 
     Raises:
-        FewbitsError: Transformers doesn't know the model type; `source` is named.
+        FewbitsError: Transformers doesn't know the model type, or it is code that comes with the model, which is run
+            with `trust_remote_code` only; `source` is named.
     """
+    own = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
-        return transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
+        return transformers.AutoConfig.for_model(**own)
     except (KeyError, TypeError, ValueError) as error:
         first = str(error).splitlines()[0]
+    code = _code(config, "AutoConfig")
+    if code is None:
         raise FewbitsError(f"{source}: model_type {config.get('model_type')!r} {VERSION}: {first}",
-                           "a newer transformers may; models with code of their own are not run") from None
+                           "a newer transformers may") from None
+    kind = _remote(code, source, trust_remote_code)
+    found: transformers.PreTrainedConfig = kind.from_dict(own)
+    return found
 
 
-def empty_model(config: dict[str, Any], source: str | Path = "config.json") -> transformers.PreTrainedModel:
+def empty_model(config: dict[str, Any], source: str | Path = "config.json",
+                trust_remote_code: bool = False) -> transformers.PreTrainedModel:
     """The model of a config.json, its parameters without memory; buffers are real. In evaluation mode.
 
     Raises:
-        FewbitsError: Transformers doesn't know it; `source` is named.
+        FewbitsError: Transformers doesn't know it, or it is code that comes with the model; `source` is named.
     """
     from accelerate import init_empty_weights
 
     named = config.get("architectures") or []
+    found = settings(config, source, trust_remote_code)
     kind: Any = getattr(transformers, named[0], None) if named else transformers.AutoModel
-    found = settings(config, source)
     if kind is None:
-        raise FewbitsError(f"{source}: architecture {named[0]!r} {VERSION}",
-                           "without its model class nobody knows which tensors are linear layers")
+        code = _code(config, named[0])
+        if code is None:
+            raise FewbitsError(f"{source}: architecture {named[0]!r} {VERSION}",
+                               "without its model class nobody knows which tensors are linear layers")
+        kind = _remote(code, source, trust_remote_code)
     found.dtype = torch.float32
     with init_empty_weights(include_buffers=False):
         model = kind.from_config(found) if kind is transformers.AutoModel else kind(found)
     return model.eval()
+
+
+def _code(config: dict[str, Any], wanted: str) -> str | None:
+    """Where config.json says that a class is, in code beside it: `modeling_x.XForCausalLM`."""
+    listed = config.get("auto_map")
+    found = listed if isinstance(listed, dict) else {}
+    named = [v[0] if isinstance(v, list) else v for k, v in found.items() if k == wanted]
+    named += [v for v in found.values() if isinstance(v, str) and v.rpartition(".")[2] == wanted]
+    return next((v for v in named if isinstance(v, str)), None)
+
+
+def _remote(code: str, source: str | Path, trusted: bool) -> Any:
+    if not trusted:
+        raise FewbitsError(f"{source}: its model is code of its own ({code}), which is not run unasked",
+                           "read that code; trust_remote_code=True (--trust-remote-code) runs it")
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    return get_class_from_dynamic_module(code, str(folder))
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:

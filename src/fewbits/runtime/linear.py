@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.reference import Prepared
 
@@ -35,10 +37,19 @@ class _Packed(nn.Module):
 
     def _hold(self, prepared: Prepared) -> None:
         first, *others = prepared.planes
-        self.weight = nn.Parameter(prepared.planes[first], requires_grad=False)
+        codes = prepared.planes[first]
+        if codes.is_floating_point():  # a weight kept in 16 bits: not what the model computes in
+            codes = codes.view(torch.uint8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
         for name in others:
             self.register_buffer(f"plane_{name}", prepared.planes[name])
         self.prepared = prepared
+
+    def show(self, dtype: torch.dtype) -> None:
+        """Have an empty weight of a float type, for those who look at the type of it; the codes become a buffer."""
+        if not self.weight.is_floating_point():
+            self.register_buffer(f"plane_{next(iter(self.prepared.planes))}", self.weight.data)
+            self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
     @property
     def q(self) -> QTensor:
@@ -56,6 +67,9 @@ class QLinear(_Packed, nn.Linear):
         self.register_parameter("bias", bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not input.is_floating_point():
+            raise FewbitsError(f"activations of {input.dtype} for packed weights {list(self.prepared.shape)}",
+                               "was this type taken from the layer's weight?")
         if not torch.is_grad_enabled():
             return self.prepared.matmul(input, self.bias)
         return _Product.apply(input, self.bias, self.prepared)
@@ -72,7 +86,8 @@ class QEmbedding(_Packed, nn.Embedding):
         self.num_embeddings, self.embedding_dim = prepared.shape
         self.padding_idx, self.max_norm, self.norm_type = like.padding_idx, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
-        self.scale = getattr(like, "embed_scale", None)  # Gemma multiplies its embeddings
+        scale = getattr(like, "scalar_embed_scale", getattr(like, "embed_scale", None))  # Gemma multiplies embeddings
+        self.scale = None if scale is None else torch.tensor(float(scale))
         self._hold(prepared)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -81,3 +96,18 @@ class QEmbedding(_Packed, nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, codec={self.prepared.codec.name}"
+
+
+def holds_packed(module: nn.Module) -> bool:
+    """Whether `packed` has a form for a module; not for attention's that multiplies by its layer's weight itself."""
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) and not isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def packed(prepared: Prepared, like: nn.Module) -> QLinear | QEmbedding:
+    """The module that takes the place of `like`, a linear layer or an embedding."""
+    if isinstance(like, nn.Embedding):
+        return QEmbedding(prepared, like)
+    bias = like.bias
+    assert isinstance(bias, nn.Parameter | None)
+    return QLinear(prepared, bias)

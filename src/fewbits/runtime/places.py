@@ -87,6 +87,10 @@ class Places:
                                f"{list(shape)}")
         return place
 
+    def has(self, entry: Entry) -> bool:
+        """Whether the model has a place for an entry at all: one without a head has none for the head's weight."""
+        return (self._find(entry) or self._find_fused(entry)) is not None
+
     def fill(self, entries: Iterable[Entry], dtype: torch.dtype) -> None:
         """Decode entries into the model, a stack expert by expert.
 
@@ -102,6 +106,14 @@ class Places:
             if count != getattr(module, leaf).numel():
                 name = next(n for n, m in self.model.named_modules() if m is module)
                 raise FewbitsError(f"{self.checkpoint.path}: a part of {name}.{leaf} is missing")
+
+    def fill_scalars(self, dtype: torch.dtype) -> None:
+        """Parameters of one number (CLIP's `logit_scale`), which checkpoints carry as they are."""
+        for name, buffer in self.checkpoint.buffers.items():
+            owner, _, leaf = self.renamed(name).rpartition(".")
+            meant = self._parameters.get(self.renamed(name))
+            if meant is not None and not buffer.shape:
+                Place(self.model.get_submodule(owner), leaf).put(buffer.load().to(dtype))
 
     def put(self, entry: Entry, dtype: torch.dtype) -> Place:
         """Decode one entry into its place."""
