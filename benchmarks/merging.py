@@ -6,8 +6,8 @@ A LoRA adapter of rank 16 is trained on the model in nf4 (QLoRA), on the first n
 model is that base, decoded, with the adapter, in float32. From it are counted: the adapter merged into the original in
 16 bits; naive merging, which decodes the base, adds and rounds again to nearest (what peft does to a 4-bit layer), in
 nf4 and in each type; and at each type's bytes the sum with the original, rounded to nearest and by GPTQ on the training
-text, and the sum with the base by GPTQ. nf4 is itself far from the original: so divergence is counted from the adapter on
-the original, in float32, too. All is on the last tenth of the text, computed by the native decoder.
+text, and the sum with the base by GPTQ. nf4 is itself far from the original: so divergence is counted from the adapter
+on the original, in float32, too. All is on the last tenth of the text, computed by the native decoder.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def command(
     names = tuple(n for n in targets.split(",") if n)
     lora = Lora(rank, alpha, dropout, names if len(names) > 1 else targets)
     if deploy is not None:
-        return _deploy(model, out, deploy, {"adapter": adapter, "gguf": gguf}, json, data=data, base=base, into=into, lora=lora,
-                       settings=settings, calibration=calibration)
+        return _deploy(model, out, deploy, {"adapter": adapter, "gguf": gguf}, json, data=data, base=base, into=into,
+                       lora=lora, settings=settings, calibration=calibration)
     with progress() as report:
         found = finetune(model, out, data=data, lora=lora, adapter=adapter, gguf=gguf, settings=settings,
                          progress=report)

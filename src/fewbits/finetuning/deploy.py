@@ -95,10 +95,9 @@ def deploy(model: str | Path, out: str | Path, to: str, *, data: str | Path | Se
             finetune(trained, adapter, data=given, lora=lora, settings=settings, progress=progress)
         learn, held = split(given, settings.held_out, HELD_OUT)
         length = fitting(LENGTH, source)[0]
-        merged = merge(adapter, source if into == INTO[0] else trained, out, to=to, trained_on=trained, progress=progress,
-                       text=windows(held, MEASURED, length, "held out of ") if len(held)
-                       else windows(learn, MEASURED, length),
-                       calibration=calibration or windows(learn, SAMPLES, length), **options)
+        text = windows(held, MEASURED, length, "held out of ") if len(held) else windows(learn, MEASURED, length)
+        merged = merge(adapter, source if into == INTO[0] else trained, out, to=to, trained_on=trained, text=text,
+                       calibration=calibration or windows(learn, SAMPLES, length), progress=progress, **options)
         _keep(adapter, kept, str(model))
         store.clear()
     return Deployed(out, kept, recipe or AS_IT_IS, read_json(kept / "loss.json"), merged, time.monotonic() - began,
