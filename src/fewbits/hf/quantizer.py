@@ -128,7 +128,9 @@ class FewbitsQuantizer(HfQuantizer):
         tie(model)
         show_types(model, self.dtype)
         self.conversions = model._weight_conversions
-        if self.stored:
+        if self.folder:
+            self.folder.cleanup()
+        elif self.stored:
             vars(model)["checkpoint"] = self.stored.checkpoint
         self.stored, self.folder = None, None
         return model
