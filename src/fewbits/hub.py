@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 
 def locate(model: str | Path, weights: bool = True, code: bool = False) -> Path:
-    """The local path of `model`; a hub id is downloaded, without its weights if they are not wanted, and with its Python
-    `code` only if that is.
+    """The local path of `model`; a hub id is downloaded, without its weights if they are not wanted, and with Python
+    files only if its `code` is.
 
     `org/name:TAG` is the GGUF file of the repository whose name holds TAG (all parts of a split one; the first is
     returned), `org/name:FILE.gguf` that file. Downloads resume where they were cut off.

@@ -136,7 +136,8 @@ def test_we_load_what_bitsandbytes_saves(enabled: None, peer, model: Path, tmp_p
 def test_we_load_what_gptqmodel_saves(enabled: None, peer, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "theirs"
     run(peer("gptq"), tmp_path, PACK, model, out)
-    run(peer("gptq"), tmp_path, LOGITS, json.dumps([(str(out), {"bits": 4, "backend": "gptq_torch"}, "gptq", str(out))]))
+    config = {"bits": 4, "backend": "gptq_torch"}
+    run(peer("gptq"), tmp_path, LOGITS, json.dumps([(str(out), config, "gptq", str(out))]))
     theirs = np.load(f"{out}.npy")
     for net in (pretrained(out), fewbits.load(out, kernel="decoded")):
         assert error(logits(net), theirs) < 2e-3
