@@ -14,7 +14,6 @@ from fewbits.containers import base
 from fewbits.containers.compressed import CompressedTensors
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
-
 from tests.containers.intk import NAME, checkpoint, directory
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
