@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import chain
@@ -89,7 +89,7 @@ def calibration(spec: str | Path | Calibration | Sequence[Batch], source: Checkp
     if reads != "input_ids":
         raise FewbitsError(f"{source.path}: {source.architecture} reads {reads}: text alone is not enough",
                            "calibrate on a .safetensors file of its inputs, samples first")
-    length, notes = _fitting(length, source)
+    length, notes = fitting(length, source)
     if spec == "self":
         return _sampled(source, samples, length, seed, notes, progress)
     return _Text(source, str(spec)).calibration(samples, length, seed, notes)
@@ -135,40 +135,52 @@ class _Text:
     def _tokens(self, budget: int, parts: int, seed: int) -> Tokens:
         """All documents that were read, one after another, as the model's own training joins them."""
         if self.spec in DATASETS:
-            return self._joined(named(self.spec, budget))
+            return joined(self.tokenizer, named(self.spec, budget))
         path = Path(self.spec)
         if path.suffix == ".json":
             raise FewbitsError(f"{path}: JSON as a whole is not read", "write one object a line to a .jsonl file")
         if path.suffix != ".jsonl":
-            return self._joined(excerpts(path, budget, parts, seed))
+            return joined(self.tokenizer, excerpts(path, budget, parts, seed))
         objects = list(lines(path, budget, parts, seed))
         if objects and "text" not in objects[0][1]:
             return list(chain.from_iterable(self._chat(path, *o) for o in objects))
-        return self._joined(text_of(path, at, line) for at, line in objects)
-
-    def _joined(self, documents: Iterable[str]) -> Tokens:
-        texts = [text for text in documents if text]
-        if not texts:
-            return []
-        end = self.after or [i for i in [self.tokenizer.eos_token_id] if i is not None]
-        between = end if self.after else end + self.before
-        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return list(chain(ids[0], *(between + more for more in ids[1:])))
+        return joined(self.tokenizer, (text_of(path, at, line) for at, line in objects))
 
     def _chat(self, path: Path, at: int, line: dict[str, Any]) -> Tokens:
-        turns = line.get("messages", line.get("conversations"))
-        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
-            raise FewbitsError(f"{path}: at byte {at}: no text, messages or conversations in it", TEXT)
+        messages = turns(f"{path}: at byte {at}", line)
         if not self.tokenizer.chat_template:
             raise FewbitsError(f"{self.source.path}: no chat template in it, and {path} holds chats",
                                "give texts: {\"text\": …} a line")
-        messages = [t if "role" in t else {"role": ROLES.get(t.get("from", ""), t.get("from")),
-                                           "content": t.get("value")} for t in turns]
         try:
             return list(self.tokenizer.apply_chat_template(messages, return_dict=False))
         except Exception as error:  # a template refuses in its own words, and fails in jinja's
             raise FewbitsError(f"{path}: at byte {at}: the model's chat template refuses it: "
                                f"{str(error).splitlines()[0]}") from None
+
+
+def joined(tokenizer: transformers.PreTrainedTokenizerBase, documents: Iterable[str]) -> Tokens:
+    """Documents one after another with the tokens that end one and begin the next; nothing before the first."""
+    texts = [text for text in documents if text]
+    if not texts:
+        return []
+    before, after = frame(tokenizer)
+    end = after or [i for i in [tokenizer.eos_token_id] if i is not None]
+    between = end if after else end + before
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return list(chain(ids[0], *(between + more for more in ids[1:])))
+
+
+def turns(where: str, line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a chat, those of ShareGPT files with the names that chat templates know.
+
+    Raises:
+        FewbitsError: no chat; `where` is named.
+    """
+    found = line.get("messages", line.get("conversations"))
+    if not isinstance(found, list) or not found or not all(isinstance(t, dict) for t in found):
+        raise FewbitsError(f"{where}: no text, messages or conversations in it", TEXT)
+    return [t if "role" in t else {"role": ROLES.get(t.get("from", ""), t.get("from")), "content": t.get("value")}
+            for t in found]
 
 
 def frame(tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
@@ -226,7 +238,7 @@ def _main_input(source: Checkpoint) -> str:
     return str(getattr(getattr(transformers, source.architecture, None), "main_input_name", "input_ids"))
 
 
-def _fitting(length: int, source: Checkpoint) -> tuple[int, tuple[str, ...]]:
+def fitting(length: int, source: Checkpoint) -> tuple[int, tuple[str, ...]]:
     """`length`, or what the model can read where that is less, and a note on it."""
     text = source.config.get("text_config", source.config)
     limit = next((int(text[k]) for k in ("max_position_embeddings", "n_positions") if text.get(k)), length)

@@ -49,7 +49,11 @@ def finish(model: str | Path | Checkpoint, out: str | Path, original: str | Path
     source, quantized = (m if isinstance(m, Checkpoint) else containers.open(hub.locate(m)) for m in (original, model))
     out = Path(out).resolve()
     check_output(out, quantized.path)
-    _check(source, quantized)
+    if not any(e.codec.linear for e in quantized.entries.values()):
+        kinds = ", ".join(sorted({e.codec.name for e in quantized.entries.values()}))
+        raise FewbitsError(f"{quantized.path}: nothing in it can be tuned: {kinds}",
+                           "fewbits quantize makes a file that can")
+    check_original(source, quantized)
     target = containers.by_name(quantized.container)
     refusal = target.refusal(quantized)
     if refusal:
@@ -67,11 +71,8 @@ def finish(model: str | Path | Checkpoint, out: str | Path, original: str | Path
     return Finished(out, target.name, used.description, time.monotonic() - began, [*used.notes, *notes])
 
 
-def _check(source: Checkpoint, quantized: Checkpoint) -> None:
-    if not any(e.codec.linear for e in quantized.entries.values()):
-        kinds = ", ".join(sorted({e.codec.name for e in quantized.entries.values()}))
-        raise FewbitsError(f"{quantized.path}: nothing in it can be tuned: {kinds}",
-                           "fewbits quantize makes a file that can")
+def check_original(source: Checkpoint, quantized: Checkpoint) -> None:
+    """Refuse a file that can be no quantization of `source`: names or shapes differ."""
     for name, entry in quantized.entries.items():
         other = source.entries.get(name)
         if other is None or tuple(other.shape) != tuple(entry.shape):

@@ -46,7 +46,11 @@ class Logits:
                                "leave --finish off")
 
     def __call__(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
-        loss: torch.Tensor = _Divergence.apply(hidden.flatten(0, -2), self, self.hidden[number].flatten(0, -2))
+        return self.between(hidden.flatten(0, -2), self.hidden[number].flatten(0, -2))
+
+    def between(self, hidden: torch.Tensor, meant: torch.Tensor) -> torch.Tensor:
+        """The loss of last hidden states `[n, hidden]` where the original's are `meant`."""
+        loss: torch.Tensor = _Divergence.apply(hidden, self, meant)
         return loss
 
 

@@ -12,10 +12,13 @@ from fewbits.qtensor import QTensor
 
 
 class Tuned(nn.Module):
-    """Multiplies by the decoded `q` `[out, in]`; every linear parameter of every unit is scaled by 1 + its factor.
+    """Multiplies by the decoded `q` `[out, in]`; every linear parameter of every unit is scaled by 1 + its factor, which
+    counts in parts of `gain`.
 
     Weights are decoded in each pass: between passes only codes are held.
     """
+
+    gain = 1.0
 
     def __init__(self, q: QTensor, bias: nn.Parameter | None):
         super().__init__()
@@ -32,7 +35,7 @@ class Tuned(nn.Module):
 
     def scaled(self) -> Params:
         """Parameters with their factors, before they are rounded to storage."""
-        return self.params | {k: self.params[k].float() * (1 + f.detach()) for k, f in self.factors.items()}
+        return self.params | {k: self.params[k].float() * (1 + self.gain * f.detach()) for k, f in self.factors.items()}
 
     def weight(self) -> torch.Tensor:
         """What codes and scaled parameters stand for, columns as they are stored."""
@@ -52,10 +55,10 @@ class Tuned(nn.Module):
         for name, factor in list(self.factors.items())[:-1]:
             only = {k: torch.zeros_like(p) if k in self.factors and k != name else p for k, p in self.params.items()}
             slope = self._unit_sums(g * decode_units(self.codes, self.q.codec, only).reshape(-1)[:self.size].view_as(g))
-            left -= slope * (1 + factor)
-            found.append(slope)
+            left -= slope * (1 + self.gain * factor)
+            found.append(slope * self.gain)
         last = list(self.factors.values())[-1]
-        return [*found, left / (1 + last)]
+        return [*found, left * self.gain / (1 + self.gain * last)]
 
     def _unit_sums(self, x: torch.Tensor) -> torch.Tensor:
         rows, columns = self.codes.shape

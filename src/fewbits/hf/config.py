@@ -21,7 +21,7 @@ class FewbitsConfig(QuantizationConfigMixin):
     `skip` names modules to leave alone, besides those that the recipe does (by name, its beginning or end, or as a
     regular expression); `overrides`, `solver`, `kernel` and `outliers` are those of `fewbits.load`. With `calibration`
     (`self`, `c4`, a file, a list of texts or of batches) the model goes through `fewbits.quantize` first, by GPTQ
-    unless `solver` says otherwise. Texts are read with the tokenizer beside the model, or `tokenizer`: a name or itself.
+    unless `solver` says otherwise. Texts are read by the model's tokenizer, or `tokenizer`, a name or itself.
     """
 
     def __init__(self, recipe: str | Recipe | None = None, skip: Sequence[str] = (), *, overrides: Overrides = None,

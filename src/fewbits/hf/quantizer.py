@@ -7,27 +7,27 @@ layout that `containers` knows, are read by our own readers in the place of Tran
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from fewbits import containers, zeroshot
 from fewbits.checkpoint import Checkpoint, Entry
-from fewbits.containers.directory import WEIGHTS
+from fewbits.containers.directory import WEIGHTS, turned
 from fewbits.errors import FewbitsError
 from fewbits.hf import saving
 from fewbits.hf.config import METHOD, FewbitsConfig
 from fewbits.hf.stored import Stored
 from fewbits.loading import prepare, threshold, tie
 from fewbits.notes import tell
-from fewbits.recipe import Choice, ModelFacts, targets
+from fewbits.recipe import Choice, ModelFacts
 from fewbits.recipe.facts import float_of
 from fewbits.runtime.linear import QEmbedding, QLinear, holds_packed, packed
 from fewbits.runtime.shown import show_types
@@ -69,19 +69,17 @@ class FewbitsQuantizer(HfQuantizer):
         if self.asked.wish is None:
             raise FewbitsError(f"{self.where}: not quantized, and FewbitsConfig names no recipe",
                                'FewbitsConfig("nf4")')
-        plan = zeroshot.plan(self.asked.wish, _facts(model), model, self._held(model),
-                             self.asked.calibration is not None)
+        facts, names = _facts(model)
+
+        def held(name: str) -> bool:
+            owner, _, leaf = names.get(name, "").rpartition(".")
+            return leaf == "weight" and holds_packed(model.get_submodule(owner))
+
+        plan = zeroshot.plan(self.asked.wish, facts, model, held, self.asked.calibration is not None)
         tell(plan.notes)
         if self.asked.calibration is None:
-            self.choices = plan.choices
+            self.choices = {names[name]: choice for name, choice in plan.choices.items()}
         return model
-
-    def _held(self, model: nn.Module) -> Callable[[str], bool]:
-        """Whether a parameter is the weight of a layer that has a form with a packed one."""
-        def held(name: str) -> bool:
-            owner, _, leaf = name.rpartition(".")
-            return leaf == "weight" and holds_packed(model.get_submodule(owner))
-        return held
 
     def _opened(self, model: Any) -> Checkpoint | None:
         """The packed weights of a model that came with some, or that were made of it here."""
@@ -168,8 +166,10 @@ class Quantize(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         found, model = {}, kwargs["model"]
         for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            q = zeroshot.solved(weight, self.quantizer.choices[name], self.quantizer.where)
+            weight, choice = value[0] if isinstance(value, list) else value, self.quantizer.choices[name]
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and not choice.transposed:
+                weight = weight.T  # of families that the table knows to be so
+            q = zeroshot.solved(weight, choice, self.quantizer.where)
             found[name] = self.quantizer.make(model, name, q)
         return found
 
@@ -190,13 +190,16 @@ def _asked(config: Any, stored: bool) -> FewbitsConfig:
     return translated(config, stored)
 
 
-def _facts(model: transformers.PreTrainedModel) -> ModelFacts:
-    """What recipes know of a model whose weights are not there yet."""
+def _facts(model: transformers.PreTrainedModel) -> tuple[ModelFacts, dict[str, str]]:
+    """What recipes know of a model whose weights are not there yet; and its parameters by their names in files."""
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    codec = float_of(config)
-    tied = getattr(model, "all_tied_weights_keys", {})
-    entries = {n: Entry(n, s, codec, _nothing) for n, s in targets.shapes(model).items() if n not in tied}
-    return ModelFacts.of(Checkpoint(Path(model.name_or_path or "model"), "transformers", config, entries), model)
+    codec, tied = float_of(config), getattr(model, "all_tied_weights_keys", {})
+    own: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if n not in tied}
+    named = {id(p): n for n, p in own.items()}
+    filed: dict[str, torch.Tensor] = revert_weight_conversion(model, own)
+    entries = {n: Entry(n, tuple(t.shape), codec, _nothing) for n, t in filed.items()}
+    checkpoint = Checkpoint(Path(model.name_or_path or "model"), "transformers", config, turned(config, entries))
+    return ModelFacts.of(checkpoint, model), {n: named[id(t)] for n, t in filed.items() if id(t) in named}
 
 
 def _nothing() -> Any:

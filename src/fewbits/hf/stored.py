@@ -26,7 +26,7 @@ class Stored:
         self.parts: dict[str, list[tuple[Entry, Place]]] = {}
         names = {module: name for name, module in model.named_modules()}
         shared = set()
-        for entry in checkpoint.entries.values():
+        for entry in filter(self.places.has, checkpoint.entries.values()):  # Transformers reports the others
             place = self.places.of(entry)
             name = f"{names[place.module]}.{place.leaf}".lstrip(".")
             self.parts.setdefault(name, []).append((entry, place))

@@ -104,7 +104,8 @@ class QEmbedding(_Packed, nn.Embedding):
         self.num_embeddings, self.embedding_dim = prepared.shape
         self.padding_idx, self.max_norm, self.norm_type = like.padding_idx, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
-        self.scale = getattr(like, "embed_scale", None)  # Gemma multiplies its embeddings
+        scale = getattr(like, "scalar_embed_scale", getattr(like, "embed_scale", None))  # Gemma multiplies embeddings
+        self.scale = None if scale is None else torch.tensor(float(scale))
         self._hold(prepared)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

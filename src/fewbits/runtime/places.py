@@ -87,6 +87,10 @@ class Places:
                                f"{list(shape)}")
         return place
 
+    def has(self, entry: Entry) -> bool:
+        """Whether the model has a place for an entry at all: one without a head has none for the head's weight."""
+        return (self._find(entry) or self._find_fused(entry)) is not None
+
     def fill(self, entries: Iterable[Entry], dtype: torch.dtype) -> None:
         """Decode entries into the model, a stack expert by expert.
 
