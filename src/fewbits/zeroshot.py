@@ -19,6 +19,7 @@ from fewbits.jobs.job import goal, some
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 from fewbits.recipe import Choice, ModelFacts, Overrides, Recipe
+from fewbits.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,11 @@ def apply(source: Checkpoint, plan: Plan) -> Checkpoint:
             weight = q.planes["data"].view(q.shape)
         else:
             weight = entry.load().dequantize()
-        return solved(weight, plan.choices[name], str(source.path))
+        made = solved(weight, plan.choices[name], str(source.path))
+        lies = entry.stored()
+        if isinstance(lies, Stored):
+            lies.forget()  # pages of the file that nobody needs any more
+        return made
 
     made = goal(source, plan.choices.values(), load).entries
     return Checkpoint(**{**vars(source), "entries": {n: made.get(n, e) for n, e in source.entries.items()}})
