@@ -113,3 +113,5 @@ def test_w8a8_of_a_model_without_text(tmp_path: Path) -> None:
     assert 0 < float((output(fewbits.load(found.path), batches()[0]) - want).norm() / want.norm()) < 0.1
     with pytest.raises(FewbitsError, match="as w8a8-static: its scale of activations is found by calibration"):
         fewbits.quantize(tmp_path / "m", tmp_path / "none", "w8a8-static", calibration="none")
+    with pytest.raises(FewbitsError, match="as w8a8-static: its scale of activations is found by calibration"):
+        fewbits.load(tmp_path / "m", recipe="w8a8-static")
