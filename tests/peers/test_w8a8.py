@@ -107,8 +107,8 @@ def test_we_compute_what_they_do_on_theirs(peer, little_llama, tmp_path):
 
 
 def test_llm_int8_beside_bitsandbytes(peer, tmp_path):
-    """Columns of outliers are outliers in every row here: bitsandbytes lets the rest of such a column count in the scale
-    of the others, which the paper does not."""
+    """Columns of outliers are outliers in every row here: bitsandbytes lets the rest of such a column count in the
+    scale of the others, which the paper does not."""
     draw = torch.Generator().manual_seed(0)
     x, w = torch.randn(11, 96, generator=draw), torch.randn(40, 96, generator=draw) / 8
     x[:, [4, 50]] = x[:, [4, 50]].sign() * (8 + x[:, [4, 50]].abs())

@@ -26,7 +26,8 @@ LOOKED_AT = re.compile(r"self\.([\w.\[\]]+)\.weight\.dtype")
 def show_types(model: nn.Module, dtype: torch.dtype) -> None:
     """Let the packed layers of `model` that others look at show `dtype`."""
     for module in model.modules():
-        for path in _looked_at(type(module)):
+        kind: Any = type(module)
+        for path in _looked_at(kind):
             try:
                 layer = module.get_submodule(path)
             except AttributeError:
