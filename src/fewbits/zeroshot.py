@@ -62,6 +62,11 @@ def plan(wish: Wish, facts: ModelFacts, model: nn.Module, held: Callable[[str], 
     if not chosen:
         raise FewbitsError(f"{recipe.name} quantizes no layer of {where}: {_why(everything, meant, wish)}",
                            "take another recipe: int8 and nf4 fit nearly every layer")
+    for name, choice in chosen.items():
+        if choice.codec.blind != choice.codec and not calibrated:
+            raise FewbitsError(f"{name} as {choice.codec.name}: its scale of activations is found by calibration",
+                               f"take {choice.codec.blind.name}, or quantize to a file first: "
+                               "fewbits.quantize(…, calibration=…)")
     was = {f.name: f.codec for f in facts.tensors if f.codec.family != "float"}
     again = {n: was[n].name for n, c in chosen.items() if n in was and was[n] != c.codec}
     apart = [c.name for c in meant if c.name not in chosen]
