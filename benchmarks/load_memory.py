@@ -38,12 +38,12 @@ def loaded(way: str, model: Path, recipe: str) -> Any:
 def one(way: str, model: Path, recipe: str) -> None:
     """Load in this process; prints bytes above the imports, at the peak and afterwards, and seconds."""
     import torch
-    import transformers  # noqa: F401
+    import transformers
 
     import fewbits.hf
     import fewbits.loading  # noqa: F401
 
-    transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM  # noqa: B018: their modules, too
+    _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM  # their modules, too
     warnings.simplefilter("ignore")
     before, peak, done = anonymous_bytes(), 0, threading.Event()
 

@@ -17,19 +17,22 @@ if TYPE_CHECKING:
     from fewbits.loading import load
     from fewbits.measure import bench, evaluate
     from fewbits.measure.compare import compare
+    from fewbits.merging import merge
     from fewbits.planning import plan
+    from fewbits.publishing import push
     from fewbits.quantizing import quantize
     from fewbits.verifying import verify
 
 __version__ = "0.1.0"
 __all__ = ["FewbitsConfig", "FewbitsError", "bench", "compare", "convert", "evaluate", "explain", "finetune", "finish",
-           "inspect", "load", "plan", "quantize", "verify"]
+           "inspect", "load", "merge", "plan", "push", "quantize", "verify"]
 
 _HOMES = {"FewbitsConfig": "fewbits.hf",
           "bench": "fewbits.measure", "compare": "fewbits.measure.compare", "convert": "fewbits.converting",
           "evaluate": "fewbits.measure", "explain": "fewbits.explaining", "finetune": "fewbits.finetuning.lora",
           "finish": "fewbits.finishing.files", "inspect": "fewbits.inspection", "load": "fewbits.loading",
-          "plan": "fewbits.planning", "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
+          "merge": "fewbits.merging", "plan": "fewbits.planning", "push": "fewbits.publishing",
+          "quantize": "fewbits.quantizing", "verify": "fewbits.verifying"}
 
 
 def __getattr__(name: str) -> Any:

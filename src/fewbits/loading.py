@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from fewbits import containers, hub, zeroshot
 from fewbits.checkpoint import Checkpoint, Entry
@@ -24,11 +23,10 @@ from fewbits.runtime.build import empty_model, tokenizer_of
 from fewbits.runtime.cpu import OUTLIER
 from fewbits.runtime.dispatch import choose
 from fewbits.runtime.floats import Floats
-from fewbits.runtime.linear import QEmbedding, QLinear, packed
+from fewbits.runtime.linear import QEmbedding, QLinear, holds_packed, packed
 from fewbits.runtime.places import Place, Places
 from fewbits.runtime.reference import Prepared
-
-QUANTIZED = (nn.Linear, Conv1D, nn.Embedding)  # modules that can hold packed weights
+from fewbits.runtime.shown import show_types
 
 
 def load(model: str | Path | Checkpoint, *, recipe: str | Recipe | None = None, skip: Sequence[str] = (),
@@ -81,7 +79,9 @@ def load(model: str | Path | Checkpoint, *, recipe: str | Recipe | None = None, 
     for entry, place in stored:
         net.set_submodule(names[place.module], packed(Floats().prepare(entry.load(), dtype), place.module))
     places.fill([e for e, p in rest if (e, p) not in stored], dtype)
+    places.fill_scalars(dtype)
     tie(net)
+    show_types(net, dtype)
     missing = [n for n, p in net.named_parameters() if p.is_meta]
     if missing:
         raise FewbitsError(f"{checkpoint.path}: {missing[0]} is missing ({len(missing)} of the model's tensors are)")
@@ -129,7 +129,7 @@ def threshold(asked: float | None, checkpoint: Checkpoint | None) -> float:
 
 def tie(net: transformers.PreTrainedModel) -> None:
     """Let the head use the embedding's tensor where the file holds only one of the two."""
-    embedding = net.get_input_embeddings()
+    embedding = _embeddings(net)
     if not isinstance(embedding, QEmbedding):
         net.tie_weights()
         return
@@ -152,14 +152,22 @@ def _quantizing(checkpoint: Checkpoint, wish: zeroshot.Wish, net: transformers.P
 
 def _holds(place: Place) -> bool:
     """Whether the module at a place has a form with a packed weight."""
-    return place.leaf == "weight" and isinstance(place.module, QUANTIZED)
+    return place.leaf == "weight" and holds_packed(place.module)
 
 
 def _stays(entry: Entry, place: Place, net: transformers.PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether an embedding or a head stays in its file's 16 bits."""
     plain = type(place.module) in (nn.Linear, nn.Embedding) or hasattr(place.module, "embed_scale")
-    ends = place.module in (net.get_output_embeddings(), net.get_input_embeddings())
+    ends = place.module in (net.get_output_embeddings(), _embeddings(net))
     return ends and plain and _holds(place) and entry.codec in (F16, BF16) and dtype.itemsize > 1
+
+
+def _embeddings(net: transformers.PreTrainedModel) -> nn.Module | None:
+    """Those of words; models of sound or of several parts have none that Transformers knows of."""
+    try:
+        return net.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _generation_config(checkpoint: Checkpoint) -> transformers.GenerationConfig:

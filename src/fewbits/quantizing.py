@@ -174,7 +174,9 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe |
 
 
 def _is_calibrated(recipe: Recipe) -> bool:
-    return isinstance(recipe.codec, IntK) and recipe.codec.bits < 8 and recipe.container in CALIBRATED
+    """Whether a recipe is calibrated on the model's own text where nothing is said of that."""
+    few = isinstance(recipe.codec, IntK) and recipe.codec.bits < 8 and recipe.container in CALIBRATED
+    return few or (recipe.codec is not None and recipe.codec.blind != recipe.codec)
 
 
 def _choices(source: Checkpoint, recipe: Recipe, overrides: Overrides, solver: str | None, calibrated: bool,
@@ -192,6 +194,10 @@ def _choices(source: Checkpoint, recipe: Recipe, overrides: Overrides, solver: s
     choices = recipe.resolve(ModelFacts.of(source), overrides=overrides, has_importance=calibrated or weighed,
                              solver=solver)
     choices, notes = _solvable(choices)
+    for c in choices:
+        if c.codec.blind != c.codec and not calibrated:
+            raise FewbitsError(f"{c.name} as {c.codec.name}: its scale of activations is found by calibration",
+                               f"give text or inputs with --calibration, or take {c.codec.blind.name}")
     target = containers.by_name(recipe.container)
     for c in choices:
         if c.solver == REORDERS and not target.ordered:

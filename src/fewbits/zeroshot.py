@@ -65,7 +65,7 @@ def plan(wish: Wish, facts: ModelFacts, model: nn.Module, held: Callable[[str], 
     again = {n: was[n].name for n, c in chosen.items() if n in was and was[n] != c.codec}
     apart = [c.name for c in meant if c.name not in chosen]
     notes = [f"{note} ({count} tensors)" if count > 1 else note
-             for note, count in Counter(c.note for c in everything if c.note).items()]
+             for note, count in Counter(c.note for c in everything if c.note).items() if not is_asked(note)]
     notes += [f"skip {pattern!r}: matches no module of {where}" for pattern in wish.skip
               if all(should_convert_module(name, [pattern]) for name, _ in model.named_modules())]
     if again:
@@ -74,6 +74,11 @@ def plan(wish: Wish, facts: ModelFacts, model: nn.Module, held: Callable[[str], 
     if apart:
         notes.append(f"{some(apart)}: left as they are: Transformers has no packed layer for them")
     return Plan({n: c for n, c in chosen.items() if was.get(n) != c.codec}, notes)
+
+
+def is_asked(note: str) -> bool:
+    """Whether a note says only what an override asked for."""
+    return note.startswith("override ")
 
 
 def skipped(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
@@ -129,4 +134,7 @@ def _why(everything: list[Choice], meant: list[Choice], wish: Wish) -> str:
     if any(c.solver for c in everything):
         return f"skip={list(wish.skip)} leaves none"
     noted = next((c for c in everything if c.note and c.wanted), None) or next((c for c in everything if c.note), None)
-    return f"{noted.name} {list(noted.shape)}: {noted.note}" if noted else "it names a float type, or there are none"
+    if noted is None:
+        return "it names a float type, or there are none"
+    reason = noted.wanted.check(noted.shape) if noted.wanted else None
+    return f"{noted.name} {list(noted.shape)}: {reason or noted.note}"

@@ -16,16 +16,17 @@ class Statistics:
     """The second moment of a layer's inputs: mean of x xᵀ `[in, in]` over `count` tokens.
 
     `drift`, where it is taken, is the mean of (x0 - x) xᵀ `[in, in]`, x0 being what the original model's layer reads at
-    the same token.
+    the same token. `peak` is the largest magnitude of each input `[in]`.
     """
 
     moment: torch.Tensor
     count: int = 0
     drift: torch.Tensor | None = None
+    peak: torch.Tensor | None = None
 
     @classmethod
     def zeros(cls, inputs: int, drift: bool = False) -> Statistics:
-        return cls(torch.zeros(inputs, inputs), 0, torch.zeros(inputs, inputs) if drift else None)
+        return cls(torch.zeros(inputs, inputs), 0, torch.zeros(inputs, inputs) if drift else None, torch.zeros(inputs))
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None = None, counts: Counts = None) -> None:
         """Take in the inputs `x` `[..., in]`, and the `original` model's at the same tokens."""
@@ -38,6 +39,8 @@ class Statistics:
             assert original is not None
             difference = original.reshape(x.shape).float() - x
             self.drift.mul_(self.count / total).addmm_(difference.T, x, alpha=1 / total)
+        if self.peak is not None:
+            self.peak = torch.maximum(self.peak, x.abs().amax(0))
         self.count = total
 
     def blend(self, others: Statistics, tokens: int) -> None:
@@ -46,6 +49,14 @@ class Statistics:
         self.moment.lerp_(others.moment, share)
         if self.drift is not None and others.drift is not None:
             self.drift.lerp_(others.drift, share)
+        if self.peak is not None and others.peak is not None and not self.count:
+            self.peak = others.peak
+
+    @property
+    def peaks(self) -> torch.Tensor:
+        """The largest magnitude of all inputs `[1]`."""
+        assert self.peak is not None
+        return self.peak.amax().view(1)
 
     def expert(self, index: int) -> Statistics:
         """Those of one layer of a stack, where all read the same."""
@@ -107,8 +118,15 @@ class Experts:
             mean.moment.add_(part.moment, alpha=part.count / max(1, total))
             if mean.drift is not None and part.drift is not None:
                 mean.drift.add_(part.drift, alpha=part.count / max(1, total))
+            if mean.peak is not None and part.peak is not None:
+                mean.peak = torch.maximum(mean.peak, part.peak)
         mean.count = total
         return mean
+
+    @property
+    def peaks(self) -> torch.Tensor:
+        """The largest magnitude of the inputs of each expert `[experts]`."""
+        return torch.cat([self.expert(i).peaks for i in range(len(self.parts))])
 
     def importance(self, shape: Shape, matrix: tuple[int, int]) -> torch.Tensor:
         """Diagonals laid along the weight `[experts, out, in]`, in the shape of a codec's matrix."""

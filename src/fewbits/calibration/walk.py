@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from fewbits.calibration.blocks import Block, Group
 from fewbits.calibration.statistics import Experts, Found, Statistics
@@ -22,7 +22,14 @@ class Done(Exception):
     """A forward pass got as far as needed."""
 
 
+# what blocks that are not run put out: a tensor, or a tuple with it alone; "run": more, on which later blocks depend:
+# they are run while their arguments are recorded, all of the model in memory
+Manner = Literal["plain", "tupled", "run"]
+MANNERS: tuple[Manner, ...] = ("plain", "tupled", "run")
 Batches = list[dict[str, "torch.Tensor"]]  # keyword arguments of the model, one batch each
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -31,12 +38,12 @@ class Stream:
 
     inputs: list[torch.Tensor]  # of the next block
     arguments: list[list[dict[str, Any]]]  # of every block: what it is called with beside them
-    tupled: bool = False  # blocks put out a tuple, whose first part goes on
+    manner: Manner = "plain"
     at: torch.Tensor | None = None  # while arguments are recorded: what the last block handed on
 
     def wrap(self, x: torch.Tensor) -> Any:
         """`x` as a block puts it out."""
-        return (x,) if self.tupled else x
+        return (x,) if self.manner == "tupled" else x
 
 
 class Walk:
@@ -121,6 +128,7 @@ class Walk:
     def load_outside(self) -> None:
         """The weights that lie in no block; the walk needs them only where it enters a list of blocks."""
         self._load(self._outside)
+        self.places.fill_scalars(torch.float32)
 
     # loading --------------------------------------------------------------------------------------------------------
     def _load(self, names: list[str]) -> None:
@@ -150,24 +158,42 @@ class Walk:
         """The lists that the first batch runs through, in the order it does; weights of the others are loaded."""
         seen: list[torch.nn.ModuleList] = []
 
-        def first(modules: torch.nn.ModuleList, tupled: bool) -> Any:
-            def forward(x: torch.Tensor, *_: Any, **__: Any) -> Any:
+        def first(modules: torch.nn.ModuleList, module: torch.nn.Module, manner: Manner) -> Any:
+            def forward(x: torch.Tensor, *rest: Any, **named: Any) -> Any:
                 if modules not in seen:
                     seen.append(modules)
-                return (x,) if tupled else x
+                if manner == "run":
+                    return type(module).forward(module, x, *rest, **named)
+                return (x,) if manner == "tupled" else x
             return forward
 
-        for tupled in (False, True):
-            try:
-                self._run(self.batches[0], {m: first(modules, tupled) for _, modules in self.lists for m in modules})
-                break
-            except FewbitsError:
-                if tupled:
-                    raise
+        def attempt(manner: Manner) -> None:
+            if manner == "run":
+                self._load([n for names in self.names for n in names])
+            self._run(self.batches[0], {m: first(modules, m, manner) for _, modules in self.lists for m in modules})
+
+        self._first_that_works(attempt)
         for _, modules in self.lists:
             if modules not in seen:
                 self._load([n for m in modules for n in self._names[m]])
+            else:
+                modules.to("meta")
         return sorted((pair for pair in self.lists if pair[1] in seen), key=lambda pair: seen.index(pair[1]))
+
+    def _first_that_works(self, attempt: Callable[[Manner], T]) -> T:
+        """What `attempt` makes of the first manner that the model bears.
+
+        Raises:
+            FewbitsError: it bears none; what the first said.
+        """
+        first: FewbitsError | None = None
+        for manner in MANNERS:
+            try:
+                return attempt(manner)
+            except FewbitsError as error:
+                first = first or error
+        assert first is not None
+        raise first
 
     def _enter(self, at: int, which: int) -> Stream:
         """What the blocks of the list `at` are called with; those of lists before it put out what they did in the walk.
@@ -175,25 +201,25 @@ class Walk:
         Raises:
             FewbitsError: what runs between two blocks is more than handing on what the first put out.
         """
-        for tupled in (False, True):
-            stream = Stream([], [[] for _ in self.lists[at][1]], tupled)
-            try:
-                for number, batch in enumerate(self.batches):
-                    self._record(stream, at, which, number, batch)
-            except FewbitsError:
-                if tupled or number:
-                    raise
-            else:
-                return stream
-        raise AssertionError
+        def attempt(manner: Manner) -> Stream:
+            stream = Stream([], [[] for _ in self.lists[at][1]], manner)
+            if manner == "run":
+                self._load([n for names in self.names for n in names])
+            for number, batch in enumerate(self.batches):
+                self._record(stream, at, which, number, batch)
+            if manner == "run":
+                for _, modules in self.lists:
+                    modules.to("meta")
+            return stream
+
+        return self._first_that_works(attempt)
 
     def _record(self, stream: Stream, at: int, which: int, number: int, batch: dict[str, torch.Tensor]) -> None:
         """Runs the model on one batch, to the end on the first, else up to the last block of the list `at`."""
         forwards: dict[torch.nn.Module, Any] = {}
         for (_, modules), ends in zip(self.lists, self._ends, strict=False):
-            end = ends[which].wrap(ends[which].inputs[number])
-            forwards |= {m: lambda *_, end=end, **__: end for m in modules}
-        for _, modules in self.lists[at:]:
+            forwards |= {m: _ending(m, ends[which], ends[which].inputs[number]) for m in modules}
+        for _, modules in self.lists[at:] if stream.manner != "run" else ():
             forwards |= {m: lambda x, *_, **__: stream.wrap(x) for m in modules}
         stream.at = None
         forwards |= {m: self._recorder(stream, number, i, m) for i, m in enumerate(self.lists[at][1])}
@@ -215,10 +241,12 @@ class Walk:
             named |= zip(positions, rest, strict=False)
             named.pop("past_key_values", None)
             arguments.append({**named, "use_cache": False} if "use_cache" in named else named)
+            run = stream.manner == "run"
             if number and index == len(stream.arguments) - 1:
                 raise Done
-            stream.at = x
-            return stream.wrap(x)
+            found = type(module).forward(module, x, **named) if run else stream.wrap(x)
+            stream.at = found[0] if run and isinstance(found, tuple) else found if run else x
+            return found
 
         return forward
 
@@ -242,3 +270,13 @@ class Walk:
                 shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in batch.items())
                 raise FewbitsError(f"{type(self.model).__name__} does not run block by block on {shapes}: {error}",
                                    "use --solver search") from error
+
+
+def _ending(module: torch.nn.Module, stream: Stream, end: torch.Tensor) -> Any:
+    """A forward that puts out `end`, and beside it what the block itself does where that matters."""
+    def forward(*args: Any, **named: Any) -> Any:
+        if stream.manner != "run":
+            return stream.wrap(end)
+        found = type(module).forward(module, *args, **named)
+        return (end, *found[1:]) if isinstance(found, tuple) else end
+    return forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,6 +52,13 @@ def command(
     distill: Annotated[bool, typer.Option(
         help="With --qat: learn the original's distribution of the next token, not the text's own.")] = True,
     scales: Annotated[str, typer.Option(help="With --qat: learned, refitted or fixed.")] = "learned",
+    deploy: Annotated[str | None, typer.Option(
+        help="The whole way: OUT is then the model, fine-tuned and quantized by this recipe (int4-g128, Q4_K_M). The "
+             "adapter is left in OUT.adapter.")] = None,
+    base: Annotated[str, typer.Option(help="With --deploy, the recipe that the adapter is trained on, or none.")] =
+        "nf4",
+    calibration: Annotated[str | None, typer.Option(
+        help="With --deploy, as for quantize; by default the training data.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     """Train a LoRA adapter on a model, quantized or not; with --qat the model itself, for few bits."""
@@ -64,8 +71,8 @@ def command(
     quiet_libraries()
     if qat is None and start is not None:
         raise FewbitsError("--start is where --qat begins", "give --qat RECIPE; --adapter is where LoRA begins")
-    if qat is not None and (adapter or gguf):
-        raise FewbitsError(f"--qat {qat} makes no adapter", "leave --adapter and --gguf out")
+    if qat is not None and (adapter or gguf or deploy):
+        raise FewbitsError(f"--qat {qat} makes no adapter", "leave --adapter, --gguf and --deploy out")
     usual = Settings() if qat is None else SETTINGS
     settings = Settings(epochs=epochs, steps=steps, batch=batch, accumulation=accumulation, length=length,
                         rate=usual.rate if rate is None else rate, schedule=schedule,
@@ -73,6 +80,9 @@ def command(
                         optimizer=optimizer, seed=seed, dtype=dtype, checkpointing=checkpointing, held_out=held_out)
     names = tuple(n for n in targets.split(",") if n)
     lora = Lora(rank, alpha, dropout, names if len(names) > 1 else targets)
+    if deploy is not None:
+        return _deploy(model, out, deploy, {"adapter": adapter, "gguf": gguf}, json, data=data, base=base, lora=lora,
+                       settings=settings, calibration=calibration)
     found: Finetuned | Trained
     with progress() as report:
         if qat is not None:
@@ -87,3 +97,22 @@ def command(
     for note in found.notes:
         log.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{out}: {found.summary}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _deploy(model: str, out: Path, to: str, without: dict[str, Any], as_json: bool, **options: Any) -> None:
+    from fewbits.cli.merge import say
+    from fewbits.finetuning.deploy import deploy
+
+    for name, value in without.items():
+        if value is not None:
+            raise FewbitsError(f"--{name} and --deploy: one of them", "take the steps one by one: finetune, then merge")
+    with progress() as report:
+        found = deploy(model, out, to, progress=report, **options)
+    if as_json:
+        emit(found.to_json())
+        return
+    for note in found.notes:
+        log.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    say(found.merged)
+    console.print(f"adapter in {found.adapter}, trained on {found.trained_on}; {found.seconds:.0f} s in all",
+                  highlight=False, markup=False, soft_wrap=True)

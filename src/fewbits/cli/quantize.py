@@ -31,7 +31,8 @@ def command(
     length: Annotated[int, typer.Option(min=2, help="Tokens a calibration sequence.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Which sequences are taken.")] = 0,
     imatrix: Annotated[Path | None, typer.Option(help="An importance matrix, to weigh a search by.")] = None,
-    transform: Annotated[str | None, typer.Option(help="awq: scale channels before anything is rounded.")] = None,
+    transform: Annotated[str | None, typer.Option(
+        help="awq or smoothquant: scale channels before anything is rounded.")] = None,
     finish: Annotated[str, typer.Option(
         help="Tune scales and norms towards the original's logits: off, quick (100 steps) or thorough (400).")] = "off",
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=CODEC, may be repeated.")] = None,

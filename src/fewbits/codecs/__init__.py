@@ -9,7 +9,7 @@ from fewbits.codecs.base import Codec
 from fewbits.errors import FewbitsError
 
 # modules that parse the names of their own codecs, imported as far as a name needs them
-FAMILIES = ("floats", "ggml", "kquants", "iq4", "mxfp4", "ternary", "affine", "table", "float8", "codebook",
+FAMILIES = ("floats", "ggml", "kquants", "iq4", "mxfp4", "ternary", "affine", "w8a8", "table", "float8", "codebook",
             "decode_only")
 
 

@@ -146,6 +146,16 @@ class Codec:
         """The grid of units `columns` wide with parameters `[..., k]`."""
         raise NotImplementedError
 
+    # activations ----------------------------------------------------------------------------------------------------
+    @property
+    def blind(self) -> Codec:
+        """The codec for layers of whose inputs nothing is known; another one where planes hold something of these."""
+        return self
+
+    def calibrated(self, planes: Planes, peaks: torch.Tensor) -> Planes:
+        """The planes with what they hold of inputs, whose largest magnitude is `peaks` `[1]`, or `[experts]`."""
+        return planes
+
     # bytes ----------------------------------------------------------------------------------------------------------
     def pack(self, codes: torch.Tensor, params: Params, shape: Shape) -> Planes:
         """Codes `[rows, columns]` and params `[rows, units, k]` to canonical planes, each `[rows, bytes or values]`."""

@@ -51,7 +51,7 @@ class BitsAndBytes(Directory):
         found = [_read_table(raws, match[0], match[1], match[2]) for match in states]
         found += [_read_rows(raws, module) for module in rows]
         for name, raw in raws.items():
-            if ".weight." in name:
+            if ".weight." in name and "parametrizations.weight.original" not in name:  # torch's, of a norm of weights
                 raise raw.refuse("belongs to a 4-bit weight whose quant_state is missing")
         return found
 

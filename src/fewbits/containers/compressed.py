@@ -1,15 +1,16 @@
-"""compressed-tensors directories (llm-compressor, vLLM): int-k weights in the format "pack-quantized"; others read.
+"""compressed-tensors directories (llm-compressor, vLLM): int-k weights in the format "pack-quantized".
 
 Beside each other, for a linear layer `x` [out, in] of k bits: `x.weight_packed` int32 [out, in * k / 32], codes along
 `in` in a little-endian bit stream; `x.weight_scale` [out, groups]; where weights are asymmetric `x.weight_zero_point`
 int32 [out * k / 32, groups], packed along `out`; `x.weight_shape` int64 [2]. Codes and zero points are signed numbers
-with 2^(k-1) added. "int-quantized" has int8 in `x.weight` itself, "float-quantized" float8 (compressed_float8.py).
+with 2^(k-1) added. "int-quantized" (compressed_int8.py) has int8 in `x.weight` itself, "float-quantized" float8
+(compressed_float8.py).
 """
 
 from __future__ import annotations
 
+import json
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,11 @@ from typing import Any, ClassVar
 
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.affine import IntK
+from fewbits.codecs.base import Codec
 from fewbits.codecs.packing import pack_bits, packed_bytes, unpack_bits
+from fewbits.codecs.w8a8 import W8A8
 from fewbits.containers import compressed_float8 as float8
+from fewbits.containers import compressed_int8 as int8
 from fewbits.containers.directory import Directory, Layout, float_modules, float_reason, linear_reason
 from fewbits.containers.intk import (
     BITS,
@@ -39,7 +43,7 @@ from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
 PACKED, MIXED = "pack-quantized", "mixed-precision"
-FORMATS = (PACKED, float8.FORMAT, "int-quantized", "naive-quantized", MIXED, "dense")
+FORMATS = (PACKED, float8.FORMAT, int8.FORMAT, "naive-quantized", MIXED, "dense")
 OF_ACTIVATIONS = tuple(f".{what}_{part}" for what in ("input", "output", "k", "v", "q")
                        for part in ("scale", "zero_point", "global_scale"))
 
@@ -68,12 +72,12 @@ class CompressedTensors(Directory):
         if not raws:
             return []
         kinds = _kinds(next(iter(raws.values())).file.path.parent, quantization)
+        found = [int8.read(raws, name, quantization["config_groups"]) for name, raw in list(raws.items())
+                 if name.endswith(".weight") and raw.dtype == "I8"]
         for name in [n for n in raws if n.endswith(OF_ACTIVATIONS)]:
-            del raws[name]  # activations are not quantized here
+            del raws[name]  # activations are rounded with int8 weights only
         packed = [name.removesuffix("_packed") for name in raws if name.endswith(".weight_packed")]
-        found = [_read_packed(raws, name, kinds) for name in packed]
-        found += [_read_int8(raws, name) for name, raw in list(raws.items())
-                  if name.endswith(".weight") and raw.dtype == "I8"]
+        found += [_read_packed(raws, name, kinds) for name in packed]
         tiles = float8.tiles(quantization["config_groups"].values())
         found += [float8.read(raws, name, tiles) for name, raw in list(raws.items()) if raw.dtype == "F8_E4M3"]
         for name, raw in raws.items():
@@ -85,10 +89,10 @@ class CompressedTensors(Directory):
         if float_reason(entry) is None:
             return None
         codec = entry.codec
-        if float8.writes(codec):
+        if float8.writes(codec) or isinstance(codec, W8A8):
             return linear_reason(checkpoint, entry)
         if not isinstance(codec, IntK) or codec.bits not in BITS:
-            return "compressed-tensors has int2, int3, int4 and int8 in groups only, and fp8-e4m3"
+            return "compressed-tensors has w8a8, int2, int3, int4 and int8 in groups only, and fp8-e4m3"
         return group_reason(codec, entry.shape[-1]) or linear_reason(checkpoint, entry)
 
     def layout(self, checkpoint: Checkpoint) -> Layout:
@@ -108,6 +112,8 @@ class CompressedLayout(Layout):
         codec = entry.codec
         if float8.writes(codec):
             return float8.specs(entry)
+        if isinstance(codec, W8A8):
+            return int8.specs(entry)
         if not isinstance(codec, IntK):
             return super().specs(entry)
         rows, columns = entry.shape
@@ -122,6 +128,8 @@ class CompressedLayout(Layout):
     def tensors(self, name: str, tensor: QTensor) -> dict[str, torch.Tensor]:
         if float8.writes(tensor.codec):
             return float8.tensors(name, tensor)
+        if isinstance(tensor.codec, W8A8):
+            return int8.tensors(name, tensor)
         if not isinstance(tensor.codec, IntK):
             return super().tensors(name, tensor)
         if tensor.order is not None:
@@ -132,32 +140,41 @@ class CompressedLayout(Layout):
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What compressed-tensors wants to know: a group for all layers but those that differ, which are named."""
-    kinds: dict[str, Kind | None] = {}  # None: float8
+    kinds: dict[str, dict[str, Any]] = {}
     for entry in checkpoint.entries.values():
-        codec, module = entry.codec, entry.name.removesuffix(".weight")
-        if isinstance(codec, IntK):
-            kinds[module] = Kind(codec.bits, codec.group, codec.symmetric)
-        elif float8.writes(codec):
-            kinds[module] = None
+        found = _group(entry.codec)
+        if found is not None:
+            kinds[entry.name.removesuffix(".weight")] = found
     if not kinds:
         return None
     ignore = float_modules(checkpoint)
     if "lm_head.weight" not in checkpoint.entries:
         ignore.append("lm_head")  # tied: transformers makes the layer, and nothing quantized is there for it
+    alike: dict[str, list[str]] = {}
+    for module, kind in kinds.items():
+        alike.setdefault(json.dumps(kind), []).append(module)
     groups: dict[str, dict[str, Any]] = {}
-    for i, (kind, _) in enumerate(Counter(kinds.values()).most_common()):
-        groups[f"group_{i}"] = {
-            "targets": ["Linear"] if i == 0 else [module for module, k in kinds.items() if k == kind],
-            "weights": float8.weights() if kind is None else {
-                "num_bits": kind.bits, "type": "int", "symmetric": kind.symmetric, "dynamic": False,
-                "strategy": "channel" if kind.group == -1 else "group",
-                "group_size": None if kind.group == -1 else kind.group},
-            "input_activations": None, "output_activations": None,
-            "format": float8.FORMAT if kind is None else PACKED}
+    for i, (text, modules) in enumerate(sorted(alike.items(), key=lambda item: -len(item[1]))):
+        groups[f"group_{i}"] = {"targets": modules if i else ["Linear"], **json.loads(text)}
     formats = {group["format"] for group in groups.values()}
     return {"quant_method": "compressed-tensors", "format": formats.pop() if len(formats) == 1 else MIXED,
             "quantization_status": "compressed", "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None,
             "global_compression_ratio": None}
+
+
+def _group(codec: Codec) -> dict[str, Any] | None:
+    """What the configuration says of layers in this codec, but for their names; None where they are in floats."""
+    if isinstance(codec, W8A8):
+        return int8.group(codec)
+    others: dict[str, Any] = {"input_activations": None, "output_activations": None}
+    if float8.writes(codec):
+        return {"weights": float8.weights(), **others, "format": float8.FORMAT}
+    if not isinstance(codec, IntK):
+        return None
+    weights = {"num_bits": codec.bits, "type": "int", "symmetric": codec.symmetric, "dynamic": False,
+               "strategy": "channel" if codec.group == -1 else "group",
+               "group_size": None if codec.group == -1 else codec.group}
+    return {"weights": weights, **others, "format": PACKED}
 
 
 # the file's tensors and the canonical planes --------------------------------------------------------------------------
@@ -289,28 +306,3 @@ def _order(g_idx: Raw | None, columns: int, codec: IntK, groups: int) -> torch.T
     if g_idx is None or bool((g_idx.tensor() == -1).all()):
         return None
     return order_of(g_idx, columns, codec.unit(columns), groups)
-
-
-def _read_int8(raws: dict[str, Raw], name: str) -> Entry:
-    """Take an int8 weight with one scale a row, or one in all, out of `raws`."""
-    weight = raws.pop(name)
-    expect(weight, ("I8",), 2)
-    scale, zero = take(raws, f"{name}_scale", weight), raws.pop(f"{name}_zero_point", None)
-    rows, columns = weight.shape
-    for raw, dtypes in ((scale, tuple(SCALES)), (zero, ("I8",))):
-        if raw is not None and (raw.dtype not in dtypes or raw.shape not in ((rows, 1), (1,), ())):
-            raise raw.refuse(f"{raw.dtype} {list(raw.shape)}, where {' or '.join(dtypes)} [{rows}, 1] or [1] was "
-                             "expected", "int8 weights with one scale a row are read")
-    codec = codec_of(8, -1, zero is None, scale)
-
-    def load() -> QTensor:
-        planes = {"codes": weight.tensor().view(torch.uint8) ^ 128, "scales": _column(scale.finite(), rows)}
-        if zero is not None:
-            planes["zeros"] = _column(zero.tensor().reshape(-1, 1).view(torch.uint8) ^ 128, rows)
-        return QTensor(codec, (rows, columns), planes)
-
-    return Entry(name, (rows, columns), codec, load)
-
-
-def _column(values: torch.Tensor, rows: int) -> torch.Tensor:
-    return values.reshape(-1, 1).expand(rows, 1).contiguous()

@@ -1,24 +1,19 @@
 """LoRA adapters: a directory of peft's, or a GGUF file of llama.cpp's. Both hold, for some weights W, a and b of
 W + scale * b @ a; they differ in names, in the order of rows and in how they say the scale.
 
-peft: adapter_config.json says rank and alpha (by pattern, if it likes), adapter_model.safetensors has
-`base_model.model.<module>.lora_A.weight` `[rank, in]` and `lora_B.weight` `[out, rank]`; of an embedding `[vocabulary,
-width]` `lora_embedding_A` `[rank, vocabulary]` and `lora_embedding_B` `[width, rank]`.
-
-GGUF: `general.type` "adapter", `adapter.type` "lora", `adapter.lora.alpha`; `<weight>.lora_a` and `<weight>.lora_b`
-under GGUF's names, rows of b in the file's order; of the embedding a is `[vocabulary, rank]` and b `[width, rank]`. The
-scale is alpha / rank, or 1 where alpha is 0. https://github.com/ggml-org/llama.cpp/pull/8332
+peft's layout is in `peft`. GGUF: `general.type` "adapter", `adapter.type` "lora", `adapter.lora.alpha`;
+`<weight>.lora_a` and `<weight>.lora_b` under GGUF's names, rows of b in the file's order; of the embedding a is
+`[vocabulary, rank]` and b `[width, rank]`. The scale is alpha / rank, or 1 where alpha is 0.
+https://github.com/ggml-org/llama.cpp/pull/8332
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,53 +21,24 @@ import numpy as np
 
 from fewbits import arch, codecs
 from fewbits.arch import Architecture, Tensor, rows
-from fewbits.codecs.floats import F32, Float
-from fewbits.containers import gguf_file
+from fewbits.codecs.floats import Float
+from fewbits.containers import gguf_file, peft
 from fewbits.containers.base import check_output, flat_bytes, remove, sync
-from fewbits.containers.directory import FLOATS, read_json, write_json
 from fewbits.containers.gguf_config import get
 from fewbits.containers.gguf_file import GgufFile, Spec, Value
-from fewbits.containers.safetensors import Raw, SafeTensors, Writer
+from fewbits.containers.peft import Lora, Pair, float_tensor, transposed
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 ENDS = (".lora_a", ".lora_b")  # in GGUF
 ALPHA = "adapter.lora.alpha"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """What is added to one weight `[out, in]`: scale * b @ a."""
-
-    a: QTensor  # [rank, in], floats
-    b: QTensor  # [out, rank], floats
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    def delta(self) -> torch.Tensor:
-        return self.scale * self.b.dequantize() @ self.a.dequantize()
-
-
-@dataclass(frozen=True)
-class Lora:
-    """An adapter: pairs by the Transformers name of their weight."""
-
-    path: Path
-    pairs: dict[str, Pair]
-    base: str = ""  # what it was trained on, as the adapter calls it
 
 
 def is_adapter(path: Path) -> bool:
     """Whether `path` is a LoRA adapter in either layout."""
     if path.is_dir():
-        return (path / CONFIG).is_file()
+        return (path / peft.CONFIG).is_file()
     with open(path, "rb") as file:
         if file.read(4) != gguf_file.MAGIC:
             return False
@@ -89,7 +55,7 @@ def read_lora(path: Path, config: dict[str, Any]) -> Lora:
     if family is None or not family.gguf:
         raise FewbitsError(f"{path}: GGUF has no names for the base model; there are {arch.goes_to_gguf()}")
     config = arch.complete(family, config)
-    lora = _read_peft(path) if path.is_dir() else _read_gguf(path, family, config)
+    lora = peft.read_plain(path) if path.is_dir() else _read_gguf(path, family, config)
     table = _table(family, config)
     for name, pair in lora.pairs.items():
         if name not in table:
@@ -117,12 +83,13 @@ def write_lora(lora: Lora, out: Path, config: dict[str, Any], to: str) -> None:
         if to == "gguf-lora":
             _write_gguf(lora, partial, family, arch.complete(family, config))
         else:
-            _write_peft(lora, partial, arch.complete(family, config))
+            peft.write(lora, partial, {n for n in lora.pairs if _is_embedding(n, config)},
+                       any(w.transposed for w in family.weights))
 
 
-def to_gguf(peft: Path, config: dict[str, Any], out: Path) -> Lora:
+def to_gguf(source: Path, config: dict[str, Any], out: Path) -> Lora:
     """Write the peft directory's adapter as a GGUF file; `config` is the base model's configuration."""
-    write_lora(read_lora(peft, config), out, config, "gguf-lora")
+    write_lora(read_lora(source, config), out, config, "gguf-lora")
     return read_lora(out, config)
 
 
@@ -150,94 +117,6 @@ def _table(family: Architecture, config: dict[str, Any]) -> dict[str, Tensor]:
     """The matrices that an adapter can change, by their Transformers name."""
     return {t.hf: t for t in arch.tensors(family, config) if len(t.dims) == 2 and all(
         op.packed and not isinstance(op, rows.Every) for op in t.ops)}
-
-
-def _turned(tensor: QTensor) -> QTensor:
-    (data,) = tensor.planes.values()
-    return QTensor(tensor.codec, tensor.shape[::-1], {"data": data.T.contiguous()})
-
-
-# peft ---------------------------------------------------------------------------------------------------------------
-def _read_peft(path: Path) -> Lora:
-    settings = read_json(path / CONFIG)
-
-    def refuse(key: str) -> FewbitsError:
-        return FewbitsError(f"{path / CONFIG}: {key} is {settings.get(key)!r}; a plain LoRA is expected",
-                            "merge it into its base model instead")
-
-    if settings.get("peft_type") != "LORA":
-        raise refuse("peft_type")
-    for key in ("use_dora", "modules_to_save", "lora_bias", "alora_invocation_tokens", "trainable_token_indices"):
-        if settings.get(key):
-            raise refuse(key)
-    if settings.get("bias", "none") != "none":
-        raise refuse("bias")
-    if not (path / WEIGHTS).is_file():
-        raise FewbitsError(f"{path}: has no {WEIGHTS}", "save the adapter with safe_serialization=True")
-    halves: dict[str, dict[str, QTensor]] = {}
-    for name, raw in SafeTensors(path / WEIGHTS).tensors.items():
-        end = next((e for e in (*LINEAR, *EMBEDDING) if name.endswith(e)), None)
-        if end is None or not name.startswith(PREFIX):
-            raise raw.refuse("is no half of a LoRA pair", "merge the adapter into its base model instead")
-        module, tensor = name[len(PREFIX):-len(end)], _tensor(raw)
-        # of an embedding, what is added is turned: the transposed B stands for a, the transposed A for b
-        half = "ab"[(*LINEAR, *EMBEDDING[::-1]).index(end) % 2]
-        halves.setdefault(module, {})[half] = _turned(tensor) if end in EMBEDDING else tensor
-    pairs = {}
-    for module, both in halves.items():
-        if both.keys() != {"a", "b"}:
-            raise FewbitsError(f"{path / WEIGHTS}: {module} has one half of its LoRA pair")
-        pairs[f"{module}.weight"] = Pair(both["a"], both["b"], _scale(path, settings, module, both["a"].shape[0]))
-    return Lora(path, pairs, str(settings.get("base_model_name_or_path") or ""))
-
-
-def _tensor(raw: Raw) -> QTensor:
-    if raw.dtype not in FLOATS or len(raw.shape) != 2 or 0 in raw.shape:
-        raise raw.refuse(f"{raw.dtype} {list(raw.shape)}; a matrix of floats is expected")
-    return QTensor(FLOATS[raw.dtype], raw.shape, {"data": raw.tensor()})
-
-
-def _scale(path: Path, settings: dict[str, Any], module: str, rank: int) -> float:
-    patterns = settings.get("alpha_pattern") or {}
-    try:
-        alpha = next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module)), settings["lora_alpha"])
-        scale = float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise FewbitsError(f"{path / CONFIG}: no lora_alpha for {module} ({error})") from None
-    if not math.isfinite(scale):
-        raise FewbitsError(f"{path / CONFIG}: the scale of {module} is {scale}")
-    return scale
-
-
-def _write_peft(lora: Lora, path: Path, config: dict[str, Any]) -> None:
-    path.mkdir()
-    ranks = Counter(pair.rank for pair in lora.pairs.values())
-    rank = ranks.most_common(1)[0][0]
-    alphas = {name: pair.scale * pair.rank for name, pair in lora.pairs.items()}
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    tensors: dict[str, QTensor] = {}
-    for name, pair in lora.pairs.items():
-        module = PREFIX + name.removesuffix(".weight")
-        embedding = _is_embedding(name, config)
-        both = (_turned(pair.b), _turned(pair.a)) if embedding else (pair.a, pair.b)
-        tensors |= {module + end: half for end, half in zip(EMBEDDING if embedding else LINEAR, both, strict=True)}
-    with Writer(path / WEIGHTS, {k: (t.codec.name, t.shape) for k, t in tensors.items()}, {"format": "pt"}) as out:
-        for name, tensor in tensors.items():
-            out.write(name, tensor.planes["data"])
-    modules = {name.removesuffix(".weight"): pair for name, pair in lora.pairs.items()}
-    family = arch.lookup(config)
-    write_json(path / CONFIG, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": lora.base or None, "bias": "none",
-        "r": rank, "lora_alpha": _plain(alpha), "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
-        "fan_in_fan_out": family is not None and any(w.transposed for w in family.weights), "inference_mode": True,
-        "target_modules": sorted(modules), "modules_to_save": None,
-        "rank_pattern": {re.escape(m): p.rank for m, p in modules.items() if p.rank != rank},
-        "alpha_pattern": {re.escape(m): _plain(alphas[f"{m}.weight"]) for m in modules
-                          if alphas[f"{m}.weight"] != alpha}})
-
-
-def _plain(value: float) -> float | int:
-    return int(value) if value == int(value) else value
 
 
 def _is_embedding(name: str, config: dict[str, Any]) -> bool:
@@ -274,7 +153,7 @@ def _read_gguf(path: Path, family: Architecture, config: dict[str, Any]) -> Lora
             raise FewbitsError(f"{path}: {weight} has one half of its LoRA pair")
         a, b = (_stored(file, both[half]) for half in "ab")
         if _is_embedding(table[weight].hf, config):
-            a, b = _turned(b), a
+            a, b = transposed(b), a
         rank = a.shape[0]
         if b.shape[1] != rank:
             raise FewbitsError(f"{path}: {weight}: a {list(both['a'].shape)} and b {list(both['b'].shape)} have no "
@@ -296,11 +175,7 @@ def _stored(file: GgufFile, spec: Spec) -> QTensor:
     (name, (dtype, size)), = codec.planes(spec.shape).items()
     plane = torch.from_numpy(file.data(spec)).view(getattr(torch, dtype)).view(size)
     tensor = QTensor(codec, spec.shape, {name: plane})
-    return tensor if isinstance(codec, Float) else _float(tensor.dequantize())
-
-
-def _float(values: torch.Tensor) -> QTensor:
-    return QTensor(F32, tuple(values.shape), {"data": values})
+    return tensor if isinstance(codec, Float) else float_tensor(tensor.dequantize())
 
 
 def _write_gguf(lora: Lora, path: Path, family: Architecture, config: dict[str, Any]) -> None:
@@ -317,10 +192,10 @@ def _write_gguf(lora: Lora, path: Path, family: Architecture, config: dict[str, 
         pair = lora.pairs[tensor.hf]
         a, b = pair.a, pair.b
         if alphas[tensor.hf] != alpha:
-            b = _float(b.dequantize() * (alphas[tensor.hf] / alpha))
+            b = float_tensor(b.dequantize() * (alphas[tensor.hf] / alpha))
         b = rows.apply(tensor.ops, b)
         if _is_embedding(tensor.hf, config):
-            a, b = b, _turned(a)
+            a, b = b, transposed(a)
         for end, half in zip(ENDS, (a, b), strict=True):
             specs.append(Spec(tensor.gguf + end, half.shape, half.codec.name))
             data.append(flat_bytes(half.planes["data"]).numpy())

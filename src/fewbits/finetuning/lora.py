@@ -94,7 +94,8 @@ def finetune(model: str | Path | Checkpoint, out: str | Path, *, data: str | Pat
 
 
 def prepared(data: str | Path | Sequence[Example], source: Checkpoint,
-              settings: Settings) -> tuple[Data, tuple[str, ...]]:
+             settings: Settings) -> tuple[Data, tuple[str, ...]]:
+    """The examples that `data` says, for this model, and what differs from what was asked."""
     if isinstance(data, Data):
         return data, ()
     if not isinstance(data, (str, Path)):
@@ -105,6 +106,7 @@ def prepared(data: str | Path | Sequence[Example], source: Checkpoint,
 
 
 def digest(data: Data) -> str:
+    """SHA-256 of all tokens and labels."""
     found = hashlib.sha256()
     for example in data.examples:
         for tensor in (example.input_ids, example.labels):

@@ -15,7 +15,7 @@ from fewbits.quantizing import quantize
 from fewbits.recipe import ModelFacts
 from fewbits.recipe.patterns import parse
 from fewbits.runtime.build import tokenizer_of
-from fewbits.zeroshot import recipe_of, skipped
+from fewbits.zeroshot import is_asked, recipe_of, skipped
 
 LENGTH = 2048  # tokens of a text that are taken
 
@@ -26,11 +26,12 @@ def calibrated(source: Checkpoint, asked: FewbitsConfig, out: Path) -> Checkpoin
     facts = ModelFacts.of(source)
     recipe = recipe_of(asked.recipe, facts)
     overrides = [f"{o.pattern}={o.codec.name}" for o in parse(asked.overrides)]
-    overrides += [f"{name}={source.entries[name].codec.name}" for name in sorted(skipped(asked.skip, source.entries))]
+    matrices = {n: e.codec for n, e in source.entries.items() if len(e.shape) > 1}
+    overrides += [f"{name}={matrices[name].name}" for name in sorted(skipped(asked.skip, matrices))]
     container = None if recipe.container != "gguf" else "fewbits"
     result = quantize(source, out, recipe, solver=asked.solver, calibration=_calibration(source, asked),
                       overrides=overrides, container=container)
-    tell(result.notes)
+    tell(note for note in result.notes if not is_asked(note))
     return containers.open(result.path)
 
 

@@ -25,11 +25,12 @@ from fewbits.errors import FewbitsError
 from fewbits.hf import saving
 from fewbits.hf.config import METHOD, FewbitsConfig
 from fewbits.hf.stored import Stored
-from fewbits.loading import QUANTIZED, prepare, threshold, tie
+from fewbits.loading import prepare, threshold, tie
 from fewbits.notes import tell
 from fewbits.recipe import Choice, ModelFacts
 from fewbits.recipe.facts import float_of
-from fewbits.runtime.linear import QEmbedding, QLinear, packed
+from fewbits.runtime.linear import QEmbedding, QLinear, holds_packed, packed
+from fewbits.runtime.shown import show_types
 
 
 @register_quantizer(METHOD)
@@ -72,7 +73,7 @@ class FewbitsQuantizer(HfQuantizer):
 
         def held(name: str) -> bool:
             owner, _, leaf = names.get(name, "").rpartition(".")
-            return leaf == "weight" and isinstance(model.get_submodule(owner), QUANTIZED)
+            return leaf == "weight" and holds_packed(model.get_submodule(owner))
 
         plan = zeroshot.plan(self.asked.wish, facts, model, held, self.asked.calibration is not None)
         tell(plan.notes)
@@ -124,6 +125,7 @@ class FewbitsQuantizer(HfQuantizer):
     # after loading --------------------------------------------------------------------------------------------------
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         tie(model)
+        show_types(model, self.dtype)
         self.conversions = model._weight_conversions
         if self.stored:
             vars(model)["checkpoint"] = self.stored.checkpoint

@@ -11,7 +11,7 @@ from transformers.core_model_loading import Concatenate, WeightConverter, Weight
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.floats import Float
 from fewbits.containers import experts
-from fewbits.loading import QUANTIZED
+from fewbits.runtime.linear import holds_packed
 from fewbits.runtime.places import Place, Places
 
 Make = Callable[[nn.Module, str, Any], nn.Parameter]
@@ -48,7 +48,7 @@ class Stored:
         """Load the parameter `name` into its module, packed where there is a layer for that; and return it."""
         parts = self.parts[name]
         entry, place = parts[0]
-        if place.leaf == "weight" and isinstance(place.module, QUANTIZED):
+        if place.leaf == "weight" and holds_packed(place.module):
             return self.make(self.model, name, entry.load())
         self.places.fill([e for e, _ in parts], dtype)
         found: nn.Parameter = getattr(place.module, place.leaf)

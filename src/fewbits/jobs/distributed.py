@@ -68,6 +68,9 @@ class Ranks:
             for tensor in (part.moment, part.drift):
                 if tensor is not None:
                     self._sum(tensor.mul_(mine / max(1, all_)))
+            if part.peak is not None:
+                with _talking():
+                    dist.all_reduce(part.peak, dist.ReduceOp.MAX)
             part.count = all_
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:

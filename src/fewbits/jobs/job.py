@@ -62,6 +62,7 @@ class Job:
         self._log(event="resumes" if self.records else "begins", tensors=len(self.choices), solved=len(self.records))
         self._check()
         walk = None if calibration is None else self._walk(calibration)
+        self._blind({name for names in walk.names for name in names} if walk else set())
         solving = [n for n, c in self.choices.items() if c.solver]
         self.total += sum(self._cost(n) for n in solving)
         inside: set[str] = set()
@@ -95,6 +96,14 @@ class Job:
         for name in self.kept:
             codec = self.source.entries[name].codec
             self.choices[name] = replace(self.choices[name], codec=codec, solver=None, transposed=False)
+
+    def _blind(self, inside: set[str]) -> None:
+        """Layers outside of the blocks that are walked: nothing is known of their inputs, nor can their codec ask for
+        anything."""
+        for name, choice in self.choices.items():
+            if name not in inside and choice.codec.blind != choice.codec:
+                self.choices[name] = replace(choice, codec=choice.codec.blind)
+                self.kept[name] = f"{choice.codec.blind.name} instead of {choice.codec.name}: it lies in no block"
 
     # blocks ---------------------------------------------------------------------------------------------------------
     def _walk(self, calibration: Calibration) -> Walk:
@@ -198,11 +207,24 @@ class Job:
         solved = solvers.solve_together(weights, codec, solver, statistics)
         seconds = (time.monotonic() - began) / sum(w.numel() for w in weights)
         for name, weight, (q, loss) in zip(names, weights, solved, strict=True):
+            if codec.blind != codec:
+                q = self._calibrated(name, q, statistics)
             if name not in self.records:
                 error = solvers.loss(weight, q, statistics) if loss is None else loss
                 self._put(name, q, {"solver": solver, "error": error,
                                     "error_of": "weights" if statistics is None else "outputs",
                                     "seconds": seconds * weight.numel()})
+
+    def _calibrated(self, name: str, q: QTensor, statistics: Known | None) -> QTensor:
+        """With what the codec wants to hold of the layer's inputs.
+
+        Raises:
+            FewbitsError: nothing is known of them.
+        """
+        if statistics is None or isinstance(statistics, Diagonal):
+            raise FewbitsError(f"{name} as {q.codec.name}: no calibration input reached it",
+                               f"calibrate on inputs that use it, or --override '{name}={q.codec.blind.name}'")
+        return replace(q, planes=q.codec.calibrated(q.planes, statistics.peaks))
 
     def _solver(self, name: str, statistics: Known | None) -> str:
         """The tensor's solver; a search where that needs second moments and there are none."""

@@ -20,9 +20,11 @@ __all__ = ["Choice", "Fact", "ModelFacts", "PRESETS", "Overrides", "Recipe", "ge
 
 # shown in lists, from few bits to many; any codec's name is a recipe too
 PRESETS = ("Q2_K", "int3-g32-asym", "Q3_K_M", "kmeans4", "IQ4_XS", "Q4_K_M", "Q4_0", "int4-g128", "nf4", "nf4-dq",
-           "nf4-b128", "fp4", "Q5_0", "Q5_K_M", "Q6_K", "Q8_0", "int8", "fp8-e4m3-b128", "f16", "bf16", "f32")
+           "nf4-b128", "fp4", "Q5_0", "Q5_K_M", "Q6_K", "Q8_0", "int8", "w8a8", "w8a8-static", "fp8-e4m3-b128", "f16",
+           "bf16", "f32")
 CONTAINERS = {"ggml": ("gguf", "mxfp4", "fewbits"), "int": ("gptq", "awq", "compressed-tensors", "fewbits"),
               "table": ("bitsandbytes", "fewbits"), "int8": ("bitsandbytes", "fewbits"), "codebook": ("fewbits",),
+              "w8a8": ("compressed-tensors", "fewbits"),
               "fp8": ("compressed-tensors", "fewbits"), "fp8-tiles": ("fp8", "fewbits"), "fp8-e5m2": ("fewbits",),
               "float": ("transformers", "gguf", "fewbits")}  # by family; the first is the default
 DEFAULT_SOLVER = "search"

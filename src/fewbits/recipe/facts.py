@@ -145,6 +145,10 @@ def _expert(entry: Entry) -> str:
 def _roles(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
     from fewbits.recipe import targets
     from fewbits.runtime.build import empty_model
+    from fewbits.runtime.places import Places
 
     model = empty_model(checkpoint.config, str(checkpoint.path)) if model is None else model
-    return targets.match(targets.roles(model), set(checkpoint.entries))
+    own, names = targets.roles(model), set(checkpoint.entries)
+    found, places = targets.match(own, names), Places(model, checkpoint)
+    renamed = {name: places.renamed(name) for name in sorted(names - found.keys())}
+    return found | {name: own[new] for name, new in renamed.items() if new in own}

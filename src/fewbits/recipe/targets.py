@@ -11,7 +11,10 @@ from fewbits.lazy import torch, transformers
 def roles(model: Any) -> dict[str, str]:
     """Name of a weight -> "linear", "conv1d" (GPT-2's, `[in, out]`), "embedding", "output", of those that are one."""
     out = {}
+    bare = torch.nn.modules.linear.NonDynamicallyQuantizableLinear  # MultiheadAttention multiplies by its weight itself
     for name, module in model.named_modules():
+        if isinstance(module, bare):
+            continue
         if isinstance(module, torch.nn.Linear):
             out[f"{name}.weight"] = "linear"
         elif isinstance(module, transformers.pytorch_utils.Conv1D):

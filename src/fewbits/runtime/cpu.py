@@ -97,8 +97,20 @@ def multiply(matrices: Sequence[Matrix], x: torch.Tensor, biases: Sequence[torch
     return outs
 
 
+def far_columns(x: torch.Tensor, threshold: float | None) -> torch.Tensor:
+    """The columns of `x` `[n, in]` with a magnitude of at least `threshold`; none where that is None or 0."""
+    if not threshold or not len(x):
+        return torch.empty(0, dtype=torch.long, device=x.device)
+    return (x.abs().amax(0) >= threshold).nonzero()[:, 0]
+
+
 class Native:
-    """A prepared weight `[out, in]`, or a stack of them `[experts, out, in]`."""
+    """A prepared weight `[out, in]`, or a stack of them `[experts, out, in]`.
+
+    Of `int8`, columns of activations that reach `outliers` are multiplied in floating point; None or 0: none are.
+    """
+
+    outliers: float | None = OUTLIER
 
     def __init__(self, q: QTensor, dtype: torch.dtype):
         f = form(q.codec)
@@ -171,7 +183,7 @@ class Native:
             bias = bias.detach().float().contiguous()
         if self.codec.family != "int8" or not len(x):
             return multiply([m], x.contiguous(), [bias])[0]
-        far = (x.abs().amax(0) >= OUTLIER).nonzero()[:, 0]
+        far = far_columns(x, self.outliers)
         if not len(far):
             return multiply([m], x.contiguous(), [bias])[0]
         near = x.index_fill(1, far, 0.0)

@@ -66,6 +66,9 @@ def _compile(checkpoint: Checkpoint) -> Decoder:
     config = families.settings(checkpoint, family, table)
     if head_dim(config) > _native.WIDEST_HEAD:
         raise Unsupported(f"{checkpoint.path}: no native decoder for heads of {head_dim(config)} columns")
+    if any(e.codec.family == "w8a8" for e in checkpoint.entries.values()):
+        raise Unsupported(f"{checkpoint.path}: no native decoder for activations rounded as w8a8 says",
+                          "fewbits.load() runs it")
     tensors = _Tensors(checkpoint, table, config)
     rotations = _rotations(family, config, checkpoint.path)
     plan = _native.Plan(widths=_widths(config, table.experts), layers=config["num_hidden_layers"],

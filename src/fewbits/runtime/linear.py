@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.reference import Prepared
 
@@ -43,6 +45,12 @@ class _Packed(nn.Module):
             self.register_buffer(f"plane_{name}", prepared.planes[name])
         self.prepared = prepared
 
+    def show(self, dtype: torch.dtype) -> None:
+        """Have an empty weight of a float type, for those who look at the type of it; the codes become a buffer."""
+        if not self.weight.is_floating_point():
+            self.register_buffer(f"plane_{next(iter(self.prepared.planes))}", self.weight.data)
+            self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+
     @property
     def q(self) -> QTensor:
         """The weight in its codec's layout."""
@@ -59,6 +67,9 @@ class QLinear(_Packed, nn.Linear):
         self.register_parameter("bias", bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not input.is_floating_point():
+            raise FewbitsError(f"activations of {input.dtype} for packed weights {list(self.prepared.shape)}",
+                               "was this type taken from the layer's weight?")
         if not torch.is_grad_enabled():
             return self.prepared.matmul(input, self.bias)
         return _Product.apply(input, self.bias, self.prepared)
@@ -85,6 +96,12 @@ class QEmbedding(_Packed, nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, codec={self.prepared.codec.name}"
+
+
+def holds_packed(module: nn.Module) -> bool:
+    """Whether `packed` has a form for a module; not for attention's that multiplies by its layer's weight itself."""
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) and not isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def packed(prepared: Prepared, like: nn.Module) -> QLinear | QEmbedding:

@@ -121,4 +121,4 @@ class Passes:
 
 def output(module: nn.Module, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     y = module(x, **arguments)
-    return y[0] if isinstance(y, tuple) else y
+    return y[0] if isinstance(y, (tuple, list)) else y

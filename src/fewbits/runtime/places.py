@@ -107,6 +107,14 @@ class Places:
                 name = next(n for n, m in self.model.named_modules() if m is module)
                 raise FewbitsError(f"{self.checkpoint.path}: a part of {name}.{leaf} is missing")
 
+    def fill_scalars(self, dtype: torch.dtype) -> None:
+        """Parameters of one number (CLIP's `logit_scale`), which checkpoints carry as they are."""
+        for name, buffer in self.checkpoint.buffers.items():
+            owner, _, leaf = self.renamed(name).rpartition(".")
+            meant = self._parameters.get(self.renamed(name))
+            if meant is not None and not buffer.shape:
+                Place(self.model.get_submodule(owner), leaf).put(buffer.load().to(dtype))
+
     def put(self, entry: Entry, dtype: torch.dtype) -> Place:
         """Decode one entry into its place."""
         place, tensor = self.of(entry), entry.load()
@@ -119,7 +127,7 @@ class Places:
         return place
 
     def _find(self, entry: Entry) -> Place | None:
-        for name in (entry.name, self._renamed(entry.name)):
+        for name in (entry.name, self.renamed(entry.name)):
             owner_name, _, leaf = name.rpartition(".")
             try:
                 owner = self.model.get_submodule(owner_name)
@@ -138,7 +146,7 @@ class Places:
 
     def _find_fused(self, entry: Entry) -> Place | None:
         one = experts.ONE.fullmatch(entry.name)
-        name = self._renamed(experts.stack_of(entry.name))
+        name = self.renamed(experts.stack_of(entry.name))
         for ending, (target, part) in self._fused.items():
             if name.endswith(ending):
                 owner, _, leaf = (name.removesuffix(ending) + target).rpartition(".")
@@ -176,7 +184,7 @@ class Places:
                     found[source.replace(".*.", ".")] = c.target_patterns[0], (i, len(c.source_patterns))
         return found
 
-    def _renamed(self, name: str) -> str:
+    def renamed(self, name: str) -> str:
         """What Transformers calls a tensor that files know under another name: an older one, or without a prefix."""
         from transformers.core_model_loading import WeightRenaming, rename_source_key
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from functools import partial
+
 from fewbits.calibration.sources import Calibration
 from fewbits.checkpoint import Checkpoint
 from fewbits.containers import experts
@@ -9,12 +13,14 @@ from fewbits.containers.base import Progress
 from fewbits.errors import FewbitsError
 from fewbits.jobs.distributed import Ranks
 from fewbits.jobs.store import Store
+from fewbits.lazy import torch
 from fewbits.recipe import Choice
-from fewbits.transforms import awq
+from fewbits.transforms import awq, smoothquant
 from fewbits.transforms.scaling import scaled
 from fewbits.transforms.sites import sites
 
-TRANSFORMS = {"awq": awq.scales}  # each finds the scales of a model's sites
+# each finds the scales of a model's sites; `smoothquant:0.8` says another alpha than its own
+TRANSFORMS = {"awq": awq.scales, "smoothquant": smoothquant.scales}
 
 __all__ = ["TRANSFORMS", "apply", "check"]
 
@@ -25,9 +31,19 @@ def check(name: str, source: Checkpoint) -> None:
     Raises:
         FewbitsError: it is not, or does not.
     """
-    if name not in TRANSFORMS:
-        raise FewbitsError(f"unknown transform {name!r}", "one of: " + ", ".join(TRANSFORMS))
+    _named(name)
     sites(source)
+
+
+def _named(name: str) -> Callable[..., dict[str, torch.Tensor]]:
+    kind, colon, alpha = name.partition(":")
+    if kind not in TRANSFORMS or (colon and kind != "smoothquant"):
+        raise FewbitsError(f"unknown transform {name!r}", "one of: " + ", ".join(TRANSFORMS))
+    if not colon:
+        return TRANSFORMS[kind]
+    if not re.fullmatch(r"0?\.\d+|0|1(\.0+)?", alpha):
+        raise FewbitsError(f"transform {name}: alpha {alpha!r}", "a number from 0 to 1: smoothquant:0.8")
+    return partial(smoothquant.scales, alpha=float(alpha))
 
 
 def apply(name: str, source: Checkpoint, choices: list[Choice], calibration: Calibration,
@@ -48,7 +64,7 @@ def apply(name: str, source: Checkpoint, choices: list[Choice], calibration: Cal
     if known is None:
         by_name = {experts.stack_of(c.name): c for c in choices}
         batches = ranks.share(calibration.batches)
-        known = ranks.broadcast(save(TRANSFORMS[name](source, found, by_name, batches, progress, ranks.combine)))
+        known = ranks.broadcast(save(_named(name)(source, found, by_name, batches, progress, ranks.combine)))
         if store:
             store.write(name, known)
     scales = load(known)

@@ -1,0 +1,69 @@
+"""Products of int8 weights and activations rounded to int8, a scale a row: integers until the very end.
+
+`w8a8` rounds activations as its files say: by a scale for each token, or by the layer's own. `int8` is LLM.int8()
+(Dettmers et al., 2022) to the letter; the native kernel is quicker there, and rounds finer.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fewbits.codecs.affine import Int8
+from fewbits.codecs.w8a8 import SPAN, TOP, W8A8
+from fewbits.errors import FewbitsError
+from fewbits.qtensor import QTensor
+from fewbits.runtime.cpu import OUTLIER, far_columns
+from fewbits.runtime.reference import Prepared, _Decode
+
+
+class _Rowwise(_Decode):
+    """Of `int8`, columns of activations that reach `outliers` are multiplied in floating point; None or 0: none are."""
+
+    outliers: float | None = OUTLIER
+
+    def __init__(self, q: QTensor, dtype: torch.dtype):
+        super().__init__(q, dtype)
+        planes, w8a8 = q.planes, isinstance(q.codec, W8A8)
+        self.codes = planes["codes"]  # int8 [out, in]
+        self.scales = planes["scales"].float().view(-1) if w8a8 else planes["absmax"].view(-1) * Int8.STEP  # [out]
+        self.zeros = planes["zeros"].int().view(-1) if "zeros" in planes else None  # [out]
+        self.inputs = planes["inputs"][0] if "inputs" in planes else None  # [1]
+        self.thresholded, self.span = not w8a8, SPAN if w8a8 else float(TOP)
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows, columns = self.shape
+        if x.shape[-1] != columns:
+            raise FewbitsError(f"activations of {x.shape[-1]} columns, a weight of {columns}")
+        flat = x.detach().reshape(-1, columns).float()
+        far = far_columns(flat, self.outliers if self.thresholded else None)
+        near = flat.index_fill(1, far, 0.0) if len(far) else flat
+        codes, scales = self._rounded(near)
+        sums = torch._int_mm(codes, self.codes.t())  # int32 [n, out]
+        if self.zeros is not None:
+            sums = sums - codes.sum(1, dtype=torch.int32)[:, None] * self.zeros
+        out = sums.float().mul_(scales).mul_(self.scales)
+        if len(far):
+            out.addmm_(flat[:, far], (self.codes[:, far].float() * self.scales[:, None]).t())
+        if bias is not None:
+            out += bias.detach().float()
+        return out.view(*x.shape[:-1], rows).to(x.dtype)
+
+    def _rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 codes of `x` `[n, in]`, and their scales `[n, 1]` or `[1]`."""
+        scales = x.abs().amax(1, keepdim=True) / self.span if self.inputs is None else self.inputs
+        codes = (x / scales).nan_to_num_(0.0).round_().clamp_(-1 - TOP, TOP)  # 0 / 0 where all of a row is zero
+        return codes.to(torch.int8), scales
+
+
+class Rowwise:
+    """Activations rounded to int8, a scale a row of them or one for all; weights as they are."""
+
+    name = "rowwise"
+
+    def supports(self, q: QTensor, device: torch.device) -> str | None:
+        if not isinstance(q.codec, (Int8, W8A8)):
+            return f"{q.codec.name} has no scale for each row alone, or not of 8 bits"
+        return None if len(q.shape) == 2 and 0 not in q.shape else f"{list(q.shape)} is no matrix"
+
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
+        return _Rowwise(q, dtype)
