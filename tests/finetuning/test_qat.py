@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import fewbits
 from fewbits import containers
@@ -138,6 +139,30 @@ def test_a_killed_run_goes_on_to_the_same_bytes(scales: str, tiny: Path, start: 
     resumed = trained("b", lambda what, done, total: steps.append(done) if what.startswith("fine-tuning") else None)
     assert min(steps) > 2
     assert weights(resumed.path) == weights(unbroken)
+
+
+@pytest.mark.parametrize(("kind", "config"), [(transformers.GPT2LMHeadModel, transformers.GPT2Config),
+                                              (transformers.OpenAIGPTLMHeadModel, transformers.OpenAIGPTConfig)])
+def test_weights_that_files_hold_transposed(kind: Any, config: Any, tiny: Path, tmp_path: Path,
+                                            seen: list[Any]) -> None:
+    """Square ones among them; of a family that the table has and of one that it has not."""
+    torch.manual_seed(0)
+    folder = tmp_path / "gpt"
+    kind(config(n_embd=64, n_layer=2, n_head=2, n_positions=64, vocab_size=300, bos_token_id=1, eos_token_id=2,
+                initializer_range=0.2)).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tiny / file).read_bytes())
+    data = [Example(ids, ids) for ids in torch.randint(5, 200, (8, 32), generator=torch.Generator().manual_seed(0))]
+    found = qat(folder, tmp_path / "out", "int8-g64", data=data, settings=replace(FEW, rate=1e-6), container="fewbits")
+    fakes = {n: m for n, m in seen[0].named_modules() if isinstance(m, Fake)}
+    original = kind.from_pretrained(folder)
+    assert len(fakes) == 8
+    for name, fake in fakes.items():
+        weight = original.get_submodule(name).weight.T
+        assert float((fake.latent * fake.level - weight).norm() / weight.norm()) < 0.05, name
+    ids = torch.arange(30)[None] + 5
+    with torch.no_grad():
+        assert torch.allclose(load(found.path, kernel="decoded")(ids).logits, seen[0](ids).logits, atol=1e-5)
 
 
 def test_without_a_start_one_is_made_on_the_data(tiny: Path, english: Path, tmp_path: Path,

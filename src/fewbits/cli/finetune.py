@@ -36,8 +36,9 @@ def command(
     warm_up: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the steps in which the rate rises: "
                                                                      "0.03; with --qat 0.1.")] = None,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of the adapter.")] = 0.0,
-    optimizer: Annotated[str, typer.Option(help="By Transformers' names: adamw_torch, adamw_torch_8bit, "
-                                                "paged_adamw_8bit, …; the latter need a library.")] = "adamw_torch",
+    optimizer: Annotated[str | None, typer.Option(
+        help="By Transformers' names: adamw_torch, adafactor; adamw_torch_8bit, paged_adamw_8bit, … need a library. "
+             "adamw_torch; with --qat adamw_torch_fused.")] = None,
     dtype: Annotated[str, typer.Option(help="Of activations: float32 or bfloat16.")] = "float32",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory: compute activations twice.")] =
         False,
@@ -77,7 +78,8 @@ def command(
     settings = Settings(epochs=epochs, steps=steps, batch=batch, accumulation=accumulation, length=length,
                         rate=usual.rate if rate is None else rate, schedule=schedule,
                         warm_up=usual.warm_up if warm_up is None else warm_up, weight_decay=weight_decay,
-                        optimizer=optimizer, seed=seed, dtype=dtype, checkpointing=checkpointing, held_out=held_out)
+                        optimizer=optimizer or usual.optimizer, seed=seed, dtype=dtype, checkpointing=checkpointing,
+                        held_out=held_out)
     names = tuple(n for n in targets.split(",") if n)
     lora = Lora(rank, alpha, dropout, names if len(names) > 1 else targets)
     if deploy is not None:

@@ -38,7 +38,7 @@ from fewbits.quantizing import quantize
 from fewbits.recipe import ModelFacts
 from fewbits.recipe import get as get_recipe
 
-SETTINGS = Settings(rate=2e-3, warm_up=0.1)  # rates are in levels of the codec
+SETTINGS = Settings(rate=2e-3, warm_up=0.1, optimizer="adamw_torch_fused")  # rates are in levels of the codec
 SCALES = ("learned", "refitted", "fixed")
 REFIT_EVERY = 100  # steps
 CALIBRATED = 64  # examples that the start is calibrated on, at most
