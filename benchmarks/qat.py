@@ -9,8 +9,8 @@ made again; a killed training goes on.
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,32 @@ import fewbits
 from fewbits.cli.common import quiet_libraries
 from fewbits.finetuning.qat import SETTINGS, qat
 
+Way = tuple[str, int, Path, Callable[[Path], Any]]  # its name, steps, where it goes, how it is made
 HEADER = ("recipe", "bytes", "made by", "steps", "seconds", "KL", "+-", "top-1 %", "perplexity")
 
 
-def made(out: Path, make: Any) -> float:
-    """Seconds that making it took, in this call or an earlier one."""
+def made(out: Path, make: Callable[[Path], Any]) -> float:
+    """Seconds that making it took, in this call or an earlier one; NaN where it was put there."""
     seconds = out.with_name(f"{out.name}.seconds")
     if not out.exists():
         began = time.monotonic()
         make(out)
-        seconds.write_text(json.dumps(time.monotonic() - began))
-    return float(json.loads(seconds.read_text()))
+        seconds.write_text(str(time.monotonic() - began))
+    return float(seconds.read_text()) if seconds.exists() else float("nan")
+
+
+def ways(args: Any, recipe: str) -> list[Way]:
+    """What is compared, in the order of making: the later ones begin at GPTQ's file."""
+    source, text = args.models / args.model, args.shared / "data/text/c4.txt"
+    stem = args.work / f"{args.model}-{recipe}"
+    gptq = Path(f"{stem}-gptq")
+    settings = replace(SETTINGS, steps=args.steps, batch=1, length=512, rate=args.rate, held_out=0.014)
+    return [("GPTQ", 0, gptq, lambda out: fewbits.quantize(source, out, recipe, calibration=text)),
+            ("finish quick", 100, Path(f"{stem}-finished"),
+             lambda out: fewbits.finish(gptq, out, source, calibration=text)),
+            ("QAT", args.steps, Path(f"{stem}-qat-{args.steps}-{args.rate:g}-{args.scales}"),
+             lambda out: qat(source, out, recipe, data=text, start=gptq, scales=args.scales, settings=settings,
+                             progress=told))]
 
 
 def size(path: Path) -> int:
@@ -48,28 +63,16 @@ def main() -> None:
     p.add_argument("--scales", default="learned")
     p.add_argument("--chunks", type=int, default=20, help="windows of 512 tokens of wikitext2-test")
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--start", type=Path, help="a folder of GPTQ's files by the recipes' names, where there is one")
     args = p.parse_args()
     quiet_libraries()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    source, text = args.models / args.model, args.shared / "data/text"
-    settings = replace(SETTINGS, steps=args.steps, batch=1, length=512, rate=args.rate)
-    rows: list[tuple[Any, ...]] = []
+    source, rows = args.models / args.model, list[tuple[Any, ...]]()
     for recipe in args.recipes:
-        stem = args.work / f"{args.model}-{recipe}"
-        gptq = args.start / recipe if args.start else Path(f"{stem}-gptq")
-        ways: list[tuple[str, int, Path, Any]] = [
-            ("GPTQ", 0, gptq, lambda out: fewbits.quantize(source, out, recipe, calibration=text / "c4.txt")),
-            ("finish quick", 100, Path(f"{stem}-finished"),
-             lambda out: fewbits.finish(gptq, out, source, calibration=text / "c4.txt")),
-            ("QAT", args.steps, Path(f"{stem}-qat-{args.steps}-{args.rate:g}-{args.scales}"),
-             lambda out: qat(source, out, recipe, data=text / "c4.txt", start=gptq, scales=args.scales,
-                             settings=settings, progress=told))]
-        for way, steps, out, make in ways:
-            seconds = float("nan") if args.start and out == gptq else made(out, make)
-            found = fewbits.evaluate(out, source, text=text / "wikitext2-test.txt", chunks=args.chunks,
-                                     kernel="decoded")
+        for way, steps, out, make in ways(args, recipe):
+            seconds = made(out, make)
+            found = fewbits.evaluate(out, source, text=args.shared / "data/text/wikitext2-test.txt",
+                                     chunks=args.chunks, kernel="decoded")
             assert found.kl_mean is not None and found.top1 is not None
             rows.append((recipe, size(out), way, steps, seconds, found.kl_mean, found.kl_mean_error,
                          100 * found.top1, found.perplexity))
