@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fewbits.containers.base import flat_bytes
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.reference import Prepared
+from fewbits.runtime.unmerged import refuse_merging
 
 
 class _Product(torch.autograd.Function):
@@ -64,6 +66,11 @@ class _Packed(nn.Module):
         if not self.weight.is_floating_point():
             self.register_buffer(f"plane_{next(iter(self.prepared.planes))}", self.weight.data)
             self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "peft" in sys.modules:  # which asks for it before anything else
+            refuse_merging(_Packed)
+        return super().__getattr__(name)
 
     @property
     def q(self) -> QTensor:
