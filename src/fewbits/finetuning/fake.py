@@ -18,6 +18,7 @@ from fewbits.finishing.tuned import Tuned
 from fewbits.qtensor import QTensor
 
 HALVINGS = 5  # of the way from a value to its weight, in search of the last place that is still rounded to it
+EASE = 0.3  # of a weight's steps are those of scales and norms, which move many values at once
 HOLD = 0.5  # of that way is gone: latent weights crowded at the edge would all change their codes at once
 
 
@@ -36,7 +37,7 @@ class Fake(Tuned):
         weight = weight.float() if q.order is None else weight.float()[:, q.order]
         self.level = 1.0
         self.level = _size(self._values(weight) - weight) * math.sqrt(12) or _size(weight) or 1.0
-        self.gain = self.level / (_size(weight) or 1.0)
+        self.gain = EASE * self.level / (_size(weight) or 1.0)
         self.latent = nn.Parameter(self._nearest(weight))
 
     @property

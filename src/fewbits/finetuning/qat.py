@@ -38,7 +38,7 @@ from fewbits.quantizing import quantize
 from fewbits.recipe import ModelFacts
 from fewbits.recipe import get as get_recipe
 
-SETTINGS = Settings(rate=2e-3, warm_up=0.1)  # rates are in levels of the codec
+SETTINGS = Settings(rate=2e-3, warm_up=0.1, optimizer="adamw_torch_fused")  # rates are in levels of the codec
 SCALES = ("learned", "refitted", "fixed")
 REFIT_EVERY = 100  # steps
 CALIBRATED = 64  # examples that the start is calibrated on, at most
@@ -99,7 +99,8 @@ def qat(model: str | Path | Checkpoint, out: str | Path, recipe: str, *, data: s
     target = containers.by_name(get_recipe(recipe, container).container)
     out = Path(out).resolve()
     check_output(out, source.path)
-    given, notes = prepared(data, source, settings)
+    given, told = prepared(data, source, settings)
+    notes = [*told, *given.notes]
     opened = start if isinstance(start, Checkpoint) or start is None else containers.open(hub.locate(start))
     if opened is not None:
         _check_start(source, opened, recipe, container)
@@ -112,9 +113,9 @@ def qat(model: str | Path | Checkpoint, out: str | Path, recipe: str, *, data: s
     with resumable(folder):
         store = Store(folder, stamp)
         if opened is None:
-            opened, told = _start(source, folder / f"start{target.suffix}", recipe, container, given, settings,
+            opened, more = _start(source, folder / f"start{target.suffix}", recipe, container, given, settings,
                                   progress)
-            notes = [*notes, *told]
+            notes += more
         transformers.set_seed(settings.seed)
         seated = student(source, opened, getattr(torch, settings.dtype), scales == "learned")
         net = cast(transformers.PreTrainedModel, seated.root)
@@ -128,8 +129,8 @@ def qat(model: str | Path | Checkpoint, out: str | Path, recipe: str, *, data: s
         held = [value for _, value in outcome.held_out]
         worse = len(held) > 1 and held[-1] >= held[0]
         if worse:
-            notes = [*notes, f"on held-out text the loss did not fall ({held[0]:.4g} -> {held[-1]:.4g}): what is "
-                             "written is the start; a smaller --rate or more text may help"]
+            notes.append(f"on held-out text the loss did not fall ({held[0]:.4g} -> {held[-1]:.4g}): what is written "
+                         "is the start; a smaller --rate or more text may help")
         write(target, kept, opened if worse else exported(opened, seated.results()), progress)
         write_losses(outcome, kept.parent, f"{kept.name}.loss")
         store.clear()
@@ -137,7 +138,7 @@ def qat(model: str | Path | Checkpoint, out: str | Path, recipe: str, *, data: s
         raise FewbitsError(f"loss or gradient is not finite at step {outcome.diverged}: stopped; the model as it was "
                            f"after step {outcome.steps} is in {kept}", "take a smaller --rate; --start goes on from it")
     return Trained(out, target.name, recipe, given.description, scales, distill, outcome, time.monotonic() - began,
-                   [*notes, *given.notes])
+                   notes)
 
 
 def exported(start: Checkpoint, results: dict[str, QTensor]) -> Checkpoint:

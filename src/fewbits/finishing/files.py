@@ -75,7 +75,7 @@ def check_original(source: Checkpoint, quantized: Checkpoint) -> None:
     """Refuse a file that can be no quantization of `source`: names or shapes differ."""
     for name, entry in quantized.entries.items():
         other = source.entries.get(name)
-        if other is None or tuple(other.shape) != tuple(entry.shape):
+        if other is None or sorted(other.shape) != sorted(entry.shape):  # some files transpose
             found = "no such tensor" if other is None else f"{list(other.shape)}, not {list(entry.shape)}"
             raise FewbitsError(f"{quantized.path} is no quantization of {source.path}: {name} there: {found}",
                                "give the model that it was made from")

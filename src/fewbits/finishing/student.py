@@ -54,7 +54,9 @@ def seat(root: nn.Module, places: Places, entries: Iterable[Entry], fixed: nn.Mo
 
     The layer `fixed` is decoded too: the head, whose product is not the module's own here.
     """
-    student, rest, linear = Student(root), [], []
+    student = Student(root)
+    linear: list[tuple[Entry, Place]] = []
+    rest: list[tuple[Entry, Place]] = []
     for entry in entries:
         place = places.of(entry)
         inside = is_linear(place.module) and place.leaf == "weight" and place.module is not fixed

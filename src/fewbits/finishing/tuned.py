@@ -12,8 +12,8 @@ from fewbits.qtensor import QTensor
 
 
 class Tuned(nn.Module):
-    """Multiplies by the decoded `q` `[out, in]`; every linear parameter of every unit is scaled by 1 + its factor, which
-    counts in parts of `gain`.
+    """Multiplies by the decoded `q` `[out, in]`; every linear parameter of every unit is scaled by 1 + `gain` times its
+    factor.
 
     Weights are decoded in each pass: between passes only codes are held.
     """
