@@ -210,7 +210,7 @@ def test_peft_merges_nothing_into_codes(safe: bool, bases: dict[str, Path]) -> N
     codes = [m.weight.clone() for m in net.modules() if hasattr(m, "prepared")]
     tuned = peft.get_peft_model(net, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
     for merge in (tuned.merge_and_unload, tuned.merge_adapter):
-        with pytest.raises(FewbitsError, match="q_proj: nothing can be merged into codes") as error:
+        with pytest.raises(FewbitsError, match="q_proj: nothing can be merged into packed codes") as error:
             merge(safe_merge=safe)
         assert "fewbits merge" in (error.value.hint or "")
     bare = tuned.unload()

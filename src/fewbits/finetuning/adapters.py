@@ -50,7 +50,8 @@ def attach(net: transformers.PreTrainedModel, lora: Lora, start: str | Path | No
     try:
         tuned = peft.get_peft_model(net, config)
     except ValueError as error:
-        what = f"--targets {','.join([targets] if isinstance(targets, str) else targets)}" if start is None else f"{start}: of another model"
+        names = ",".join([targets] if isinstance(targets, str) else targets)
+        what = f"--targets {names}" if start is None else f"{start}: of another model"
         raise FewbitsError(f"{what}: {str(error).splitlines()[0]}") from None
     if start is not None:
         _fill(tuned, Path(start))
