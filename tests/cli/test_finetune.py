@@ -12,7 +12,7 @@ def test_an_adapter_is_trained(fewbits: Run, tiny: Path, english: Path, tmp_path
     given = ("finetune", tiny, "--base", "nf4", "--data", english, "--steps", 2, "--length", 32, "--rank", 4,
              "--targets", "q_proj,v_proj", "-o")
     code, said, _ = fewbits(*given, tmp_path / "a")
-    assert code == 0 and f"{tmp_path / 'a'}: adapter of 2560 parameters for {tiny}, 2 steps on" in said
+    assert code == 0 and f"{tmp_path / 'a'}: adapter of 2688 parameters for {tiny}, 2 steps on" in said
     code, said, _ = fewbits(*given, tmp_path / "b", "--json", "--gguf", tmp_path / "b.gguf")
     found = json.loads(said)
     assert code == 0 and found["outcome"]["steps"] == 2 and len(found["outcome"]["losses"]) == 2
