@@ -118,7 +118,7 @@ def vit(source: Path, out: Path) -> Path:
     for i in range(6):
         at, (attention, mlp) = f"vit.layers.{i}.", (f"transformer.layers.{i}.{j}.fn." for j in (0, 1))
         q, k, v = given[f"{attention}fn.to_qkv.weight"].chunk(3)
-        parts |= {f"{at}attention.{name}_proj.weight": w for name, w in (("q", q * (8 / 64) ** 0.5), ("k", k), ("v", v))}
+        parts |= {f"{at}attention.{n}_proj.weight": w for n, w in (("q", q * (8 / 64) ** 0.5), ("k", k), ("v", v))}
         for theirs, ours in ((f"{attention}norm", "layernorm_before"), (f"{attention}fn.to_out", "attention.o_proj"),
                              (f"{mlp}norm", "layernorm_after"), (f"{mlp}fn.net.0", "mlp.fc1"),
                              (f"{mlp}fn.net.2", "mlp.fc2")):

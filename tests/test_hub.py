@@ -194,12 +194,16 @@ def test_other_bytes_than_the_hub_says_are_refused(hub, tmp_path):
 
 def test_directories_and_lone_files(hub):
     config, weights = b'{"model_type": "llama"}', b"weights"
-    ask, seen = hub({"org/dense": {"config.json": config, "model.safetensors": weights, "big.bin": b"no"},
+    ask, seen = hub({"org/dense": {"config.json": config, "model.safetensors": weights, "big.bin": b"no",
+                                   "modeling_own.py": b"x = 1"},
                      "org/lone": {"only-Q4_0.gguf": b"GGUF", "mmproj.gguf": b"GGUF"}})
     path, _ = ask("org/dense", False)
     assert not (Path(path) / "model.safetensors").exists() and (Path(path) / "config.json").read_bytes() == config
     path, _ = ask("org/dense")
     assert (Path(path) / "model.safetensors").read_bytes() == weights and not (Path(path) / "big.bin").exists()
+    assert not (Path(path) / "modeling_own.py").exists(), "code is not fetched unasked"
+    path, _ = ask("org/dense", True, True)
+    assert (Path(path) / "modeling_own.py").read_bytes() == b"x = 1"
     path, _ = ask("org/lone")
     assert Path(path).name == "only-Q4_0.gguf", "one model leaves no choice open"
 

@@ -12,7 +12,8 @@ from fewbits.layouts import BLOCKS, PLANES, layout
 
 GGML = (*ggml.TYPES, *kquants.TYPES, *iq4.TYPES, *mxfp4.TYPES, *ternary.TYPES)
 OTHERS = ("int4-g128", "int3-g32-asym", "int8-row", "int4-g128-sbf16", "int8", "nf4", "fp4", "nf4-b128", "nf4-dq",
-          "fp8-e4m3", "fp8-e5m2", "fp8-e4m3-b128", "kmeans4", "kmeans3", "f16", "f32")
+          "fp8-e4m3", "fp8-e5m2", "fp8-e4m3-b128", "kmeans4", "kmeans3", "w8a8", "w8a8-static-asym",
+          "f16", "f32")
 
 
 def changed(codec, shape, before: dict, after: dict) -> set[str]:

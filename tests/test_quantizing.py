@@ -21,6 +21,7 @@ from fewbits.jobs.store import Store
 
 RECIPES = {"Q8_0": "a.gguf", "Q4_0": "a.gguf", "int4-g128": "a", "int3-g32-asym": "a", "int8": "a", "nf4": "a",
            "nf4-dq": "a", "fp4": "a", "f16": "a",
+           "w8a8": "a", "w8a8-asym": "a",
            "kmeans4": "a", "kmeans2": "a", "fp8-e4m3": "a", "fp8-e5m2": "a", "fp8-e4m3-b4": "a"}
 
 

@@ -29,8 +29,8 @@ SHOWN = ("Q8_0", "int8", "fp8-e4m3", "fp8-e5m2", "Q6_K", "Q5_1", "Q5_K", "Q5_0",
 COLUMNS, AT = 256, 17  # of the block around the number, and where in it the number stands
 SHAPES = ((4096, 4096), (4096, 11008), (576, 1536), (64, 172))
 PAGES = {"float": "floats.md", "fp8": "floats.md", "fp8-e5m2": "floats.md", "fp8-tiles": "floats.md",
-         "int": "integers.md", "int8": "integers.md", "table": "tables.md", "codebook": "codebooks.md",
-         "ggml": "ggml-blocks.md"}
+         "int": "integers.md", "int8": "integers.md", "w8a8": "integers.md", "table": "tables.md",
+         "codebook": "codebooks.md", "ggml": "ggml-blocks.md"}
 READERS = {
     "gguf": "llama.cpp, Ollama, LM Studio", "gptq": "Transformers (with gptqmodel), vLLM", "awq": "Transformers, vLLM",
     "compressed-tensors": "Transformers, vLLM", "bitsandbytes": "Transformers (with bitsandbytes)",

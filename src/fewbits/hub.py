@@ -18,8 +18,9 @@ SHOWN = 30  # names in an error
 T = TypeVar("T")
 
 
-def locate(model: str | Path, weights: bool = True) -> Path:
-    """The local path of `model`; a hub id is downloaded, without its weights if they are not wanted.
+def locate(model: str | Path, weights: bool = True, code: bool = False) -> Path:
+    """The local path of `model`; a hub id is downloaded, without its weights if they are not wanted, and with Python
+    files only if its `code` is.
 
     `org/name:TAG` is the GGUF file of the repository whose name holds TAG (all parts of a split one; the first is
     returned), `org/name:FILE.gguf` that file. Downloads resume where they were cut off.
@@ -37,7 +38,7 @@ def locate(model: str | Path, weights: bool = True) -> Path:
     repository, tag = match.groups()
     if tag:
         return _fetch(repository, choose(repository, tag, _files(repository)))
-    return _snapshot(repository, weights)
+    return _snapshot(repository, weights, code)
 
 
 def choose(repository: str, tag: str, files: list[str]) -> list[str]:
@@ -82,10 +83,11 @@ def _choices(repository: str, names: list[str]) -> str:
     return "name one: " + ", ".join(f"{repository}:{name}" for name in names[:SHOWN]) + more
 
 
-def _snapshot(repository: str, weights: bool) -> Path:
+def _snapshot(repository: str, weights: bool, code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    folder = _try(repository, lambda: Path(snapshot_download(repository, allow_patterns=_DESCRIPTIONS)))
+    wanted = [*_DESCRIPTIONS, *(["*.py"] if code else [])]
+    folder = _try(repository, lambda: Path(snapshot_download(repository, allow_patterns=wanted)))
     files = _files(repository) if weights or not (folder / "config.json").exists() else []
     tensors = [name for name in files if name.endswith(".safetensors") and "/" not in name]
     if weights and tensors:

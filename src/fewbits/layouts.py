@@ -92,6 +92,10 @@ PLANES: dict[str, tuple[str, dict[str, tuple[str, tuple[str, ...]]]]] = {
     "int8": ("absmax / 127 * (code - 128)", {
         "codes": ("a signed byte a column: code - 128", ("codes",)),
         "absmax": ("largest magnitude of the row, float32", ("absmax",))}),
+    "w8a8": ("scale * (code - zero)", {
+        "codes": ("a signed byte a column: code - 128", ("codes",)),
+        "scales": ("scale of the row", ("scale",)), "zeros": ("zero point of the row: a signed byte", ("zero",)),
+        "inputs": ("scale of the layer's activations, float32, in every row", ("inputs",))}),
     "table": ("absmax * levels[code]", {
         "codes": ("4 bits a code: the first column in the high half", ("codes",)),
         "absmax": ("largest magnitude of the block", ("absmax",))}),

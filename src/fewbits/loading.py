@@ -54,7 +54,7 @@ def load(model: str | Path | Checkpoint, *, recipe: str | Recipe | None = None, 
         FewbitsError: nothing readable there, tensors missing or misshapen, a recipe that the model cannot take, a model
             class that is code in its repository.
     """
-    checkpoint = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
+    checkpoint = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model, code=trust_remote_code))
     net = empty_model(checkpoint.config, checkpoint.path, trust_remote_code)
     places = Places(net, checkpoint)
     if recipe is not None:
@@ -96,8 +96,14 @@ def load(model: str | Path | Checkpoint, *, recipe: str | Recipe | None = None, 
 
 
 def checkpoint_of(model: nn.Module) -> Checkpoint:
-    """The checkpoint that `load` made the model from."""
-    checkpoint: Checkpoint = vars(model)["checkpoint"]
+    """The checkpoint that `load` made the model from.
+
+    Raises:
+        FewbitsError: Transformers made it.
+    """
+    checkpoint: Checkpoint | None = vars(model).get("checkpoint")
+    if checkpoint is None:
+        raise FewbitsError(f"{type(model).__name__}: not from fewbits.load", "whoever loaded it knows where it is")
     return checkpoint
 
 

@@ -19,6 +19,7 @@ from fewbits.jobs.job import goal, some
 from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 from fewbits.recipe import Choice, ModelFacts, Overrides, Recipe
+from fewbits.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ def plan(wish: Wish, facts: ModelFacts, model: nn.Module, held: Callable[[str], 
     if not chosen:
         raise FewbitsError(f"{recipe.name} quantizes no layer of {where}: {_why(everything, meant, wish)}",
                            "take another recipe: int8 and nf4 fit nearly every layer")
+    for name, choice in chosen.items():
+        if choice.codec.blind != choice.codec and not calibrated:
+            raise FewbitsError(f"{name} as {choice.codec.name}: its scale of activations is found by calibration",
+                               f"take {choice.codec.blind.name}, or quantize to a file first: "
+                               "fewbits.quantize(…, calibration=…)")
     was = {f.name: f.codec for f in facts.tensors if f.codec.family != "float"}
     again = {n: was[n].name for n, c in chosen.items() if n in was and was[n] != c.codec}
     apart = [c.name for c in meant if c.name not in chosen]
@@ -95,7 +101,11 @@ def apply(source: Checkpoint, plan: Plan) -> Checkpoint:
             weight = q.planes["data"].view(q.shape)
         else:
             weight = entry.load().dequantize()
-        return solved(weight, plan.choices[name], str(source.path))
+        made = solved(weight, plan.choices[name], str(source.path))
+        lies = entry.stored()
+        if isinstance(lies, Stored):
+            lies.forget()  # pages of the file that nobody needs any more
+        return made
 
     made = goal(source, plan.choices.values(), load).entries
     return Checkpoint(**{**vars(source), "entries": {n: made.get(n, e) for n, e in source.entries.items()}})

@@ -60,6 +60,30 @@ MODELS: dict[str, tuple[Any, Callable[[], Any], Callable[[], Batches]]] = {
 }
 
 
+def _blip2() -> t.Blip2Config:
+    return t.Blip2Config(
+        vision_config={**SMALL, "image_size": 28, "patch_size": 14, "initializer_range": 0.2},
+        qformer_config={**TEXT, "encoder_hidden_size": 64, "cross_attention_frequency": 2},
+        text_config={"model_type": "opt", "vocab_size": 90, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2,
+                     "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 64,
+                     "pad_token_id": 1, "init_std": 0.2}, num_query_tokens=4, image_token_index=89)
+
+
+def questions() -> Batches:
+    """A picture, the places of its four tokens and some words."""
+    torch.manual_seed(1)
+    return [{"pixel_values": torch.randn(1, 3, 28, 28),
+             "input_ids": torch.cat([torch.full((1, 4), 89), torch.randint(3, 88, (1, n))], 1)} for n in (8, 5)]
+
+
+# an encoder, a bridge and a decoder; and blocks that hand on more than their output: T5's share a bias of positions
+MODELS["blip2"] = t.Blip2ForConditionalGeneration, _blip2, questions
+MODELS["t5"] = (t.T5ForConditionalGeneration, lambda: t.T5Config(
+    vocab_size=90, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16, decoder_start_token_id=0,
+    feed_forward_proj="gated-gelu"), lambda: [b | {"decoder_input_ids": b["input_ids"][:, :n]}
+                                              for b, n in zip(ids(2, 12), (5, 7), strict=True)])
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Batches]:
     kind, config, batches = MODELS[request.param]

@@ -12,7 +12,8 @@ K_QUANTS = tuple(kquants.TYPES)
 GGML = (*ggml.TYPES, *K_QUANTS, *iq4.TYPES, *mxfp4.TYPES, *ternary.TYPES)
 FLAT = ("int2", "int3", "int4", "int8-g128", "int4-g32", "int2-asym", "int3-g32-asym", "int4-asym", "int8-g64-asym",
         "int4-row", "int4-g16-sbf16", "int4-g48-asym-sf32", "int8", "nf4", "nf4-b32", "nf4-dq", "nf4-b128-dq", "fp4",
-        "fp4-dq", "fp8-e4m3", "fp8-e5m2", "fp8-e4m3-b128", "fp8-e4m3-b48", "kmeans4", "kmeans3", "kmeans2")
+        "fp4-dq", "fp8-e4m3", "fp8-e5m2", "fp8-e4m3-b128", "fp8-e4m3-b48", "kmeans4", "kmeans3", "kmeans2",
+        "w8a8", "w8a8-static", "w8a8-asym")
 ALL = (*GGML, *FLAT)
 
 

@@ -22,9 +22,9 @@ from fewbits.recipe import CONTAINERS
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float16"}
 NAME = "model.layers.0.mlp.up_proj.weight"
 NAMES = ("kmeans4", "kmeans3", "kmeans2", "fp8-e4m3", "fp8-e5m2", "fp8-e4m3-b128", "fp8-e4m3-b32", "int2",
-         "int3-g32-asym", "int4-row", "int4-g48-asym-sf32", "int4-g16-sbf16", "int8", "nf4", "nf4-dq", "fp4-b32",
-         "fp4-dq", "Q2_K", "Q3_K", "Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
-         "IQ2_XXS", "IQ3_S")
+         "int3-g32-asym", "int4-row", "int4-g48-asym-sf32", "int4-g16-sbf16", "int8", "w8a8",
+         "w8a8-static-asym", "nf4", "nf4-dq", "fp4-b32", "fp4-dq", "Q2_K", "Q3_K", "Q4_0", "Q5_1", "Q8_0",
+         "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "IQ2_XXS", "IQ3_S")
 
 
 def random(shape, seed=0) -> torch.Tensor:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.hf.models import IDS, described, logits, packed, pretrained
 
 import fewbits
 from fewbits import FewbitsConfig
 from fewbits.errors import FewbitsError
+from tests.hf.models import IDS, described, logits, packed, pretrained
 
 
 class Hub:
@@ -92,7 +92,7 @@ def test_code_beside_a_model_is_not_run_unasked(tiny: Path, tmp_path: Path, monk
            "auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
     (folder / "config.json").write_text(json.dumps(config | own))
     for options in ({}, {"recipe": "nf4"}):
-        with pytest.raises(FewbitsError, match=r"its model is code of its own \(modeling_own.OwnConfig\), which is not"):
+        with pytest.raises(FewbitsError, match=r"its model is code of its own \(modeling_own.OwnConfig\)"):
             fewbits.load(folder, **options)
     net = fewbits.load(folder, recipe="nf4", trust_remote_code=True)
     assert type(net).__name__ == "OwnForCausalLM" and packed(net) == 14

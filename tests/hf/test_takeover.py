@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.hf.models import described, logits, packed, pretrained
 from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig
 from transformers.quantizers import auto
 
@@ -18,6 +17,7 @@ import fewbits
 from fewbits.errors import FewbitsError
 from fewbits.hf import FewbitsQuantizer, disable, enable
 from fewbits.runtime.linear import QLinear
+from tests.hf.models import described, logits, packed, pretrained
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_tables_are_changed_once_and_changed_back() -> None:
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is not before[0]["gptq"]
     disable()
     disable()
-    assert (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING) == before
+    assert before == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
 
 
 class Own:
@@ -72,7 +72,7 @@ def test_bitsandbytes_without_it(enabled: None, options: dict[str, Any], recipe:
                                  tmp_path: Path) -> None:
     net = pretrained(tiny, quantization_config=BitsAndBytesConfig(**options), device_map="auto")
     assert "bitsandbytes" not in sys.modules and packed(net) == 14
-    assert torch.equal(logits(net), logits(fewbits.load(tiny, recipe=recipe, solver="nearest")))
+    assert torch.equal(logits(net), logits(fewbits.load(tiny, recipe=recipe)))
     net.save_pretrained(tmp_path / "a")
     kept = {k: v for k, v in BitsAndBytesConfig(**options).to_dict().items() if not k.startswith("llm_int8_skip")}
     assert {k: v for k, v in described(tmp_path / "a").items() if k in kept} == kept
@@ -126,6 +126,13 @@ def test_checkpoints_of_missing_packages(enabled: None, recipe: str, container: 
     assert packed(net) == 7 and torch.equal(logits(net), logits(fewbits.load(out)))
     net.save_pretrained(tmp_path / "b")
     assert described(tmp_path / "b") == described(out)
+
+
+def test_the_kernel_can_be_named(tiny: Path) -> None:
+    enable(force=True, kernel="decoded")
+    net = pretrained(tiny, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    disable()
+    assert torch.equal(logits(net), logits(fewbits.load(tiny, recipe="int8", kernel="decoded")))
 
 
 def test_without_it_packages_are_missed(tiny: Path, tmp_path: Path) -> None:

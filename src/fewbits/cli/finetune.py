@@ -19,6 +19,8 @@ def command(
     data: Annotated[str, typer.Option(
         help="A text file, a .jsonl of texts, pairs or chats, or a data set of the hub as owner/name:split.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The adapter's directory; with --qat the model's.")],
+    base: Annotated[str | None, typer.Option(
+        help="Train on the model quantized so on loading: nf4, int8, Q4_K_M, …; with --deploy nf4, or none.")] = None,
     epochs: Annotated[float, typer.Option(min=0, help="Times that the data are gone through.")] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the optimizer, instead of --epochs.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 4,
@@ -45,6 +47,7 @@ def command(
     held_out: Annotated[float, typer.Option(min=0, max=0.5, help="Share of the data to measure on.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, help="Of the adapter's start and the order of the data.")] = 0,
     gguf: Annotated[Path | None, typer.Option(help="Also write the adapter for llama.cpp, to this file.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     qat: Annotated[str | None, typer.Option(
         help="No adapter: train the model as what this recipe makes of it, int3-g64 or Q2_K.")] = None,
     start: Annotated[Path | None, typer.Option(
@@ -56,8 +59,8 @@ def command(
     deploy: Annotated[str | None, typer.Option(
         help="The whole way: OUT is then the model, fine-tuned and quantized by this recipe (int4-g128, Q4_K_M). The "
              "adapter is left in OUT.adapter.")] = None,
-    base: Annotated[str, typer.Option(help="With --deploy, the recipe that the adapter is trained on, or none.")] =
-        "nf4",
+    into: Annotated[str, typer.Option(help="With --deploy, what the adapter is merged into: original or base.")] =
+        "original",
     calibration: Annotated[str | None, typer.Option(
         help="With --deploy, as for quantize; by default the training data.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
@@ -83,16 +86,17 @@ def command(
     names = tuple(n for n in targets.split(",") if n)
     lora = Lora(rank, alpha, dropout, names if len(names) > 1 else targets)
     if deploy is not None:
-        return _deploy(model, out, deploy, {"adapter": adapter, "gguf": gguf}, json, data=data, base=base, lora=lora,
-                       settings=settings, calibration=calibration)
+        return _deploy(model, out, deploy, {"adapter": adapter, "gguf": gguf}, json, data=data, base=base or "nf4",
+                       into=into, lora=lora, settings=settings, calibration=calibration)
     found: Finetuned | Trained
     with progress() as report:
         if qat is not None:
             found = train_quantized(model, out, qat, data=data, start=start, container=container, distill=distill,
                                     scales=scales, settings=settings, progress=report)
         else:
-            found = finetune(model, out, data=data, lora=lora, adapter=adapter, gguf=gguf, settings=settings,
-                         progress=report)
+            found = finetune(model, out, data=data, recipe=None if base == "none" else base, lora=lora,
+                             adapter=adapter, gguf=gguf, settings=settings, trust_remote_code=trust_remote_code,
+                             progress=report)
     if json:
         emit(found.to_json())
         return

@@ -33,6 +33,8 @@ def attach(net: transformers.PreTrainedModel, lora: Lora, start: str | Path | No
     """
     try:
         import peft
+
+        from fewbits.finetuning.fused import fuse
     except ImportError:
         raise FewbitsError("fine-tuning needs peft, which is not installed",
                            "pip install 'fewbits[finetune]'") from None
@@ -52,6 +54,7 @@ def attach(net: transformers.PreTrainedModel, lora: Lora, start: str | Path | No
         raise FewbitsError(f"{what}: {str(error).splitlines()[0]}") from None
     if start is not None:
         _fill(tuned, Path(start))
+    fuse(tuned)
     return tuned
 
 

@@ -37,8 +37,7 @@ class _Linear(lora.Linear):
             return None
         name, base = active[0], self.base_layer
         a = self.lora_A[name]
-        dropout = self.lora_dropout[name]
-        drops = self.training and not isinstance(dropout, nn.Identity) and dropout.p > 0
+        drops = self.training and getattr(self.lora_dropout[name], "p", 0) != 0
         known = type(base) in (nn.Linear, QLinear) and not any(p.requires_grad for p in base.parameters())
         return name if known and not drops and a.weight.dtype == x.dtype and a.bias is None else None
 

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fewbits.errors import FewbitsError
 from fewbits.finetuning.checkpoints import Checkpointed, complete, restore
 from fewbits.finetuning.data import IGNORED, Data, Example, split
 from fewbits.finetuning.loss import CausalLoss, Inputs
+from fewbits.finetuning.saving import halved
 
 HELD_OUT = 16  # examples that are held out at most: measuring takes time from learning
 CHECKS = 4  # times that they are measured on the way
@@ -49,6 +51,7 @@ class Settings:
     seed: int = 0
     dtype: str = "float32"
     checkpointing: bool = False  # compute activations again instead of keeping them
+    compact: bool = True  # keep float32 activations for the backward pass in bfloat16
     held_out: float = 0.05  # share of the examples that the model is measured on
     shuffle: bool = True
     save_every: float = 120.0  # seconds
@@ -92,9 +95,9 @@ def run(model: nn.Module, examples: Sequence[Example], settings: Settings, out: 
     learn, held = split(data, settings.held_out, HELD_OUT)
     total, began = settings.total(len(learn)), time.monotonic()
     watch = _Watch(settings.save_every, total, progress)
+    last, diverged = _last(out), None
     trainer = _trainer(model, learn, held, settings, total, out, loss or CausalLoss(), watch)
-    last = _last(out)
-    diverged = None
+    trainer.args.eval_on_start = bool(len(held)) and last is None
     try:
         trainer.train(resume_from_checkpoint=last)
     except _Diverged:
@@ -135,7 +138,7 @@ def _trainer(model: nn.Module, learn: Data, held: Data, settings: Settings, tota
             gradient_checkpointing=settings.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
             train_sampling_strategy="random" if settings.shuffle else "sequential",
             eval_strategy="steps" if len(held) else "no", eval_steps=math.ceil(total / CHECKS),
-            eval_on_start=bool(len(held)), logging_steps=1, logging_nan_inf_filter=False, save_strategy="no",
+            logging_steps=1, logging_nan_inf_filter=False, save_strategy="no",
             save_total_limit=2, report_to="none", disable_tqdm=True, remove_unused_columns=False,
             dataloader_pin_memory=False, label_names=["labels"])
     except ValueError as error:
@@ -144,7 +147,8 @@ def _trainer(model: nn.Module, learn: Data, held: Data, settings: Settings, tota
     trainer = _Trainer(model, arguments, train_dataset=learn, eval_dataset=held if len(held) else None,
                        data_collator=_Padded(_padding(model)), callbacks=[watch])
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.loss, trainer.model_accepts_loss_kwargs = loss, True  # so that it counts the tokens of a step
+    trainer.compact = settings.compact
+    trainer.loss, trainer.model_accepts_loss_kwargs = loss, True  # which is weighed here, not by Trainer
     return trainer
 
 
@@ -183,12 +187,19 @@ class _Trainer(Checkpointed):
     """A trainer with a loss of ours, which stops before the parameters are spoilt."""
 
     loss: Loss
+    compact: bool
+
+    def get_batch_samples(self, *given: Any, **named: Any) -> Any:
+        """The batches of a step, and how many tokens are learnt in all of them."""
+        batches, _ = super().get_batch_samples(*given, **named)
+        return batches, sum(_learnt(batch) for batch in batches)
 
     def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False,
                      num_items_in_batch: torch.Tensor | int | None = None) -> Any:
-        loss = self.loss(model, inputs)
+        with halved(model) if self.compact else nullcontext():
+            loss = self.loss(model, inputs)
         if num_items_in_batch is not None and self.args.gradient_accumulation_steps > 1:
-            loss = loss * ((inputs["labels"][:, 1:] != IGNORED).sum() / num_items_in_batch)
+            loss = loss * (_learnt(inputs) / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool,
@@ -201,6 +212,11 @@ class _Trainer(Checkpointed):
         if not bool(loss.isfinite()):
             raise _Diverged
         return loss
+
+
+def _learnt(batch: Inputs) -> torch.Tensor:
+    """Tokens that are predicted and counted."""
+    return (batch["labels"][:, 1:] != IGNORED).sum()
 
 
 class _Watch(transformers.TrainerCallback):

@@ -51,11 +51,12 @@ class Finetuned:
 
 
 def finetune(model: str | Path | Checkpoint, out: str | Path, *, data: str | Path | Sequence[Example],
-             lora: Lora | None = None, adapter: str | Path | None = None, gguf: str | Path | None = None,
-             settings: Settings | None = None, kernel: str | None = None,
-             progress: Progress | None = None) -> Finetuned:
+             recipe: str | None = None, lora: Lora | None = None, adapter: str | Path | None = None,
+             gguf: str | Path | None = None, settings: Settings | None = None, kernel: str | None = None,
+             trust_remote_code: bool = False, progress: Progress | None = None) -> Finetuned:
     """Train a LoRA adapter of `model` (a path in any format or a hub id, quantized or not) on `data`.
 
+    `recipe` quantizes the model when it is loaded: QLoRA is `recipe="nf4"` on a model of 16 bits.
     `out` becomes a directory as peft writes it, with `loss.json` and `loss.png` beside the weights; `gguf` a file with
     the same adapter for llama.cpp. `adapter` is a peft directory to go on from. For `data` see `data.examples`.
 
@@ -73,12 +74,17 @@ def finetune(model: str | Path | Checkpoint, out: str | Path, *, data: str | Pat
         check_output(file, source.path)
     given, notes = prepared(data, source, settings)
     folder = out.with_name(f".{out.name}.work")
-    stamp = {"model": identity(source), "data": digest(given), "lora": asdict(lora), "adapter": str(adapter),
-             "settings": asdict(settings) | {"save_every": None}, "kernel": kernel, "version": __version__}
+    stamp = {"model": identity(source), "data": digest(given), "lora": asdict(lora),
+             "adapter": str(adapter), "recipe": recipe, "settings": asdict(settings) | {"save_every": None},
+             "kernel": kernel, "version": __version__}
     with resumable(folder):
         store = Store(folder, stamp)
         transformers.set_seed(settings.seed)
-        net = load(source, dtype=getattr(torch, settings.dtype), kernel=kernel)
+        net = load(source, recipe=recipe, dtype=dtype(settings), kernel=kernel, trust_remote_code=trust_remote_code,
+                   progress=progress)
+        if not net.can_generate() or net.config.is_encoder_decoder:
+            raise FewbitsError(f"{source.path}: {source.architecture} does not continue text",
+                               "fine-tuning is for decoders of text")
         tuned = attach(net, lora, adapter, base)
         outcome = run(tuned, given, settings, folder / "checkpoints", progress=progress)
         kept = out if outcome.diverged is None else out.with_name(f"{out.name}.step-{outcome.steps}")
@@ -103,6 +109,18 @@ def prepared(data: str | Path | Sequence[Example], source: Checkpoint,
     length, notes = fitting(settings.length, source)
     wanted = settings.steps and settings.steps * settings.batch * settings.accumulation
     return examples(data, tokenizer_of(source), length=length, most=wanted), notes
+
+
+def dtype(settings: Settings) -> torch.dtype:
+    """The type of activations.
+
+    Raises:
+        FewbitsError: none that is trained in.
+    """
+    if settings.dtype not in ("float32", "bfloat16"):
+        raise FewbitsError(f"--dtype {settings.dtype}: no type to train in", "float32 or bfloat16")
+    found: torch.dtype = getattr(torch, settings.dtype)
+    return found
 
 
 def digest(data: Data) -> str:

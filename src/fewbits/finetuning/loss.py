@@ -13,8 +13,8 @@ from torch import nn
 from fewbits.finetuning.data import IGNORED
 from fewbits.runtime.linear import QLinear
 
-ROWS = 256  # positions whose logits are held at a time
-PART = 8192  # rows of a head of 16 bits that are in float32 at a time
+ROWS = 128  # positions whose logits are held at a time
+PART = 4096  # rows of a head of 16 bits that are in float32 at a time
 PROBE = 16  # tokens on which the loss made here is compared with the model's own
 
 Inputs = dict[str, Any]
@@ -29,27 +29,29 @@ class CausalLoss:
 
     def __init__(self) -> None:
         self.checked: nn.Module | None = None  # the model that was compared
-        self.own = False
+        self.head: _Head | None = None  # if the loss is made here
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         inner = innermost(model)
         if self.checked is not inner:
-            self.own, self.checked = not self._same(inner, inputs), inner
-        return _whole(model, inputs) if self.own else _in_parts(inner, inputs)
+            self.head, self.checked = self._head(inner, inputs), inner
+        return _whole(model, inputs) if self.head is None else _in_parts(inner, inputs, self.head)
 
-    def _same(self, inner: nn.Module, inputs: Inputs) -> bool:
-        """Whether the loss made here is the model's."""
-        head = isinstance(inner, transformers.PreTrainedModel) and inner.get_output_embeddings()
-        if type(head) not in (nn.Linear, QLinear) or any(p.requires_grad for p in head.parameters()):
-            return False
+    def _head(self, inner: nn.Module, inputs: Inputs) -> _Head | None:
+        """The model's head, if the loss made with it is the model's."""
+        head = inner.get_output_embeddings() if isinstance(inner, transformers.PreTrainedModel) else None
+        if not isinstance(head, nn.Linear) or type(head) not in (nn.Linear, QLinear) or any(
+                p.requires_grad for p in head.parameters()):
+            return None
+        found = _Head(head)
         few = {name: value[:1, :PROBE] for name, value in inputs.items()}
         few["labels"] = few["input_ids"]
         training = inner.training
         inner.eval()
         with torch.no_grad():
-            meant, found = _whole(inner, few), _in_parts(inner, few)
+            meant, made = _whole(inner, few), _in_parts(inner, few, found)
         inner.train(training)
-        return bool(torch.isclose(meant.float(), found, rtol=0.02))
+        return found if bool(torch.isclose(meant.float(), made, rtol=0.02)) else None
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -63,13 +65,12 @@ def _whole(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     return loss
 
 
-def _in_parts(inner: Any, inputs: Inputs) -> torch.Tensor:
+def _in_parts(inner: Any, inputs: Inputs, head: _Head) -> torch.Tensor:
     more = {name: value for name, value in inputs.items() if name != "labels"}
     hidden = inner.base_model(**more, **_uncached(inner)).last_hidden_state
     labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED).reshape(-1)
     learnt = labels != IGNORED
     cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-    head = _Head(inner.get_output_embeddings())
     loss: torch.Tensor = _CrossEntropy.apply(hidden.flatten(0, 1)[learnt], labels[learnt], head, cap)
     return loss
 
@@ -87,12 +88,14 @@ class _Head:
         if self.packed is None:
             self.weight = head.prepared.q.planes["data"] if isinstance(head, QLinear) else head.weight.detach()
         self.size = head.out_features
+        self.room: torch.Tensor | None = None
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """`[n, hidden]` -> `[n, vocabulary]`."""
+        """`[n, hidden]` -> `[n, vocabulary]`, good until the next call."""
         if self.packed is not None:
             return self.packed.matmul(x, self.bias)
-        out = x.new_empty(len(x), self.size)
+        self.room = x.new_empty(ROWS, self.size) if self.room is None else self.room
+        out = self.room[:len(x)]
         for part in self._parts():
             torch.mm(x, self.weight[part].T.float(), out=out[:, part])
         return out if self.bias is None else out.add_(self.bias)

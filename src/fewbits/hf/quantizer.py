@@ -26,6 +26,7 @@ from fewbits.hf import saving
 from fewbits.hf.config import METHOD, FewbitsConfig
 from fewbits.hf.stored import Stored
 from fewbits.loading import prepare, threshold, tie
+from fewbits.memory import forget
 from fewbits.notes import tell
 from fewbits.recipe import Choice, ModelFacts
 from fewbits.recipe.facts import float_of
@@ -127,7 +128,9 @@ class FewbitsQuantizer(HfQuantizer):
         tie(model)
         show_types(model, self.dtype)
         self.conversions = model._weight_conversions
-        if self.stored:
+        if self.folder:
+            self.folder.cleanup()
+        elif self.stored:
             vars(model)["checkpoint"] = self.stored.checkpoint
         self.stored, self.folder = None, None
         return model
@@ -170,6 +173,7 @@ class Quantize(ConversionOps):
             if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and not choice.transposed:
                 weight = weight.T  # of families that the table knows to be so
             q = zeroshot.solved(weight, choice, self.quantizer.where)
+            forget(weight.data_ptr(), weight.numel() * weight.element_size())
             found[name] = self.quantizer.make(model, name, q)
         return found
 

@@ -22,14 +22,14 @@ CONFIGS: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
 _before: dict[str, tuple[Any, Any]] = {}  # method -> Transformers' own quantizer and configuration
 
 
-def enable(force: bool = False) -> None:
+def enable(force: bool = False, kernel: str | None = None) -> None:
     """Let fewbits load what Transformers' `BitsAndBytesConfig` and `GPTQConfig` ask for, and checkpoints that carry
     these or AWQ's or compressed-tensors', where Transformers' own way cannot: its package is missing, or has no kernel
-    for this machine. With `force`, always.
+    for this machine. With `force`, always. `kernel` is that of `fewbits.load`.
     """
     for method in METHODS:
         own = _before.setdefault(method, (QUANTIZERS[method], CONFIGS[method]))
-        QUANTIZERS[method], CONFIGS[method] = _Chosen(own[0], force), _Described(own[1])
+        QUANTIZERS[method], CONFIGS[method] = _Chosen(own[0], force, kernel), _Described(own[1])
 
 
 def disable() -> None:
@@ -45,16 +45,19 @@ class _Chosen:
 
     own: Callable[..., Any]
     force: bool
+    kernel: str | None
 
     def __call__(self, config: Any, **kwargs: Any) -> Any:
-        if self.force or isinstance(config, FewbitsConfig):
-            return FewbitsQuantizer(config, **kwargs)
-        try:
-            made = self.own(config, **kwargs)
-            made.validate_environment(device_map=None)
-        except (ImportError, RuntimeError, ValueError):
-            return FewbitsQuantizer(config, **kwargs)
-        return made
+        if not self.force and not isinstance(config, FewbitsConfig):
+            try:
+                made = self.own(config, **kwargs)
+                made.validate_environment(device_map=None)
+                return made
+            except (ImportError, RuntimeError, ValueError):
+                pass  # what it lacks, ours doesn't need
+        found = FewbitsQuantizer(config, **kwargs)
+        found.asked.kernel = self.kernel
+        return found
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def _bitsandbytes(config: BitsAndBytesConfig) -> FewbitsConfig:
     if config.load_in_4bit and config.bnb_4bit_quant_type not in ("nf4", "fp4"):
         raise FewbitsError(f"bnb_4bit_quant_type {config.bnb_4bit_quant_type!r}", "nf4 or fp4")
     four = config.bnb_4bit_quant_type + ("-dq" if config.bnb_4bit_use_double_quant else "")
-    return FewbitsConfig("int8" if config.load_in_8bit else four, config.llm_int8_skip_modules or (), solver="nearest",
+    return FewbitsConfig("int8" if config.load_in_8bit else four, config.llm_int8_skip_modules or (),
                          outliers=config.llm_int8_threshold)
 
 

@@ -81,7 +81,7 @@ def _code(config: dict[str, Any], wanted: str) -> str | None:
 def _remote(code: str, source: str | Path, trusted: bool) -> Any:
     if not trusted:
         raise FewbitsError(f"{source}: its model is code of its own ({code}), which is not run unasked",
-                           "read that code; trust_remote_code=True (--trust-remote-code) runs it")
+                           "read that code; trust_remote_code=True runs it")
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     folder = Path(source) if Path(source).is_dir() else Path(source).parent

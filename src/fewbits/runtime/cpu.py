@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,9 @@ class Native:
         self.codec, self.shape, self.dtype, self.order = q.codec, q.shape, dtype, q.order
         self.kept: Params = {}
         self.matrices = [self._prepare(q, f, i) for i in range(math.prod(q.shape[:-2]))]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.q, self.dtype, self.outliers)
 
     def _prepare(self, q: QTensor, f: Form, index: int) -> Matrix:
         rows, columns = self.shape[-2:]
@@ -233,6 +237,12 @@ class Native:
         else:
             _native.grouped([m.weight for m in self.matrices], sizes, flat, found, threads())
         return torch.empty_like(found).index_copy_(0, by_expert, found).to(x.dtype)
+
+
+def _again(q: QTensor, dtype: torch.dtype, outliers: float | None) -> Native:
+    found = Native(q, dtype)
+    found.outliers = outliers
+    return found
 
 
 class Cpu:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fewbits.containers.base import flat_bytes
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.reference import Prepared
+from fewbits.runtime.unmerged import refuse_merging
 
 
 class _Product(torch.autograd.Function):
@@ -36,14 +39,27 @@ class _Packed(nn.Module):
     prepared: Prepared
 
     def _hold(self, prepared: Prepared) -> None:
+        """Planes are held as bytes, whatever numbers they are: what casts the model to another type passes them by."""
         first, *others = prepared.planes
-        codes = prepared.planes[first]
-        if codes.is_floating_point():  # a weight kept in 16 bits: not what the model computes in
-            codes = codes.view(torch.uint8)
-        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight = nn.Parameter(_bytes(prepared.planes[first]), requires_grad=False)
         for name in others:
-            self.register_buffer(f"plane_{name}", prepared.planes[name])
+            self.register_buffer(f"plane_{name}", _bytes(prepared.planes[name]))
         self.prepared = prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the planes, which are those of `prepared`: copies and what was pickled share them again."""
+        state = vars(self).copy()
+        state["_shown"] = self.weight.dtype if self.weight.is_floating_point() else None
+        state["_parameters"] = {name: p for name, p in self._parameters.items() if name != "weight"}
+        state["_buffers"] = {name: b for name, b in self._buffers.items() if not name.startswith("plane_")}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shown = state.pop("_shown")
+        super().__setstate__(state)
+        self._hold(self.prepared)
+        if shown is not None:
+            self.show(shown)
 
     def show(self, dtype: torch.dtype) -> None:
         """Have an empty weight of a float type, for those who look at the type of it; the codes become a buffer."""
@@ -51,10 +67,19 @@ class _Packed(nn.Module):
             self.register_buffer(f"plane_{next(iter(self.prepared.planes))}", self.weight.data)
             self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "peft" in sys.modules:  # which asks for it before anything else
+            refuse_merging(_Packed)
+        return super().__getattr__(name)
+
     @property
     def q(self) -> QTensor:
         """The weight in its codec's layout."""
         return self.prepared.q
+
+
+def _bytes(plane: torch.Tensor) -> torch.Tensor:
+    return plane if plane.dtype in (torch.uint8, torch.int8) else flat_bytes(plane)
 
 
 class QLinear(_Packed, nn.Linear):

@@ -21,36 +21,36 @@ class _Rowwise(_Decode):
 
     outliers: float | None = OUTLIER
 
-    def __init__(self, q: QTensor, dtype: torch.dtype):
-        super().__init__(q, dtype)
-        planes, w8a8 = q.planes, isinstance(q.codec, W8A8)
-        self.codes = planes["codes"]  # int8 [out, in]
-        self.scales = planes["scales"].float().view(-1) if w8a8 else planes["absmax"].view(-1) * Int8.STEP  # [out]
-        self.zeros = planes["zeros"].int().view(-1) if "zeros" in planes else None  # [out]
-        self.inputs = planes["inputs"][0] if "inputs" in planes else None  # [1]
-        self.thresholded, self.span = not w8a8, SPAN if w8a8 else float(TOP)
-
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows, columns = self.shape
         if x.shape[-1] != columns:
             raise FewbitsError(f"activations of {x.shape[-1]} columns, a weight of {columns}")
         flat = x.detach().reshape(-1, columns).float()
-        far = far_columns(flat, self.outliers if self.thresholded else None)
-        near = flat.index_fill(1, far, 0.0) if len(far) else flat
-        codes, scales = self._rounded(near)
-        sums = torch._int_mm(codes, self.codes.t())  # int32 [n, out]
-        if self.zeros is not None:
-            sums = sums - codes.sum(1, dtype=torch.int32)[:, None] * self.zeros
-        out = sums.float().mul_(scales).mul_(self.scales)
+        far = far_columns(flat, None if isinstance(self.codec, W8A8) else self.outliers)
+        codes, scales = self._rounded(flat.index_fill(1, far, 0.0) if len(far) else flat)
+        weight, by_row = self.planes["codes"], self._by_row()
+        sums = torch._int_mm(codes, weight.t())  # int32 [n, out]
+        if "zeros" in self.planes:
+            sums = sums - codes.sum(1, dtype=torch.int32)[:, None] * self.planes["zeros"].view(-1)
+        out = sums.float().mul_(scales).mul_(by_row)
         if len(far):
-            out.addmm_(flat[:, far], (self.codes[:, far].float() * self.scales[:, None]).t())
+            out.addmm_(flat[:, far], (weight[:, far].float() * by_row[:, None]).t())
         if bias is not None:
             out += bias.detach().float()
         return out.view(*x.shape[:-1], rows).to(x.dtype)
 
+    def _by_row(self) -> torch.Tensor:
+        """Scales of the weight `[out]`."""
+        if isinstance(self.codec, W8A8):
+            return self.planes["scales"].float().view(-1)
+        return self.planes["absmax"].view(-1) * Int8.STEP
+
     def _rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """int8 codes of `x` `[n, in]`, and their scales `[n, 1]` or `[1]`."""
-        scales = x.abs().amax(1, keepdim=True) / self.span if self.inputs is None else self.inputs
+        if "inputs" in self.planes:
+            scales = self.planes["inputs"][0]
+        else:
+            scales = x.abs().amax(1, keepdim=True) / (SPAN if isinstance(self.codec, W8A8) else TOP)
         codes = (x / scales).nan_to_num_(0.0).round_().clamp_(-1 - TOP, TOP)  # 0 / 0 where all of a row is zero
         return codes.to(torch.int8), scales
 

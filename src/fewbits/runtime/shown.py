@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,8 @@ LOOKED_AT = re.compile(r"self\.([\w.\[\]]+)\.weight\.dtype")
 def show_types(model: nn.Module, dtype: torch.dtype) -> None:
     """Let the packed layers of `model` that others look at show `dtype`."""
     for module in model.modules():
-        for path in _looked_at(type(module)):
+        kind: Any = type(module)
+        for path in _looked_at(kind):
             try:
                 layer = module.get_submodule(path)
             except AttributeError:
@@ -35,7 +37,7 @@ def show_types(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @cache
-def _looked_at(kind: type[nn.Module]) -> tuple[str, ...]:
+def _looked_at(kind: Any) -> tuple[str, ...]:
     """What methods of a class call the layers whose weight's type they look at: `wo`, `layers.0.fc2`."""
     found = {path for part in kind.__mro__ if not part.__module__.startswith("torch.") for path in _in_class(part)}
     return tuple(sorted(found))
