@@ -20,6 +20,7 @@ from fewbits.quantizing import quantize
 SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
 IDS = {"input_ids": torch.arange(2, 20)[None]}
+SOUND = {"input_features": torch.linspace(-1, 1, 8 * 40).view(1, 8, 40), "decoder_input_ids": IDS["input_ids"]}
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 28 * 28).view(1, 1, 28, 28)}
 
 
@@ -41,6 +42,18 @@ def bert():
     return transformers.BertForMaskedLM(transformers.BertConfig(
         vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=32))
+
+
+def whisper():
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
+        vocab_size=48, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=20,
+        max_target_positions=32, num_mel_bins=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None))
+
+
+def mixtral():
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3))
 
 
 def vit():
@@ -90,6 +103,7 @@ CASES = {
     "GPT-2 DoRA": (gpt2, IDS, {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True}),
     "GPT-2 layers trained in full": (gpt2, IDS, {"target_modules": ["c_attn"], "modules_to_save": ["c_fc"]}),
     "Conv1D": (imagegpt, IDS, {"target_modules": ["c_attn", "c_fc"], "modules_to_save": ["score"]}),
+    "Whisper": (whisper, SOUND, {"target_modules": ["q_proj", "fc1"]}),
     "BERT": (bert, IDS, {"target_modules": ["query", "dense"], "bias": "lora_only"}),
     "ViT, its convolution and its head": (vit, PIXELS, {
         "target_modules": ["query", "fc1", "projection"], "modules_to_save": ["classifier"]}),
@@ -122,6 +136,22 @@ def test_one_tensor_stays_one_where_both_uses_change_alike(tmp_path):
     write(containers.by_name("transformers"), tmp_path / "merged", merged)
     back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(outputs(back, IDS), outputs(tuned, IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_an_expert_of_a_stack(tmp_path):
+    """Adapters of the time when each expert was a module of its own."""
+    torch.manual_seed(0)
+    adapt(mixtral(), tmp_path, target_modules=["q_proj"])
+    module = "model.layers.1.block_sparse_moe.experts.2.w2"
+    a, b = torch.randn(4, 48), torch.randn(32, 4)
+    edited(tmp_path / "adapter", {}, lambda t: t | {f"base_model.model.{module}.lora_A.weight": a,
+                                                    f"base_model.model.{module}.lora_B.weight": b})
+    base = containers.open(tmp_path / "base")
+    merged, _ = adapters.applied(base, adapters.read(tmp_path / "adapter", base))
+    assert merged.entries.keys() == base.entries.keys()
+    stack = "model.layers.1.block_sparse_moe.experts.w2.weight"
+    change = merged.entries[stack].load().dequantize() - base.entries[stack].load().dequantize()
+    assert not change[:2].any() and torch.allclose(change[2], 1.5 * b @ a, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe, make", [("nf4", llama), ("Q8_0", llama), ("nf4", imagegpt), ("nf4", gpt2)])

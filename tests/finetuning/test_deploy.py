@@ -27,6 +27,7 @@ def test_the_whole_way(tiny: Path, english: Path, tmp_path: Path) -> None:
     found = deploy(tiny, tmp_path / "out", "int4-g32", data=english, settings=SETTINGS, lora=SHAPE, container="fewbits")
     assert [d.what for d in found.merged.distances] == [
         f"the adapter on {tiny.name} instead", "merged as F32", "quantized as int4-g32"]
+    assert found.merged.text is not None and found.merged.text.startswith("held out of ")
     assert found.trained_on == "nf4" and found.merged.tuned == "nf4 with adapter"
     assert found.merged.quantized is not None and english.name in (found.merged.quantized.calibration or "")
     assert {t["solver"] for t in found.merged.quantized.tensors} == {"gptq", None}
@@ -35,6 +36,7 @@ def test_the_whole_way(tiny: Path, english: Path, tmp_path: Path) -> None:
     assert containers.open(tmp_path / "out").container == "fewbits" and found.training["steps"] == 3
     settings = json.loads((tmp_path / "out.adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tiny) and settings["r"] == 4
+    assert ".deploy" not in (tmp_path / "out.adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("step", ["quantize", "finetune", "merge"])
@@ -85,6 +87,7 @@ def test_windows_of_examples_that_differ_in_length() -> None:
 
 @pytest.mark.parametrize("arguments, message", [
     ({"to": "Q9"}, "unknown recipe 'Q9'"), ({"base": "nf5"}, "unknown recipe 'nf5'"),
+    ({"into": "other"}, "--into other: nothing to merge into"),
     ({"data": "nothing.txt"}, "nothing.txt")])
 def test_what_cannot_be_is_said_before_work_begins(arguments, message: str, tiny: Path, english: Path, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +103,6 @@ def test_the_command(command: Run, tiny: Path, english: Path, tmp_path: Path) ->
     code, _, err = command(*given, "--adapter", tiny)
     assert code == 1 and "--adapter and --deploy: one of them" in err
     code, said, _ = command(*given, "--steps", "2", "--batch", "2", "--length", "48", "--rank", "4", "--calibration",
-                            "none")
-    assert code == 0 and "quantized as nf4" in said
+                            "none", "--into", "base")
+    assert code == 0 and "quantized as nf4" in said and "instead" not in said
     assert f"adapter in {tmp_path / 'out.adapter'}, trained on nf4" in said

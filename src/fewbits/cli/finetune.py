@@ -44,6 +44,8 @@ def command(
              "adapter is left in OUT.adapter.")] = None,
     base: Annotated[str, typer.Option(help="With --deploy, the recipe that the adapter is trained on, or none.")] =
         "nf4",
+    into: Annotated[str, typer.Option(help="With --deploy, what the adapter is merged into: original or base.")] =
+        "original",
     calibration: Annotated[str | None, typer.Option(
         help="With --deploy, as for quantize; by default the training data.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
@@ -60,8 +62,8 @@ def command(
     names = tuple(n for n in targets.split(",") if n)
     lora = Lora(rank, alpha, dropout, names if len(names) > 1 else targets)
     if deploy is not None:
-        return _deploy(model, out, deploy, {"adapter": adapter, "gguf": gguf}, json, data=data, base=base, lora=lora,
-                       settings=settings, calibration=calibration)
+        return _deploy(model, out, deploy, {"adapter": adapter, "gguf": gguf}, json, data=data, base=base, into=into,
+                       lora=lora, settings=settings, calibration=calibration)
     with progress() as report:
         found = finetune(model, out, data=data, lora=lora, adapter=adapter, gguf=gguf, settings=settings,
                          progress=report)

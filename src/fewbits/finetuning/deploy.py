@@ -19,6 +19,7 @@ from fewbits.codecs.floats import Float
 from fewbits.containers import peft
 from fewbits.containers.base import Progress, check_output
 from fewbits.containers.directory import read_json, write_json
+from fewbits.errors import FewbitsError
 from fewbits.finetuning.adapters import Lora
 from fewbits.finetuning.data import Data, Example, split
 from fewbits.finetuning.loop import HELD_OUT, Settings
@@ -31,6 +32,7 @@ from fewbits.recipe import get as get_recipe
 from fewbits.recipe.allocation import target
 
 BASE, AS_IT_IS = "nf4", "the model as it is"  # what an adapter is trained on where nothing is said, or else
+INTO = ("original", "base")
 SAMPLES, LENGTH = 64, 512  # of the training data, to calibrate on
 
 
@@ -51,14 +53,15 @@ class Deployed:
 
 
 def deploy(model: str | Path, out: str | Path, to: str, *, data: str | Path | Sequence[Example],
-           base: str | None = BASE, lora: Lora | None = None, settings: Settings | None = None,
+           base: str | None = BASE, into: str = "original", lora: Lora | None = None, settings: Settings | None = None,
            calibration: Text | None = None, progress: Progress | None = None, **options: Any) -> Deployed:
     """Fine-tune `model` on `data` and write the result, quantized by the recipe `to`, to `out`.
 
     `model` is quantized by the recipe `base` without calibration, unless that is None or "none" or it is quantized
-    already; an adapter is trained on that (see `finetune`), merged into `model` itself, and the sum quantized on
-    `calibration`, by default on the training data (`options`: others of `quantize`'s). The adapter is left in
-    `OUT.adapter`. Divergence from what was trained is measured on what was held out of the data.
+    already; an adapter is trained on that (see `finetune`), merged `into` the original `model` itself or into the
+    decoded "base", and the sum quantized on `calibration`, by default on the training data (`options`: others of
+    `quantize`'s). The adapter is left in `OUT.adapter`. Divergence from what was trained is measured on what was held
+    out of the data.
 
     Every step of a killed call is gone on with when it is called again.
 
@@ -73,6 +76,8 @@ def deploy(model: str | Path, out: str | Path, to: str, *, data: str | Path | Se
         check_output(path, source.path)
     if target(to) is None:
         get_recipe(to, options.get("container"))
+    if into not in INTO:
+        raise FewbitsError(f"--into {into}: nothing to merge into", "one of: " + ", ".join(INTO))
     recipe = None if base in (None, "none") or _is_packed(source) else base
     if recipe is not None:
         get_recipe(recipe)
@@ -90,9 +95,9 @@ def deploy(model: str | Path, out: str | Path, to: str, *, data: str | Path | Se
             finetune(trained, adapter, data=given, lora=lora, settings=settings, progress=progress)
         learn, held = split(given, settings.held_out, HELD_OUT)
         length = fitting(LENGTH, source)[0]
-        merged = merge(adapter, source, out, to=to, trained_on=trained, progress=progress,
-                       text=windows(held if len(held) else learn, MEASURED, length),
-                       calibration=calibration or windows(learn, SAMPLES, length), **options)
+        text = windows(held, MEASURED, length, "held out of ") if len(held) else windows(learn, MEASURED, length)
+        merged = merge(adapter, source if into == INTO[0] else trained, out, to=to, trained_on=trained, text=text,
+                       calibration=calibration or windows(learn, SAMPLES, length), progress=progress, **options)
         _keep(adapter, kept, str(model))
         store.clear()
     return Deployed(out, kept, recipe or AS_IT_IS, read_json(kept / "loss.json"), merged, time.monotonic() - began,
@@ -106,15 +111,18 @@ def _is_packed(source: Checkpoint) -> bool:
 def _keep(adapter: Path, out: Path, model: str) -> None:
     """The adapter beside the result. What it was trained on goes; the model that this was made from stays."""
     settings = read_json(adapter / peft.CONFIG)
-    if settings.get("base_model_name_or_path") != model:
+    trained, card = settings.get("base_model_name_or_path"), adapter / "README.md"
+    if trained and trained != model:
         write_json(adapter / peft.CONFIG, settings | {"base_model_name_or_path": model})
+        if card.is_file():
+            card.write_text(card.read_text(encoding="utf-8").replace(trained, model), encoding="utf-8")
     os.replace(adapter, out)
 
 
-def windows(data: Data, samples: int, length: int) -> Calibration:
+def windows(data: Data, samples: int, length: int, which: str = "") -> Calibration:
     """The examples one after another, cut into sequences of equal length."""
     tokens = torch.cat([example.input_ids for example in data.examples])
     length = min(length, len(tokens))
     starts = spread(len(tokens), samples, length, 0)
     return Calibration([{"input_ids": tokens[None, at:at + length]} for at in starts],
-                       f"{data.description}: {len(starts)} x {length} tokens")
+                       f"{which}{data.description}: {len(starts)} x {length} tokens")
