@@ -181,9 +181,10 @@ def main() -> None:
         "trained by", "steps", "steps/s (median)", "peak anonymous MiB", "peak resident MiB",
         f"loss, mean of the last {WINDOW}"], rows, args.json)
     curves = {c.name: c.losses for c in contenders if CONTENDERS[c.name][-1]}
-    compare(curves)
+    if curves:
+        compare(curves)
+        plot(curves, args.work / "finetune-losses.png")
     (args.work / "finetune-losses.json").write_text(json.dumps({c.name: c.losses for c in contenders}))
-    plot(curves, args.work / "finetune-losses.png")
 
 
 def smooth(losses: list[float]) -> list[float]:

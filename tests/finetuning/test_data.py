@@ -13,7 +13,8 @@ import transformers
 from fewbits.errors import FewbitsError
 from fewbits.finetuning.data import IGNORED, Data, Example, examples, split
 
-CHATML = ("{% if messages[0].role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
+CHATML = ("{% if messages[0].role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}"
+          "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
           "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 

@@ -75,8 +75,9 @@ def test_accumulated_batches_count_tokens_not_batches(tmp_path: Path) -> None:
     found = []
     for batch, accumulation in ((4, 1), (1, 4)):
         model = Table()
-        run(model, data(4), Settings(steps=1, batch=batch, accumulation=accumulation, held_out=0, optimizer="sgd",
-                                     schedule="constant", warm_up=0, rate=1.0, clip=0.0), tmp_path / str(batch), loss=loss)
+        settings = Settings(steps=1, batch=batch, accumulation=accumulation, held_out=0, optimizer="sgd",
+                            schedule="constant", warm_up=0, rate=1.0, clip=0.0)
+        run(model, data(4), settings, tmp_path / str(batch), loss=loss)
         found.append(trained(model))
     torch.testing.assert_close(*found)
 

@@ -38,8 +38,8 @@ def attach(net: transformers.PreTrainedModel, lora: Lora, start: str | Path | No
     except ImportError:
         raise FewbitsError("fine-tuning needs peft, which is not installed",
                            "pip install 'fewbits[finetune]'") from None
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     if start is None:
-        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
         config: Any = peft.LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
             task_type="CAUSAL_LM")
@@ -50,7 +50,8 @@ def attach(net: transformers.PreTrainedModel, lora: Lora, start: str | Path | No
     try:
         tuned = peft.get_peft_model(net, config)
     except ValueError as error:
-        what = f"--targets {lora.targets}" if start is None else f"{start}: of another model"
+        names = ",".join([targets] if isinstance(targets, str) else targets)
+        what = f"--targets {names}" if start is None else f"{start}: of another model"
         raise FewbitsError(f"{what}: {str(error).splitlines()[0]}") from None
     if start is not None:
         _fill(tuned, Path(start))

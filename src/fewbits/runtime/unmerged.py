@@ -21,9 +21,9 @@ def refuse_merging(packed: type[nn.Module]) -> None:
     def checked(self: Any) -> None:
         for name, module in self.model.named_modules():
             if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), packed):
-                codec = module.get_base_layer().prepared.codec.name
-                raise FewbitsError(f"{name}: nothing can be merged into codes ({codec})",
+                raise FewbitsError(f"{name}: nothing can be merged into packed codes",
                                    "save the adapter; fewbits merge puts it into the original's or the decoded weights")
         allowed(self)
 
-    BaseTuner._check_merge_allowed = checked
+    tuner: Any = BaseTuner
+    tuner._check_merge_allowed = checked
