@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def told(what: str, done: int, total: int) -> None:
-    if done % 10 == 0:
+    if what.startswith("fine-tuning") and done % 10 == 0:
         print(what, done, total, flush=True)
 
 
