@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -29,6 +30,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_unquantized_equals_transformers(tiny: Path) -> None:
     want = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     assert torch.equal(logits(fewbits.load(tiny)), logits(want))
+
+
+def test_a_copy_computes_the_same(tiny: Path) -> None:
+    net = fewbits.load(tiny, recipe="nf4")
+    assert torch.equal(logits(copy.deepcopy(net)), logits(net))
 
 
 @pytest.mark.parametrize("recipe,name", [("Q8_0", "a.gguf"), ("int4-g32", "a"), ("nf4-dq", "a"), ("int8", "a"),

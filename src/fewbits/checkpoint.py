@@ -72,6 +72,10 @@ class Checkpoint:
     facts: dict[str, Any] = field(default_factory=dict)  # what else the file says of itself, for `info`
     buffers: dict[str, Buffer] = field(default_factory=dict)  # position ids and the like
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Checkpoint:
+        """Itself: nothing changes a checkpoint, and mapped files cannot be copied. Models that hold one can."""
+        return self
+
     @property
     def architecture(self) -> str:
         return (self.config.get("architectures") or [self.config.get("model_type", "unknown")])[0]
