@@ -62,6 +62,7 @@ def main() -> None:
     p.add_argument("--rate", type=float, default=SETTINGS.rate)
     p.add_argument("--scales", default="learned")
     p.add_argument("--chunks", type=int, default=20, help="windows of 512 tokens of wikitext2-test")
+    p.add_argument("--ways", nargs="*", default=["GPTQ", "finish quick", "QAT"], help="how files are made")
     p.add_argument("--threads", type=int, default=1)
     args = p.parse_args()
     quiet_libraries()
@@ -70,6 +71,8 @@ def main() -> None:
     source, rows = args.models / args.model, list[tuple[Any, ...]]()
     for recipe in args.recipes:
         for way, steps, out, make in ways(args, recipe):
+            if way not in args.ways:
+                continue
             seconds = made(out, make)
             found = fewbits.evaluate(out, source, text=args.shared / "data/text/wikitext2-test.txt",
                                      chunks=args.chunks, kernel="decoded")
