@@ -30,6 +30,7 @@ CONTENDERS: dict[str, tuple[str, str, str, int, bool]] = {
     "fewbits nf4, another seed": ("fewbits", "nf4", "float32", 1, True),
     "bitsandbytes nf4, bfloat16": ("bnb", "nf4", "bfloat16", 0, True),
     "bitsandbytes nf4, float32": ("bnb", "nf4", "float32", 0, False),
+    "nf4 decoded, peft alone, float32": ("plain", "decoded", "float32", 0, True),
     "unquantized, bfloat16": ("plain", "original", "bfloat16", 0, False),
     "unquantized, float32": ("plain", "original", "float32", 0, False),
     "fewbits GPTQ int4-g64": ("fewbits", "gptq", "float32", 0, False),
@@ -81,11 +82,13 @@ def make(args: Any) -> dict[str, Path]:
     original = args.models / "smollm2-135m"
     text = args.shared / "data" / "text"
     made = {"original": original, "nf4": args.work / "finetune-nf4", "gptq": args.work / "finetune-int4-g64",
-            "gguf": args.work / "finetune-Q4_K_M.gguf", "tokens": args.work / "finetune-tokens.safetensors"}
+            "gguf": args.work / "finetune-Q4_K_M.gguf", "decoded": args.work / "finetune-nf4-decoded", "tokens": args.work / "finetune-tokens.safetensors"}
     for name, to, more in (("nf4", "nf4", {"calibration": "none"}), ("gguf", "Q4_K_M", {"calibration": "none"}),
                            ("gptq", "int4-g64", {"calibration": text / "c4.txt", "samples": 16})):
         if not made[name].exists():
             fewbits.quantize(original, made[name], to, **more)
+    if not made["decoded"].exists():
+        fewbits.convert(made["nf4"], made["decoded"], "f32")
     if not made["tokens"].exists():
         import torch
         from safetensors.torch import save_file
