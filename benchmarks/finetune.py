@@ -82,7 +82,8 @@ def make(args: Any) -> dict[str, Path]:
     original = args.models / "smollm2-135m"
     text = args.shared / "data" / "text"
     made = {"original": original, "nf4": args.work / "finetune-nf4", "gptq": args.work / "finetune-int4-g64",
-            "gguf": args.work / "finetune-Q4_K_M.gguf", "decoded": args.work / "finetune-nf4-decoded", "tokens": args.work / "finetune-tokens.safetensors"}
+            "gguf": args.work / "finetune-Q4_K_M.gguf", "decoded": args.work / "finetune-nf4-decoded",
+            "tokens": args.work / "finetune-tokens.safetensors"}
     for name, to, more in (("nf4", "nf4", {"calibration": "none"}), ("gguf", "Q4_K_M", {"calibration": "none"}),
                            ("gptq", "int4-g64", {"calibration": text / "c4.txt", "samples": 16})):
         if not made[name].exists():
