@@ -76,7 +76,7 @@ def test_code_in_a_configuration_is_not_run(tmp_path):
         "evil.py": evil,
         "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", None]}}).encode()})
     opened(path)
-    with pytest.raises(FewbitsError, match="unheard"):
+    with pytest.raises(FewbitsError, match="code of its own"):
         fewbits.load(path)
     assert not (tmp_path / "ran").exists()
 

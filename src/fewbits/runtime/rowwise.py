@@ -61,6 +61,8 @@ class Rowwise:
     name = "rowwise"
 
     def supports(self, q: QTensor, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"not on {device.type}"
         if not isinstance(q.codec, (Int8, W8A8)):
             return f"{q.codec.name} has no scale for each row alone, or not of 8 bits"
         return None if len(q.shape) == 2 and 0 not in q.shape else f"{list(q.shape)} is no matrix"
