@@ -74,4 +74,5 @@ def test_reasons() -> None:
     with pytest.raises(FewbitsError) as error:
         choose(QTensor(codecs.get("kmeans4"), (4, 64), {}), torch.device("meta"))
     assert str(error.value) == ("no kernel computes kmeans4 [4, 64] on meta: native: not on meta; "
-                                "rowwise: not on meta; floats: not on meta; decoded: not yet on meta; decode: not yet on meta")
+                                "rowwise: not on meta; floats: not on meta; decoded: not yet on meta; "
+                                "decode: not yet on meta")
