@@ -124,21 +124,26 @@ def _fetch(repository: str, names: list[str]) -> Path:
     return [_try(repository, lambda name=name: download(repository, name)) for name in names][0]  # type: ignore[misc]
 
 
+def failures() -> tuple[type[BaseException], ...]:
+    """What a request to the hub may raise."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    client = HfHubHTTPError.__mro__[1]  # the base of all errors of the client that huggingface_hub works with
+    return client, OSError, ValueError
+
+
 def _try(repository: str, ask: Callable[[], T]) -> T:
     """What the hub answers.
 
     Raises:
         FewbitsError: it refuses, or cannot be reached.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         return ask()
     except FewbitsError:
         raise
     except Exception as error:
-        client = HfHubHTTPError.__mro__[1]  # the base of all errors of the client that huggingface_hub works with
-        if not isinstance(error, (client, OSError, ValueError)):
+        if not isinstance(error, failures()):
             raise
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise FewbitsError(f"{repository}: no such path here, and it could not be downloaded: {first}",

@@ -27,8 +27,6 @@ class Done(Exception):
 Manner = Literal["plain", "tupled", "run"]
 MANNERS: tuple[Manner, ...] = ("plain", "tupled", "run")
 Batches = list[dict[str, "torch.Tensor"]]  # keyword arguments of the model, one batch each
-
-
 T = TypeVar("T")
 
 

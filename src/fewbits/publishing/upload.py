@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from fewbits import hub
 from fewbits.containers.base import Progress
 from fewbits.errors import FewbitsError
 
@@ -78,8 +79,7 @@ class _Asking:
         except FewbitsError:
             raise
         except Exception as error:
-            client = HfHubHTTPError.__mro__[1]  # the base of all errors of the client that huggingface_hub works with
-            if not isinstance(error, (client, OSError, ValueError, RuntimeError)):
+            if not isinstance(error, (*hub.failures(), RuntimeError)):
                 raise
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             first = (str(cause) or type(cause).__name__).strip().splitlines()[0]
