@@ -13,6 +13,22 @@ MODELS = Path(os.environ.get("FEWBITS_MODELS", ROOT / ".models"))
 PEERS = Path(os.environ.get("FEWBITS_PEERS", ROOT / ".peers"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU Triton interprets kernels; it has to be told before anything imports it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    import torch
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    where = "in the interpreter, no GPU" if interpreted else f"on {torch.cuda.get_device_name()}"
+    terminalreporter.write_line(f"Triton kernels ran {where}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory):
     """A cache folder of the tests' own."""

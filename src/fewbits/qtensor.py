@@ -32,13 +32,22 @@ class QTensor:
     def nbytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.planes.values())
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.planes.values())).device
+
+    def to(self, device: torch.device) -> QTensor:
+        """The same tensor, its planes on another device."""
+        order = None if self.order is None else self.order.to(device)
+        return QTensor(self.codec, self.shape, {k: p.to(device) for k, p in self.planes.items()}, order)
+
     def unpack(self) -> tuple[torch.Tensor, Params]:
         """Codes `[rows, columns]` and parameters `[rows, units, k]`."""
         return self.codec.unpack(self.planes, self.shape)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight `[*shape]`, float32 unless `dtype` says otherwise."""
-        out = torch.empty(self.shape, dtype=dtype or torch.float32)
+        out = torch.empty(self.shape, dtype=dtype or torch.float32, device=self.device)
         if not self.codec.rows_apart(self.shape):
             flat = decode_units(*self._arguments(self.unpack()))
             out.view(-1).copy_(flat.reshape(-1)[:out.numel()])

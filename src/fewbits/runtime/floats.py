@@ -25,7 +25,7 @@ class _Stored(_Weight):
             raise FewbitsError(f"activations of {x.shape[-1]} columns, a weight of {columns}")
         flat = x.detach().reshape(-1, columns)
         weight = self.weight()
-        if len(flat) > FEW[weight.dtype]:
+        if weight.device.type != "cpu" or len(flat) > FEW[weight.dtype]:
             return super().matmul(x, bias)
         out = torch.empty(len(flat), rows)
         _native.multiply_floats(weight.view(torch.uint8), scale_name(weight.dtype), flat.float().contiguous(), out,
@@ -42,8 +42,6 @@ class Floats:
     name = "floats"
 
     def supports(self, q: QTensor, device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"not on {device.type}"
         if q.codec.family != "float":
             return f"{q.codec.name} is no plain float"
         if len(q.shape) != 2 or 0 in q.shape[1:]:

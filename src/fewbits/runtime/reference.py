@@ -44,7 +44,8 @@ class Kernel(Protocol):
     def supports(self, q: QTensor, device: torch.device) -> str | None:
         """Why this kernel cannot compute with `q` on `device`, or None."""
 
-    def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared: ...
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
+        """`q`, on the device that it will be multiplied on."""
 
 
 class _Weight:
@@ -93,7 +94,7 @@ class Decode:
     prepared: type[_Weight] = _Decode
 
     def supports(self, q: QTensor, device: torch.device) -> str | None:
-        return None if device.type == "cpu" else f"not yet on {device.type}"
+        return None
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
         return self.prepared(q, dtype)

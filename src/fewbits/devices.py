@@ -1,0 +1,45 @@
+"""Devices by name: `cpu`, `cuda`, `cuda:1`, `auto`; ROCm's GPUs are called cuda as well."""
+
+from __future__ import annotations
+
+from fewbits.errors import FewbitsError
+from fewbits.lazy import torch
+from fewbits.memory import available_bytes
+
+
+def find(name: str | torch.device | None = None) -> torch.device:
+    """The device called `name`; of None and "auto", the first GPU if there is one, else the CPU.
+
+    Raises:
+        FewbitsError: torch knows no such device, or sees none here.
+    """
+    if name in (None, "auto"):
+        kind = accelerator()
+        return torch.device(kind, 0) if kind else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FewbitsError(f"unknown device {name!r}", "one of: auto, cpu, cuda, cuda:1") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = getattr(torch, device.type).device_count() if device.type == accelerator() else 0
+    if not count:
+        raise FewbitsError(f"no GPU: torch {torch.__version__} sees no {device.type} device", "leave --device out, or "
+                           "install a torch for this machine's GPU: https://pytorch.org/get-started/locally")
+    if (device.index or 0) >= count:
+        raise FewbitsError(f"{device}: there are {count} {device.type} devices, numbered from 0")
+    return torch.device(device.type, device.index or 0)
+
+
+def accelerator() -> str | None:
+    """The kind of GPU that torch sees here: "cuda" (NVIDIA, AMD), "xpu" (Intel)."""
+    return next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that can be had: what is free, and what torch holds of it unused."""
+    if device.type == "cpu":
+        return available_bytes()
+    backend = getattr(torch, device.type)
+    free, _ = backend.mem_get_info(device)
+    return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))

@@ -1,0 +1,37 @@
+"""Where the Triton kernels can run, and why not elsewhere."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels: for tests, on tensors of the CPU. It is settled when Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on `device`, or None."""
+    if device.type == "cpu":
+        return _missing() if interpreted() else "not on cpu"
+    return _missing() or _no_driver(device.type)
+
+
+@cache
+def _missing() -> str | None:
+    return None if find_spec("triton") else "triton is not installed (pip install 'fewbits[gpu]')"
+
+
+@cache
+def _no_driver(kind: str) -> str | None:
+    from triton.runtime import driver
+
+    try:
+        target = driver.active.get_current_target()
+    except Exception as error:  # each vendor's driver raises its own
+        return f"triton finds no driver: {str(error).splitlines()[0]}"
+    return None if target.backend in ("cuda", "hip", "xpu") else f"triton drives {target.backend}, not {kind}"
