@@ -77,7 +77,8 @@ class IntK(Codec):
         return {"scale": scale, "zero": params["zero"]}
 
     def grid(self, params: Params, columns: int) -> Grid:
-        return UniformGrid(params["scale"].float(), self.top, columns, zero=params["zero"].float())
+        zero = float(self.middle) if self.symmetric else params["zero"].float()
+        return UniformGrid(params["scale"].float(), self.top, columns, zero=zero)
 
     def pack(self, codes: torch.Tensor, params: Params, shape: Shape) -> Planes:
         planes = {"codes": pack_bits(codes, self.bits), "scales": params["scale"][..., 0].to(self.dtype)}

@@ -10,8 +10,9 @@ from fewbits.runtime.cpu import Cpu
 from fewbits.runtime.floats import Floats
 from fewbits.runtime.reference import Decode, Decoded, Kernel
 from fewbits.runtime.rowwise import Rowwise
+from fewbits.runtime.triton.kernel import Triton
 
-KERNELS: tuple[Kernel, ...] = (Cpu(), Rowwise(), Floats(), Decoded(), Decode())
+KERNELS: tuple[Kernel, ...] = (Cpu(), Triton(), Rowwise(), Floats(), Decoded(), Decode())
 
 
 def choose(q: QTensor, device: torch.device, only: str | None = None, without: tuple[str, ...] = ()) -> Kernel:
