@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from fewbits import codecs
+from fewbits.codecs.mxfp4 import E2M1
+from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.triton import layout
 from fewbits.runtime.triton.layout import Layout
@@ -36,6 +38,8 @@ def decoded(found: Layout, planes: dict[str, torch.Tensor], shape: tuple[int, ..
         levels = planes["levels"].double()[codes]
     elif found.levels == "rows":
         levels = planes["levels"].double().gather(-1, codes)
+    elif found.levels == "e2m1":
+        levels = torch.tensor(E2M1, dtype=torch.float64)[codes] / 2
     else:
         kind = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[found.levels]
         levels = codes.to(torch.uint8).view(kind).double()
@@ -92,3 +96,11 @@ def test_scales_beyond_float16(scale: float) -> None:
     ("nf4", (4, 100), "blocks of nf4 cross rows of 100 columns")])
 def test_reasons(name: str, shape: tuple[int, ...], reason: str) -> None:
     assert layout.unfit(QTensor(codecs.get(name), shape, {})) == reason
+
+
+@pytest.mark.parametrize("name, code", [("fp8-e4m3", 0xFF), ("fp8-e5m2", 0x7C), ("fp8-e5m2", 0xFE)])
+def test_codes_that_are_no_numbers(name: str, code: int) -> None:
+    q = weight(name, 8, 64)
+    q.planes["codes"][3, 5] = code
+    with pytest.raises(FewbitsError, match="no finite numbers"):
+        layout.pack(q)

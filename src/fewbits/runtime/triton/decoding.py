@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fewbits.runtime.triton.reading import level, line
+from fewbits.runtime.triton.reading import numbers, weights
 
 
 @triton.jit
@@ -30,13 +30,11 @@ def decode(out, ids, words, upper, scales, second, levels, row, first, count, co
         high = tl.load(upper + at, mask=live[None, :], other=0)
     factor = tl.load(row + n, mask=live, other=0.0)
     for g in tl.static_range(GROUPS):
-        slope, offset = line(scales, second, (b * BLOCK + g * GROUP) // GROUP * stride + n, live, LEVELS, SECOND, ZERO,
-                             LOWER + UPPER)
+        scale, offset = numbers(scales, second, (b * BLOCK + g * GROUP) // GROUP * stride + n, live, SECOND, ZERO)
         for i in tl.static_range(EACH):
-            at_field: tl.constexpr = g * EACH + i
-            value = level(word, high, levels, n[None, :], live[None, :], at_field, LEVELS, LOWER, UPPER)
-            value = (value * slope[None, :] + offset[None, :]) * factor[None, :]
-            column = b * BLOCK + 16 * at_field + j
+            value = factor[None, :] * weights(word, high, levels, n, live, scale, offset, g * EACH + i, LEVELS, LOWER,
+                                              UPPER)
+            column = b * BLOCK + 16 * (g * EACH + i) + j
             keep = live[None, :] & (column < columns)[:, None]
             place = out + k.to(tl.int64)[None, :] * across + column.to(tl.int64)[:, None] * down
             tl.store(place, value.to(out.dtype.element_ty), mask=keep)

@@ -24,7 +24,9 @@ from fewbits.codecs.decode_only import DecodeOnly
 from fewbits.codecs.float8 import Float8Grid
 from fewbits.codecs.floats import Float
 from fewbits.codecs.grids import TableGrid, UniformGrid
+from fewbits.codecs.mxfp4 import E2M1
 from fewbits.codecs.w8a8 import W8A8
+from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 
 WORDS = 16  # of a block: what a product of matrix units takes at once
@@ -32,6 +34,7 @@ LEAST = 16  # columns of a group
 ALIGNED = 16  # outputs, to multiples of which planes are filled up: no vector of a load straddles
 SPLIT = {1: (1, 0), 2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (8, 0)}  # lower and upper bits
 NARROW = {8: torch.uint8, 16: torch.int16}  # words of upper bits
+WITHOUT_NUMBER = {"e4m3": 0x7F, "e5m2": 0x7C}  # magnitudes from here on are NaN, or infinite
 CHUNK = 1 << 23  # weights laid out at a time
 
 
@@ -41,7 +44,7 @@ class Layout:
 
     bits: int
     group: int  # columns that share a scale; the whole row where they are at least the weight's
-    levels: str = "line"  # code - zero; or "table", "rows" (a table for each output), "e4m3", "e5m2"
+    levels: str = "line"  # code - zero; or "table", "rows" (a table for each output), "e4m3", "e5m2", "e2m1"
     zero: float = 0.0
     second: str = ""  # what stands beside the scales: "zeros" (uint8), "offsets" (float16, of code `zero`)
 
@@ -87,6 +90,9 @@ def pack(q: QTensor) -> tuple[Layout, Planes, Params]:
 
     `words` (int32), `upper`, `scales` (float16) and `second` are `[..., entries, out filled up]`, `row` is float32
     `[..., out]`, `levels` float32 `[levels]`, or `[..., out, levels]`; `...` are the leading dimensions of a stack.
+
+    Raises:
+        FewbitsError: codes of small floats that are no finite numbers: the kernels have no such.
     """
     columns, found, kept = q.shape[-1], [], []
     layout = None
@@ -94,6 +100,8 @@ def pack(q: QTensor) -> tuple[Layout, Planes, Params]:
         codes, params = part.unpack()
         kept.append({name: p.cpu() for name, p in params.items()})
         layout, planes = _numbers(q.codec.grid(params, q.codec.unit(columns)), q.codec.unit(columns), columns)
+        if layout.levels in WITHOUT_NUMBER and bool((codes.bitwise_and(0x7F) >= WITHOUT_NUMBER[layout.levels]).any()):
+            raise FewbitsError(f"weights in {q.codec.name} that are no finite numbers", "kernel='decode' computes them")
         planes["words"] = _words(codes, layout, layout.lower, torch.int32)
         if layout.upper:
             planes["upper"] = _words(codes >> layout.lower, layout, layout.upper, NARROW[layout.fields * layout.upper])
@@ -155,13 +163,14 @@ def _numbers(grid: Grid, unit: int, columns: int) -> tuple[Layout, Planes]:
         one = torch.ones(len(levels), 1, device=levels.device)
         return _finish(layout, {"levels": levels}, one, unit, columns)
     if isinstance(grid, Float8Grid):
-        layout = Layout(8, columns, grid.kind.name)
-        return _finish(layout, {}, grid.scale.flatten(1), unit, columns)
+        return _finish(Layout(8, columns, grid.kind.name), {}, grid.scale.flatten(1), unit, columns)
     assert isinstance(grid, (UniformGrid, TableGrid))
     each = unit // grid.scale.shape[-1]
     scale = grid.scale.float().flatten(1)
     if isinstance(grid, TableGrid):
         table = grid.table.table.to(scale.device, torch.float32)
+        if grid.table.table.tolist() == list(E2M1):
+            return _finish(Layout(4, columns, "e2m1"), {}, 2 * scale, each, columns)
         return _finish(Layout((len(table) - 1).bit_length(), columns, "table"), {"levels": table}, scale, each, columns)
     bits, zero = grid.high.bit_length(), grid.zero
     if grid.offset is not None:

@@ -1,4 +1,4 @@
-"""Products of activations with weights of few bits: for up to four rows, and with matrix units for more.
+"""Products of activations with weights of few bits: of one row, and of more by matrix units.
 
 Programs may share the columns of an output (`SPLIT`): each leaves its sums, and the last to come adds all of them up in
 their order, so that results do not depend on who came when.
@@ -7,17 +7,14 @@ their order, so that results do not depend on who came when.
 import triton
 import triton.language as tl
 
-from fewbits.runtime.triton.reading import level, line
-
-AT_ONCE = tl.constexpr(8)  # fields that a tile decodes at a time
+from fewbits.runtime.triton.reading import numbers, weights
 
 
 @triton.jit
-def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrived, rows, outs, columns, stride, blocks,
+def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrived, outs, columns, stride, blocks,
            LEVELS: tl.constexpr, SECOND: tl.constexpr, ZERO: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr,
-           GROUP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-           SPLIT: tl.constexpr):
-    """`x` `[rows, columns]` of up to `M` (1, 2 or 4) rows; every weight meets all of them once it is decoded."""
+           GROUP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr):
+    """One row of activations, `x` `[columns]`."""
     FIELDS: tl.constexpr = 32 // LOWER
     BLOCK: tl.constexpr = 16 * FIELDS
     GROUPS: tl.constexpr = BLOCK // GROUP if GROUP < BLOCK else 1
@@ -27,8 +24,7 @@ def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrive
     live = n < outs
     j = tl.arange(0, 16)
     each = tl.cdiv(blocks, SPLIT)
-    total0 = tl.zeros([16, N], tl.float32)
-    total1, total2, total3 = total0, total0, total0
+    total = tl.zeros([16, N], tl.float32)
     for b in range(part * each, min(part * each + each, blocks)):
         at = (b * 16 + j)[:, None] * stride + n[None, :]
         word = tl.load(words + at, mask=live[None, :], other=0)
@@ -36,36 +32,23 @@ def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrive
         if UPPER > 0:
             high = tl.load(upper + at, mask=live[None, :], other=0)
         for g in tl.static_range(GROUPS):
-            slope, offset = line(scales, second, (b * BLOCK + g * GROUP) // GROUP * stride + n, live, LEVELS, SECOND,
-                                 ZERO, LOWER + UPPER)
-            sum0 = tl.zeros([16, N], tl.float32)
-            sum1, sum2, sum3 = sum0, sum0, sum0
-            plain0 = tl.zeros([16], tl.float32)
-            plain1, plain2, plain3 = plain0, plain0, plain0
+            scale, offset = numbers(scales, second, (b * BLOCK + g * GROUP) // GROUP * stride + n, live, SECOND, ZERO)
             for i in tl.static_range(EACH):
-                at_field: tl.constexpr = g * EACH + i
-                value = level(word, high, levels, n[None, :], live[None, :], at_field, LEVELS, LOWER, UPPER)
-                column = b * BLOCK + 16 * at_field + j
-                sum0, plain0 = _add(sum0, plain0, value, x, column, 0, rows, columns, EVEN)
-                if M > 1:
-                    sum1, plain1 = _add(sum1, plain1, value, x, column, 1, rows, columns, EVEN)
-                if M > 2:
-                    sum2, plain2 = _add(sum2, plain2, value, x, column, 2, rows, columns, EVEN)
-                    sum3, plain3 = _add(sum3, plain3, value, x, column, 3, rows, columns, EVEN)
-            total0 += sum0 * slope[None, :] + plain0[:, None] * offset[None, :]
-            if M > 1:
-                total1 += sum1 * slope[None, :] + plain1[:, None] * offset[None, :]
-            if M > 2:
-                total2 += sum2 * slope[None, :] + plain2[:, None] * offset[None, :]
-                total3 += sum3 * slope[None, :] + plain3[:, None] * offset[None, :]
-    _leave(total0, out, bias, row, sums, 0, part, rows, outs, n, live, BIAS, SPLIT)
-    if M > 1:
-        _leave(total1, out, bias, row, sums, 1, part, rows, outs, n, live, BIAS, SPLIT)
-    if M > 2:
-        _leave(total2, out, bias, row, sums, 2, part, rows, outs, n, live, BIAS, SPLIT)
-        _leave(total3, out, bias, row, sums, 3, part, rows, outs, n, live, BIAS, SPLIT)
-    if SPLIT > 1 and _is_last(arrived + tile, SPLIT):
-        _gather(out, bias, row, sums, tl.arange(0, M), n, rows, outs, BIAS, SPLIT)
+                column = b * BLOCK + 16 * (g * EACH + i) + j
+                if EVEN:
+                    got = tl.load(x + column).to(tl.float32)
+                else:
+                    got = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
+                total += got[:, None] * weights(word, high, levels, n, live, scale, offset, g * EACH + i, LEVELS, LOWER,
+                                                UPPER)
+    found = tl.sum(total, 0)[None, :]
+    m = tl.arange(0, 1)
+    if SPLIT == 1:
+        _finish(found, out, bias, row, m, n, 1, outs, BIAS)
+    else:
+        tl.store(sums + part * outs + n[None, :], found, mask=live[None, :])
+        if _is_last(arrived + tile, SPLIT):
+            _gather(out, bias, row, sums, m, n, 1, outs, BIAS, SPLIT)
 
 
 @triton.jit
@@ -80,7 +63,8 @@ def tile(x, out, bias, words, upper, scales, second, levels, row, sums, arrived,
     """
     FIELDS: tl.constexpr = 32 // LOWER
     BLOCK: tl.constexpr = 16 * FIELDS
-    SOME: tl.constexpr = FIELDS if FIELDS < AT_ONCE else AT_ONCE
+    GROUPS: tl.constexpr = BLOCK // GROUP if GROUP < BLOCK else 1
+    EACH: tl.constexpr = FIELDS // GROUPS
     n = tl.program_id(0) * N + tl.arange(0, N)
     live = n < outs
     part = tl.program_id(2)
@@ -100,7 +84,6 @@ def tile(x, out, bias, words, upper, scales, second, levels, row, sums, arrived,
         if LEVELS == "rows":
             levels += expert * outs << (LOWER + UPPER)
     j = tl.arange(0, 16)
-    some = tl.arange(0, SOME)
     total = tl.zeros([M, N], tl.float32)
     each = tl.cdiv(blocks, SPLIT)
     for b in range(part * each, min(part * each + each, blocks)):
@@ -109,19 +92,14 @@ def tile(x, out, bias, words, upper, scales, second, levels, row, sums, arrived,
         high = word
         if UPPER > 0:
             high = tl.load(upper + at, mask=live[None, :], other=0)
-        for f in tl.static_range(0, FIELDS, SOME):
-            i = f + some
-            slope, offset = line(scales, second, ((b * BLOCK + 16 * i) // GROUP)[:, None, None] * stride
-                                 + n[None, None, :], live[None, None, :], LEVELS, SECOND, ZERO, LOWER + UPPER)
-            value = level(word[None, :, :], high[None, :, :], levels, n[None, None, :], live[None, None, :],
-                          i[:, None, None], LEVELS, LOWER, UPPER) * slope
-            if LEVELS == "line":
-                value += offset
-            weight = tl.reshape(value.to(x.dtype.element_ty), [16 * SOME, N])
-            column = b * BLOCK + 16 * f + tl.arange(0, 16 * SOME)
-            keep = (m < rows)[:, None] if EVEN else (m < rows)[:, None] & (column < columns)[None, :]
-            got = tl.load(x + m.to(tl.int64)[:, None] * columns + column[None, :], mask=keep, other=0.0)
-            total = tl.dot(got, weight, total, input_precision="ieee")
+        for g in tl.static_range(GROUPS):
+            scale, offset = numbers(scales, second, (b * BLOCK + g * GROUP) // GROUP * stride + n, live, SECOND, ZERO)
+            for i in tl.static_range(EACH):
+                weight = weights(word, high, levels, n, live, scale, offset, g * EACH + i, LEVELS, LOWER, UPPER)
+                column = b * BLOCK + 16 * (g * EACH + i) + j
+                keep = (m < rows)[:, None] if EVEN else (m < rows)[:, None] & (column < columns)[None, :]
+                got = tl.load(x + m.to(tl.int64)[:, None] * columns + column[None, :], mask=keep, other=0.0)
+                total = tl.dot(got, weight.to(x.dtype.element_ty), total, input_precision="ieee")
     if SPLIT > 1:
         keep = (m < rows)[:, None] & live[None, :]
         tl.store(sums + (part * rows + m)[:, None] * outs + n[None, :], total, mask=keep)
@@ -129,26 +107,6 @@ def tile(x, out, bias, words, upper, scales, second, levels, row, sums, arrived,
             _gather(out, bias, row, sums, m, n, rows, outs, BIAS, SPLIT)
     else:
         _finish(total, out, bias, row, m, n, rows, outs, BIAS)
-
-
-@triton.jit
-def _add(total, plain, value, x, column, m, rows, columns, EVEN: tl.constexpr):
-    """Adds a row's products with weights of some columns, and its activations by themselves."""
-    if EVEN and m == 0:
-        got = tl.load(x + column).to(tl.float32)
-    else:
-        keep = (column < columns) & (column * 0 + m < rows)
-        got = tl.load(x + m * columns + column, mask=keep, other=0.0).to(tl.float32)
-    return total + value * got[:, None], plain + got
-
-
-@triton.jit
-def _leave(total, out, bias, row, sums, m, part, rows, outs, n, live, BIAS: tl.constexpr, SPLIT: tl.constexpr):
-    """A row's results, or this program's share of them."""
-    if SPLIT > 1:
-        tl.store(sums + (part * rows + m) * outs + n, tl.sum(total, 0), mask=live & (n * 0 + m < rows))
-    else:
-        _finish(tl.sum(total, 0)[None, :], out, bias, row, m + tl.arange(0, 1), n, rows, outs, BIAS)
 
 
 @triton.jit

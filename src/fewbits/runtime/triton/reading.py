@@ -1,4 +1,4 @@
-"""What all kernels do with words of a layout: levels of their codes, and the line that makes weights of levels."""
+"""What all kernels do with words of a layout: make weights of one of their fields."""
 
 import triton
 import triton.language as tl
@@ -6,56 +6,72 @@ import triton.language as tl
 
 @triton.jit
 def field(words, i, BITS: tl.constexpr, AT: tl.constexpr):
-    """Codes of field `i` of words, from bit `AT` up. A field that is known when compiling costs one shift."""
-    if isinstance(i, tl.constexpr):
-        shift: tl.constexpr = i * BITS - AT
-        if shift >= 0:
-            return (words >> shift) & (((1 << BITS) - 1) << AT)
-        else:
-            return (words << -shift) & (((1 << BITS) - 1) << AT)
+    """Codes of field `i` of words, from bit `AT` up."""
+    if i * BITS >= AT:
+        return (words >> (i * BITS - AT)) & (((1 << BITS) - 1) << AT)
     else:
-        return ((words >> (i * BITS)) & ((1 << BITS) - 1)) << AT
+        return (words << (AT - i * BITS)) & (((1 << BITS) - 1) << AT)
 
 
 @triton.jit
-def level(words, upper, levels, n, live, i, LEVELS: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr):
-    """Levels of field `i` of words of outputs `n`, float32. Of a line it is 1 + code / 2^bits: the code is put into the
-    mantissa of 1, which spares a conversion."""
-    BITS: tl.constexpr = LOWER + UPPER
+def numbers(scales, second, at, live, SECOND: tl.constexpr, ZERO: tl.constexpr):
+    """Scale and offset, of code 0, of groups: float32; `at` are entries of their planes."""
+    scale = tl.load(scales + at, mask=live, other=0.0).to(tl.float32)
+    if SECOND == "zeros":
+        return scale, -scale * tl.load(second + at, mask=live, other=0).to(tl.float32)
+    elif SECOND == "offsets":
+        return scale, tl.load(second + at, mask=live, other=0.0).to(tl.float32) - scale * ZERO
+    else:
+        return scale, -scale * ZERO
+
+
+@triton.jit
+def weights(words, upper, levels, n, live, scale, offset, i, LEVELS: tl.constexpr, LOWER: tl.constexpr,
+            UPPER: tl.constexpr):
+    """Weights of field `i` of words `[16, N]` of outputs `n`, float32, without the row's factor.
+
+    Of a line, the byte that holds the code is moved to bits 12 to 19, once for all fields of it, and the code made part
+    of the mantissa of 1: no conversion, and one multiplication that is exact where the scale has 11 bits and the zero
+    point is an integer.
+    """
     if LEVELS == "line":
-        code = field(words, i, LOWER, 23 - BITS) | 0x3F800000
+        byte = i * LOWER // 8
+        part = i * LOWER % 8
+        code = (_moved(words, byte) & (((1 << LOWER) - 1) << (12 + part))) | 0x3F800000
         if UPPER > 0:
-            code = code | field(upper.to(tl.int32), i, UPPER, 23 - UPPER)
-        return code.to(tl.float32, bitcast=True)
+            code = code | field(upper.to(tl.int32), i, UPPER, 12 + part + LOWER)
+        ones = 1 << (11 - part)
+        value = code.to(tl.float32, bitcast=True)  # 1 + code / ones
+        return value * (scale * ones)[None, :] + (offset - scale * ones)[None, :]
     elif LEVELS == "e4m3":
-        code = field(words, i, LOWER, 0)
-        half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)  # float16's exponent is 8 larger
-        value = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-        return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+        return _small_float(words, i, LOWER, 4) * (scale * 2.0 ** 120)[None, :]
     elif LEVELS == "e5m2":
-        return field(words, i, LOWER, 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return _small_float(words, i, LOWER, 3) * (scale * 2.0 ** 112)[None, :]
+    elif LEVELS == "e2m1":
+        return _small_float(words, i, LOWER, 6) * (scale * 2.0 ** 126)[None, :]
     else:
         code = field(words, i, LOWER, 0)
         if UPPER > 0:
             code = code | field(upper.to(tl.int32), i, UPPER, LOWER)
-        if LEVELS == "table":
-            return tl.load(levels + code)
+        if LEVELS == "rows":
+            return tl.load(levels + (n[None, :] << (LOWER + UPPER)) + code, mask=live[None, :], other=0.0)
         else:
-            return tl.load(levels + (n << BITS) + code, mask=live, other=0.0)
+            return tl.load(levels + code) * scale[None, :]
 
 
 @triton.jit
-def line(scales, second, at, live, LEVELS: tl.constexpr, SECOND: tl.constexpr, ZERO: tl.constexpr,
-         BITS: tl.constexpr):
-    """Slope and offset, float32, with which a `level` becomes a weight; `at` are entries of the planes."""
-    scale = tl.load(scales + at, mask=live, other=0.0).to(tl.float32)
-    if LEVELS != "line":
-        return scale, scale * 0.0
-    if SECOND == "zeros":
-        zero = tl.load(second + at, mask=live, other=0).to(tl.float32)
-        return scale * (1 << BITS), -scale * (zero + (1 << BITS))
-    elif SECOND == "offsets":
-        offset = tl.load(second + at, mask=live, other=0.0).to(tl.float32)
-        return scale * (1 << BITS), offset - scale * (ZERO + (1 << BITS))
+def _moved(words, byte):
+    """Byte number `byte` from bit 12 up, with what lies around it."""
+    if byte < 2:
+        return words << (12 - 8 * byte)
     else:
-        return scale * (1 << BITS), -scale * (ZERO + (1 << BITS))
+        return words >> (8 * byte - 12)
+
+
+@triton.jit
+def _small_float(words, i, BITS: tl.constexpr, MORE: tl.constexpr):
+    """Floats of field `i` with `MORE` bits less of exponent than float32 has: their bits, put where float32 has them,
+    are a number that is smaller by a power of two."""
+    top = words << (32 - BITS - i * BITS)
+    kept = (top >> MORE) & ((((1 << (BITS - 1)) - 1) << (32 - BITS - MORE)) - (1 << 31))
+    return kept.to(tl.float32, bitcast=True)

@@ -58,7 +58,7 @@ class Weight:
         out = x.new_empty(len(x), outs)
         if not len(x):
             return out
-        if len(x) <= configs.MATVEC_ROWS:
+        if len(x) == 1:
             self._matvec(x, out, bias)
         elif len(x) >= configs.dense(self.layout.bits, self.layout.group, outs, columns, self.device):
             for at, part in self._decoded(x.dtype):
@@ -71,14 +71,13 @@ class Weight:
 
     def _matvec(self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
         outs, columns, stride, blocks = self._sizes
-        c = self.config("matvec", len(x))
+        c = self.config("matvec", 1)
         split = min(c.split, blocks)
         tiles = triton.cdiv(outs, c.n)
-        m = triton.next_power_of_2(len(x))
         matvec[(tiles, split)](
-            x, out, out if bias is None else bias, *self._read, self._sums(split, len(x)), self.planes["arrived"],
-            len(x), outs, columns, stride, blocks, **self._constants, EVEN=columns % self.layout.block == 0,
-            BIAS=bias is not None, M=m, N=c.n, SPLIT=split, num_warps=c.warps, num_stages=c.stages)
+            x, out, out if bias is None else bias, *self._read, self._sums(split, 1), self.planes["arrived"], outs,
+            columns, stride, blocks, **self._constants, EVEN=columns % self.layout.block == 0, BIAS=bias is not None,
+            N=c.n, SPLIT=split, num_warps=c.warps, num_stages=c.stages)
 
     def _tile(self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None,
               order: torch.Tensor | None = None, places: torch.Tensor | None = None) -> None:
