@@ -11,12 +11,14 @@ from fewbits import codecs
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.dispatch import choose
-from fewbits.runtime.triton import rowwise
-from fewbits.runtime.triton.rowwise import Tile, Tiled
+from fewbits.runtime.triton import configs, rowwise
+from fewbits.runtime.triton.configs import Config
+from fewbits.runtime.triton.rowwise import Tiled
 from fewbits.solvers import solve
 
 NAMES = ["int8", "w8a8", "w8a8-static", "w8a8-asym", "w8a8-static-asym-sf32"]
 OUTS, COLUMNS = 37, 100
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # 0 / 0, of numpy in the interpreter
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -32,16 +34,6 @@ def activations(rows: int, columns: int = COLUMNS) -> torch.Tensor:
     x = torch.randn(rows, columns)
     x[rows // 2] = 0 if rows > 1 else x[0]
     return x
-
-
-@pytest.fixture
-def cut(monkeypatch):
-    """Has every product cut into small tiles and so many parts."""
-    def to(tile: Tile, split: int) -> None:
-        monkeypatch.setattr(rowwise, "TILES", {1 << 62: tile})
-        monkeypatch.setattr(rowwise, "_split", lambda *_: split)
-
-    return to
 
 
 def both(q: QTensor, x: torch.Tensor, bias: torch.Tensor | None = None,
@@ -71,15 +63,15 @@ def test_products_of_integers_are_equal_bit_for_bit(name: str, rows: int) -> Non
         assert equal(got, want)
 
 
-@pytest.mark.parametrize("split", [1, 2, 4])
-@pytest.mark.parametrize("tile", [Tile(16, 16, 32, 1, 1), Tile(32, 64, 64, 1, 1)])
-def test_however_it_is_cut(cut, tile: Tile, split: int) -> None:
-    cut(tile, split)
+@pytest.mark.parametrize("config", [Config(16, 16, 1), Config(16, 16, 4), Config(64, 32, 2), Config(32, 64, 2, 8, 1)])
+def test_however_it_is_cut(config: Config, monkeypatch) -> None:
+    monkeypatch.setattr(rowwise, "WIDE", 32)  # several blocks; fewer than parts
     x = activations(40)
-    for name in ("int8", "w8a8-asym"):
-        got, want = both(weight(name), x.view(2, 20, COLUMNS), torch.randn(OUTS))
-        assert equal(got, want)
-    got, want = both(weight("int8"), x, outliers=2.5)
+    with configs.trying({"rowwise": config}):
+        for name in ("int8", "w8a8-asym"):
+            got, want = both(weight(name), x.view(2, 20, COLUMNS), torch.randn(OUTS))
+            assert equal(got, want)
+        got, want = both(weight("int8"), x, outliers=2.5)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
