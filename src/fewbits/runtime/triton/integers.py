@@ -4,12 +4,11 @@ The weight stays `[out, in]` as it is stored: integer tensor cores take both ope
 and a transposed weight would have to be turned byte by byte on its way.
 """
 
-# mypy: disallow-untyped-defs=false
-
 import triton
 import triton.language as tl
 
 from fewbits.runtime.triton.available import interpreted
+from fewbits.runtime.triton.products import is_last
 
 INTERPRETED = tl.constexpr(interpreted())
 FAR = tl.constexpr(32)  # columns of a block that is multiplied in floating point if it has an outlier
@@ -55,18 +54,18 @@ def _near(x, far, column, rows, columns, threshold, OUTLIERS: tl.constexpr, ROWS
 
 
 @triton.jit
-def round_rows(x, far, listed, codes, scales, sums, locks, inputs, rows, columns, pitch, locked, span, threshold,
+def round_rows(x, far, listed, codes, scales, sums, arrived, inputs, rows, columns, pitch, counters, span, threshold,
                BLOCK: tl.constexpr, OUTLIERS: tl.constexpr, ROWS: tl.constexpr, STATIC: tl.constexpr,
                SUMS: tl.constexpr):
     """A row to int8 codes `[rows, pitch]`, 0 beyond its columns, with its scale and the sum of its codes.
 
-    The first program lists the blocks with outliers, their number first, and opens the locks of the product.
+    The first program lists the blocks with outliers, their number first, and resets the product's counters.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     if row == 0:
-        for start in range(0, locked, BLOCK):
-            tl.store(locks + start + at, 0, mask=start + at < locked)
+        for start in range(0, counters, BLOCK):
+            tl.store(arrived + start + at, 0, mask=start + at < counters)
         if OUTLIERS:
             count = 0
             for start in range(0, columns, BLOCK):
@@ -151,7 +150,7 @@ def _store(total, by_row, bias, y, row, out, rows, outs, BIAS: tl.constexpr):
 
 
 @triton.jit
-def multiply(codes, scales, row_sums, x, far, listed, w, by_row, zeros, bias, y, parts, far_parts, locks,
+def multiply(codes, scales, row_sums, x, far, listed, w, by_row, zeros, bias, y, parts, far_parts, arrived,
              rows, outs, columns, pitch, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
              EVEN: tl.constexpr, OUTLIERS: tl.constexpr, ZEROS: tl.constexpr, STATIC: tl.constexpr,
              BIAS: tl.constexpr):
@@ -185,8 +184,7 @@ def multiply(codes, scales, row_sums, x, far, listed, w, by_row, zeros, bias, y,
         if OUTLIERS:
             total = _add_far(tl.zeros([M, N], tl.float32), x, far, listed, w, near_row, near_out, columns, part, SPLIT)
             tl.store(far_parts + part * size + mine, total)
-        tl.debug_barrier()
-        if tl.atomic_add(locks + tile, 1, sem="acq_rel") == SPLIT - 1:
+        if is_last(arrived + tile, SPLIT):
             sums = tl.zeros([M, N], tl.int32)
             for i in range(SPLIT):
                 sums += tl.load(parts + i * size + mine, cache_modifier=".cg")

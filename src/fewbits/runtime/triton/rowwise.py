@@ -44,7 +44,7 @@ def product(x: torch.Tensor, codes: torch.Tensor, by_row: torch.Tensor, zeros: t
         return y
     x, device = x.contiguous(), x.device
     c = configs.lookup("rowwise", 8, columns, rows, outs, columns, device)
-    tiles, split, k = units(rows, c.m) * units(outs, c.n), c.split, WIDE if c.m <= 32 else NARROW
+    tiles, split, k = units(rows, c.m) * units(outs, c.n), c.split, WIDE if c.m <= 32 and columns % 16 == 0 else NARROW
     pitch = units(columns, k) * k
     apart, few = outliers > 0, rows <= FEW
 
@@ -55,7 +55,7 @@ def product(x: torch.Tensor, codes: torch.Tensor, by_row: torch.Tensor, zeros: t
     listed = empty(1 + units(columns, FAR.value), where=apart)
     rounded, sums = empty(rows, pitch, dtype=torch.int8), empty(rows, where=zeros is not None)
     scales = inputs if inputs is not None else empty(rows, dtype=torch.float32)
-    parts, locks = empty(split, tiles, c.m * c.n, where=split > 1), empty(tiles, where=split > 1)
+    parts, arrived = empty(split, tiles, c.m * c.n, where=split > 1), empty(tiles, where=split > 1)
     far_parts = empty(*parts.shape, dtype=torch.float32, where=apart and split > 1)
     block = min(triton.next_power_of_2(pitch), WIDEST)
     with _current(device):
@@ -63,12 +63,12 @@ def product(x: torch.Tensor, codes: torch.Tensor, by_row: torch.Tensor, zeros: t
             high, wide = LOOK
             find_outliers[units(columns, wide), units(rows, high)](x, far, rows, columns, outliers, high, wide)
         round_rows[rows,](
-            x, far, listed, rounded, scales, sums, locks, scales, rows, columns, pitch, locks.numel(), span, outliers,
-            BLOCK=block, OUTLIERS=apart, ROWS=triton.next_power_of_2(rows) if apart and few else 0,
+            x, far, listed, rounded, scales, sums, arrived, scales, rows, columns, pitch, arrived.numel(), span,
+            outliers, BLOCK=block, OUTLIERS=apart, ROWS=triton.next_power_of_2(rows) if apart and few else 0,
             STATIC=inputs is not None, SUMS=zeros is not None, num_warps=min(max(block // 512, 1), 16))
         multiply[tiles, split](
             rounded, scales, sums, x, far, listed, codes, by_row, codes if zeros is None else zeros,
-            by_row if bias is None else bias, y, parts, far_parts, locks, rows, outs, columns, pitch,
+            by_row if bias is None else bias, y, parts, far_parts, arrived, rows, outs, columns, pitch,
             M=c.m, N=c.n, K=k, SPLIT=split, EVEN=columns == pitch, OUTLIERS=apart, ZEROS=zeros is not None,
             STATIC=inputs is not None, BIAS=bias is not None, num_warps=c.warps, num_stages=c.stages,
             enable_fp_fusion=False)  # a bias is added after rounding, as on the CPU
