@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fewbits.runtime.triton.available import interpreted
-from fewbits.runtime.triton.products import is_last
+from fewbits.runtime.triton.sharing import is_last
 
 INTERPRETED = tl.constexpr(interpreted())
 FAR = tl.constexpr(32)  # columns of a block that is multiplied in floating point if it has an outlier

@@ -7,11 +7,9 @@ their order, so that results do not depend on who came when.
 import triton
 import triton.language as tl
 
-from fewbits.runtime.triton.available import awaited_stores
 from fewbits.runtime.triton.reading import level, line
 
 AT_ONCE = tl.constexpr(8)  # fields that a tile decodes at a time
-AWAITED = tl.constexpr(awaited_stores())
 
 
 @triton.jit
@@ -66,7 +64,7 @@ def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrive
     if M > 2:
         _leave(total2, out, bias, row, sums, 2, part, rows, outs, n, live, BIAS, SPLIT)
         _leave(total3, out, bias, row, sums, 3, part, rows, outs, n, live, BIAS, SPLIT)
-    if SPLIT > 1 and is_last(arrived + tile, SPLIT):
+    if SPLIT > 1 and _is_last(arrived + tile, SPLIT):
         _gather(out, bias, row, sums, tl.arange(0, M), n, rows, outs, BIAS, SPLIT)
 
 
@@ -127,7 +125,7 @@ def tile(x, out, bias, words, upper, scales, second, levels, row, sums, arrived,
     if SPLIT > 1:
         keep = (m < rows)[:, None] & live[None, :]
         tl.store(sums + (part * rows + m)[:, None] * outs + n[None, :], total, mask=keep)
-        if is_last(arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLIT):
+        if _is_last(arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLIT):
             _gather(out, bias, row, sums, m, n, rows, outs, BIAS, SPLIT)
     else:
         _finish(total, out, bias, row, m, n, rows, outs, BIAS)
@@ -154,10 +152,8 @@ def _leave(total, out, bias, row, sums, m, part, rows, outs, n, live, BIAS: tl.c
 
 
 @triton.jit
-def is_last(arrived, SPLIT: tl.constexpr):
+def _is_last(arrived, SPLIT: tl.constexpr):
     """Whether all other programs of a tile have left their sums; its counter is then ready for the next launch."""
-    if AWAITED != "":
-        tl.inline_asm_elementwise(AWAITED, "=v,v,~{memory}", [tl.arange(0, 64)], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
     came = tl.atomic_add(arrived, 1, sem="acq_rel")
     if came == SPLIT - 1:
