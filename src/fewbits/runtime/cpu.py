@@ -99,10 +99,10 @@ def multiply(matrices: Sequence[Matrix], x: torch.Tensor, biases: Sequence[torch
 
 
 def far_columns(x: torch.Tensor, threshold: float | None) -> torch.Tensor:
-    """The columns of `x` `[n, in]` with a magnitude of at least `threshold`; none where that is None or 0."""
+    """The columns of `x` `[n, in]` with a magnitude of at least `threshold`, or a NaN; none where that is None or 0."""
     if not threshold or not len(x):
         return torch.empty(0, dtype=torch.long, device=x.device)
-    return (x.abs().amax(0) >= threshold).nonzero()[:, 0]
+    return (~(x.abs().amax(0) < threshold)).nonzero()[:, 0]
 
 
 class Native:

@@ -14,6 +14,7 @@ from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.cpu import OUTLIER, far_columns
 from fewbits.runtime.reference import Prepared, _Decode
+from fewbits.runtime.triton.available import unavailable
 
 
 class _Rowwise(_Decode):
@@ -61,11 +62,15 @@ class Rowwise:
     name = "rowwise"
 
     def supports(self, q: QTensor, device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"not on {device.type}"
+        if device.type != "cpu" and (reason := unavailable(device)):
+            return reason
         if not isinstance(q.codec, (Int8, W8A8)):
             return f"{q.codec.name} has no scale for each row alone, or not of 8 bits"
         return None if len(q.shape) == 2 and 0 not in q.shape else f"{list(q.shape)} is no matrix"
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
-        return _Rowwise(q, dtype)
+        if q.device.type == "cpu":
+            return _Rowwise(q, dtype)
+        from fewbits.runtime.triton.rowwise import Tiled
+
+        return Tiled(q, dtype)

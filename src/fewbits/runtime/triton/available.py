@@ -14,6 +14,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def awaited_stores() -> str:
+    """The instruction by which a wave of AMD's gfx9 GPUs waits until others see its stores; "" for other GPUs.
+
+    Barriers there do not wait for stores, and a release that follows one waits for those of its own wave alone.
+    """
+    from triton.runtime import driver
+
+    gfx9 = not interpreted() and str(driver.active.get_current_target().arch).startswith("gfx9")
+    return "s_waitcnt vmcnt(0)" if gfx9 else ""
+
+
 def unavailable(device: torch.device) -> str | None:
     """Why no Triton kernel runs on `device`, or None."""
     if device.type == "cpu":

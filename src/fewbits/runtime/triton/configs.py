@@ -42,7 +42,7 @@ class Config:
 class Key(NamedTuple):
     """A product: by which kernel, of what weight `[out, columns]`, with how many rows of activations."""
 
-    kernel: str  # "matvec", "tile", "decode"
+    kernel: str  # "matvec", "tile", "decode", "rowwise"
     bits: int
     group: int  # columns that share a scale
     rows: int
@@ -71,6 +71,7 @@ DEFAULTS: dict[str, dict[int, Config]] = {  # kernel -> up to so many rows -> wh
     "matvec": {1: Config(16, 1), 2: Config(16, 2), 4: Config(16, 4)},
     "tile": {16: Config(64, 16), 32: Config(64, 32), 64: Config(128, 64), 256: Config(128, 128, warps=8)},
     "decode": {1: Config(16)},
+    "rowwise": {16: Config(64, 16), 32: Config(64, 32), 64: Config(64, 64, stages=4), 256: Config(128, 128, warps=8)},
 }
 _tried: list[tuple[dict[str, Config], int | None]] = []
 

@@ -1,0 +1,221 @@
+"""What is known of the Triton kernels without a GPU: they are compiled for GPUs that are not there, and looked at.
+
+CALLS are products and steps as they are launched; every kernel that one launches is compiled. Of each: registers,
+spilled ones, shared memory, instructions of tensor cores; on NVIDIA's also the loop that loads most, its instructions a
+weight, and how its time to issue compares with the time to read the weights, on an H100: above 1, instructions bind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from common import parser, show  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from fewbits.runtime.triton import configs  # noqa: E402
+
+TARGETS = {"sm80": GPUTarget("cuda", 80, 32), "sm90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+PROCESSORS, ISSUES, BYTES = 132, 132 * 4 * 1.7e9, 3.35e12  # of an H100: instructions of warps, and bytes, a second
+UNITS = {"cuda": r"\b(?:IMMA|HMMA|IGMMA|HGMMA|QGMMA)\.[\w.]+", "hip": r"\bv_mfma_\w+"}
+LOADS = re.compile(r"\b(?:LDG|LDGSTS)\.[\w.]+")
+
+Weights = Callable[[dict[str, Any]], tuple[int, int]]  # constants of a kernel -> weights and bytes that a loop's turn loads
+
+
+@dataclass
+class Loop:
+    instructions: int
+    per_weight: float  # instructions of warps
+    issue_to_memory: float
+
+
+@dataclass
+class Code:
+    """A kernel as it was compiled."""
+
+    call: str
+    target: str
+    kernel: str
+    constants: dict[str, Any]
+    registers: int
+    spilled: int
+    shared_bytes: int
+    units: dict[str, int] = field(default_factory=dict)  # instruction of tensor cores -> how often it is written
+    loop: Loop | None = None
+
+
+class _Absent:
+    """A driver of a GPU that is not there."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int | str:
+        """Kernels keep what was compiled for each."""
+        return self.target.arch
+
+    def get_current_stream(self, device: int | str) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(target: GPUTarget) -> Iterator[list[tuple[JITFunction, dict[str, Any], Any]]]:
+    """Within it kernels are compiled when they are launched, on tensors of the CPU, and not run: kernel, constants, code."""
+    found: list[tuple[JITFunction, dict[str, Any], Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        code = run(self, *args, grid=grid, warmup=True, **options)
+        named = dict(zip(self.arg_names, args, strict=False)) | options
+        constants = {p.name: named[p.name] for p in self.params if p.is_constexpr and p.name in named}
+        found.append((self, constants, code))
+        return code
+
+    JITFunction.run = compile_only
+    driver.set_active(_Absent(target))
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+
+
+def look(call: str, target: str, kernel: JITFunction, constants: dict[str, Any], code: Any) -> Code:
+    seen = Code(call, target, kernel.__name__, constants, 0, 0, int(code.metadata.shared))
+    if "cubin" in code.asm:
+        usage, text = _dump(code.asm["cubin"])
+        seen.registers = int(_first(r"REG:(\d+)", usage))
+        seen.spilled = int(_first(r"STACK:(\d+)", usage)) // 4 + len(re.findall(r"\b(?:STL|LDL)\b", text))
+        if kernel.__name__ in WEIGHTS:
+            seen.loop = _loop(text, *WEIGHTS[kernel.__name__](constants), 32 * int(code.metadata.num_warps))
+        found = re.findall(UNITS["cuda"], text)
+    else:
+        text = code.asm["amdgcn"]
+        seen.registers = int(_first(r"\.vgpr_count:\s+(\d+)", text))
+        seen.spilled = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
+        found = re.findall(UNITS["hip"], text)
+    seen.units = {name: found.count(name) for name in dict.fromkeys(found)}
+    return seen
+
+
+def _dump(cubin: bytes) -> tuple[str, str]:
+    """What resources a kernel uses, and its instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = ["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"]
+        usage, text = (subprocess.run([str(TOOLS / tool), option, file.name], capture_output=True, text=True,
+                                      check=True).stdout for tool, option in commands)
+    return usage, text
+
+
+def _first(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match, f"no {pattern}"
+    return match[1]
+
+
+def _loop(text: str, weights: int, nbytes: int, threads: int) -> Loop | None:
+    """The innermost loop that loads most bytes; a turn of it may be several of the kernel's, which the bytes tell."""
+    lines = text.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    jumps = [(labels.get(m[1], i), i) for i, line in enumerate(lines) if (m := re.search(r"\bBRA.*\(?(\.L_x_\d+)", line))]
+    backward = [(a, b) for a, b in jumps if a < b]
+    inner = [(a, b) for a, b in backward if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in backward)]
+    loops = [[line for line in lines[a:b + 1] if "/*" in line] for a, b in inner]
+    if not loops:
+        return None
+    loop = max(loops, key=_loaded)
+    turns = max(1, round(_loaded(loop) * threads / nbytes))
+    slots = len(loop) * threads / 32 / (weights * turns)
+    return Loop(len(loop), slots, slots / ISSUES / (nbytes / weights / BYTES))
+
+
+def _loaded(lines: list[str]) -> int:
+    """Bytes that a thread loads from global memory."""
+    return sum(_width(m[0]) for line in lines if (m := LOADS.search(line)))
+
+
+def _width(instruction: str) -> int:
+    for name, size in ((".128", 16), (".64", 8), ("8", 1), ("16", 2)):
+        if instruction.endswith(name) or f"{name}." in instruction or re.search(rf"\.[US]{name}\b", instruction):
+            return size
+    return 4
+
+
+def rowwise(rows: int, outliers: float, dtype: torch.dtype = torch.bfloat16, out: int = 4096, columns: int = 4096,
+            asymmetric: bool = False) -> None:
+    from fewbits.runtime.triton.rowwise import product
+
+    config = configs.default(configs.Key("rowwise", 8, columns, configs.bucket(rows), out, columns), PROCESSORS)
+    zeros = torch.empty(out, 1, dtype=torch.int8) if asymmetric else None
+    with configs.trying({"rowwise": config}):
+        product(torch.empty(rows, columns, dtype=dtype), torch.empty(out, columns, dtype=torch.int8), torch.empty(out),
+                zeros, None, torch.empty(out, dtype=dtype), 127.0, outliers)
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "int8, 1 row": lambda: rowwise(1, 6.0),
+    "int8, 16 rows": lambda: rowwise(16, 6.0),
+    "int8, 64 rows": lambda: rowwise(64, 6.0),
+    "int8, 512 rows": lambda: rowwise(512, 6.0),
+    "int8, 512 rows, float32": lambda: rowwise(512, 6.0, torch.float32),
+    "w8a8, 1 row": lambda: rowwise(1, 0.0),
+    "w8a8, 512 rows": lambda: rowwise(512, 0.0),
+    "w8a8-asym, 20 rows, 4100 columns": lambda: rowwise(20, 0.0, columns=4100, asymmetric=True),
+}
+WEIGHTS: dict[str, Weights] = {  # kernels whose loop over weights is looked at
+    "multiply": lambda c: (c["N"] * c["K"], (c["N"] + c["M"]) * c["K"]),
+}
+
+
+def codes(targets: list[str], only: str = "") -> Iterator[Code]:
+    """Every kernel of the calls that have `only` in their names, once for each target and constants."""
+    for target in targets:
+        seen = set()
+        for call in (name for name in CALLS if only in name):
+            with compiling(TARGETS[target]) as found:
+                CALLS[call]()
+            for kernel, constants, code in found:
+                if code.hash not in seen:
+                    seen.add(code.hash)
+                    yield look(call, target, kernel, constants, code)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    options.add_argument("--only", default="", help="calls with this in their names")
+    args = options.parse_args()
+    found = list(codes(args.targets, args.only))
+    rows = [(c.call, c.target, c.kernel, c.registers, c.spilled, f"{c.shared_bytes / 1024:.0f}",
+             " ".join(f"{n} {name}" for name, n in c.units.items()),
+             *((c.loop.instructions, f"{c.loop.per_weight:.4f}", f"{c.loop.issue_to_memory:.2f}") if c.loop else "   "))
+            for c in found]
+    show("Kernels as compiled", ("call", "target", "kernel", "registers", "spilled", "shared KiB", "tensor cores",
+                                 "loop", "a weight", "issue / memory"), rows)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(c) for c in found], indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
