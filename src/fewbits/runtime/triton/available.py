@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -23,6 +25,11 @@ def awaited_stores() -> str:
 
     gfx9 = not interpreted() and str(driver.active.get_current_target().arch).startswith("gfx9")
     return "s_waitcnt vmcnt(0)" if gfx9 else ""
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it `device` is the current one: Triton launches there, wherever tensors lie."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def unavailable(device: torch.device) -> str | None:

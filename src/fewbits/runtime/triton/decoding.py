@@ -9,7 +9,7 @@ from fewbits.runtime.triton.reading import numbers, weights
 @triton.jit
 def decode(out, ids, words, upper, scales, second, levels, row, first, count, columns, stride, across, down,
            LEVELS: tl.constexpr, SECOND: tl.constexpr, ZERO: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr,
-           GROUP: tl.constexpr, CHOSEN: tl.constexpr, N: tl.constexpr):
+           GROUP: tl.constexpr, EVEN: tl.constexpr, CHOSEN: tl.constexpr, N: tl.constexpr):
     """Values of `count` outputs, those that `ids` says if `CHOSEN`, else from `first` on: output k's column c to
     `out[k * across + c * down]`."""
     FIELDS: tl.constexpr = 32 // LOWER
@@ -35,6 +35,6 @@ def decode(out, ids, words, upper, scales, second, levels, row, first, count, co
             value = factor[None, :] * weights(word, high, levels, n, live, scale, offset, g * EACH + i, LEVELS, LOWER,
                                               UPPER)
             column = b * BLOCK + 16 * (g * EACH + i) + j
-            keep = live[None, :] & (column < columns)[:, None]
+            keep = live[None, :] if EVEN else live[None, :] & (column < columns)[:, None]
             place = out + k.to(tl.int64)[None, :] * across + column.to(tl.int64)[:, None] * down
             tl.store(place, value.to(out.dtype.element_ty), mask=keep)

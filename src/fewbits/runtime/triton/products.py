@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fewbits.runtime.triton.reading import numbers, weights
+from fewbits.runtime.triton.sharing import is_last
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrive
         _finish(found, out, bias, row, m, n, 1, outs, BIAS)
     else:
         tl.store(sums + part * outs + n[None, :], found, mask=live[None, :])
-        if _is_last(arrived + tile, SPLIT):
+        if is_last(arrived + tile, SPLIT):
             _gather(out, bias, row, sums, m, n, 1, outs, BIAS, SPLIT)
 
 
@@ -103,20 +104,10 @@ def tile(x, out, bias, words, upper, scales, second, levels, row, sums, arrived,
     if SPLIT > 1:
         keep = (m < rows)[:, None] & live[None, :]
         tl.store(sums + (part * rows + m)[:, None] * outs + n[None, :], total, mask=keep)
-        if _is_last(arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLIT):
+        if is_last(arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLIT):
             _gather(out, bias, row, sums, m, n, rows, outs, BIAS, SPLIT)
     else:
         _finish(total, out, bias, row, m, n, rows, outs, BIAS)
-
-
-@triton.jit
-def _is_last(arrived, SPLIT: tl.constexpr):
-    """Whether all other programs of a tile have left their sums; its counter is then ready for the next launch."""
-    tl.debug_barrier()
-    came = tl.atomic_add(arrived, 1, sem="acq_rel")
-    if came == SPLIT - 1:
-        tl.store(arrived, 0)
-    return came == SPLIT - 1
 
 
 @triton.jit

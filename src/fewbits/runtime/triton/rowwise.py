@@ -7,7 +7,6 @@ have an outlier once more in floating point.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.rowwise import _Rowwise
 from fewbits.runtime.triton import configs
+from fewbits.runtime.triton.available import current
 from fewbits.runtime.triton.integers import FAR, find_outliers, multiply, round_rows
 
 FEW = 4  # rows up to which each program that rounds a row finds the outliers of all for itself: two launches fewer
@@ -58,7 +58,7 @@ def product(x: torch.Tensor, codes: torch.Tensor, by_row: torch.Tensor, zeros: t
     parts, arrived = empty(split, tiles, c.m * c.n, where=split > 1), empty(tiles, where=split > 1)
     far_parts = empty(*parts.shape, dtype=torch.float32, where=apart and split > 1)
     block = min(triton.next_power_of_2(pitch), WIDEST)
-    with _current(device):
+    with current(device):
         if apart and not few:
             high, wide = LOOK
             find_outliers[units(columns, wide), units(rows, high)](x, far, rows, columns, outliers, high, wide)
@@ -106,11 +106,6 @@ def gradient(g: torch.Tensor, codes: torch.Tensor, by_row: torch.Tensor, zeros: 
         weight = part.float() if zeros is None else part.float() - zeros.view(-1, 1)
         found.append(flat @ (weight * by_row[:, None]).to(g.dtype))
     return torch.cat(found, 1).view(*g.shape[:-1], columns)
-
-
-def _current(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 class Tiled(_Rowwise):

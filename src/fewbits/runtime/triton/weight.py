@@ -11,6 +11,7 @@ import triton
 
 from fewbits.codecs.base import Planes
 from fewbits.runtime.triton import configs
+from fewbits.runtime.triton.available import current
 from fewbits.runtime.triton.decoding import decode
 from fewbits.runtime.triton.layout import WORDS, Layout
 from fewbits.runtime.triton.products import matvec, tile
@@ -34,7 +35,7 @@ class Weight:
     def _constants(self) -> dict[str, object]:
         f = self.layout
         return {"LEVELS": f.levels, "SECOND": f.second, "ZERO": f.zero, "LOWER": f.lower, "UPPER": f.upper,
-                "GROUP": f.group}
+                "GROUP": f.group, "EVEN": self.shape[-1] % f.block == 0}
 
     @cached_property
     def _read(self) -> tuple[torch.Tensor, ...]:
@@ -74,10 +75,11 @@ class Weight:
         c = self.config("matvec", 1)
         split = min(c.split, blocks)
         tiles = triton.cdiv(outs, c.n)
-        matvec[(tiles, split)](
-            x, out, out if bias is None else bias, *self._read, self._sums(split, 1), self.planes["arrived"], outs,
-            columns, stride, blocks, **self._constants, EVEN=columns % self.layout.block == 0, BIAS=bias is not None,
-            N=c.n, SPLIT=split, num_warps=c.warps, num_stages=c.stages)
+        with current(self.device):
+            matvec[(tiles, split)](
+                x, out, out if bias is None else bias, *self._read, self._sums(split, 1), self.planes["arrived"], outs,
+                columns, stride, blocks, **self._constants, BIAS=bias is not None, N=c.n, SPLIT=split,
+                num_warps=c.warps, num_stages=c.stages)
 
     def _tile(self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None,
               order: torch.Tensor | None = None, places: torch.Tensor | None = None) -> None:
@@ -85,12 +87,12 @@ class Weight:
         c = self.config("tile", len(x))
         across, down = triton.cdiv(outs, c.n), triton.cdiv(len(x), c.m) if places is None else len(places)
         split = 1 if places is not None or across * down > len(self.planes["arrived"]) else min(c.split, blocks)
-        tile[(across, down, split)](
-            x, out, out if bias is None else bias, *self._read, self._sums(split, len(x)), self.planes["arrived"],
-            out if order is None else order, out if places is None else places, len(x), outs, columns, stride, blocks,
-            self.planes["scales"].shape[-2], **self._constants, EVEN=columns % self.layout.block == 0,
-            BIAS=bias is not None, GROUPED=places is not None, M=c.m, N=c.n, SPLIT=split, num_warps=c.warps,
-            num_stages=c.stages)
+        with current(self.device):
+            tile[(across, down, split)](
+                x, out, out if bias is None else bias, *self._read, self._sums(split, len(x)), self.planes["arrived"],
+                out if order is None else order, out if places is None else places, len(x), outs, columns, stride,
+                blocks, self.planes["scales"].shape[-2], **self._constants, BIAS=bias is not None,
+                GROUPED=places is not None, M=c.m, N=c.n, SPLIT=split, num_warps=c.warps, num_stages=c.stages)
 
     def _sums(self, split: int, rows: int) -> torch.Tensor:
         size = split * rows * self.shape[-2] if split > 1 else 1
@@ -152,6 +154,7 @@ class Weight:
             return
         _, columns, stride, blocks = self._sizes
         c = self.config("decode", 1)
-        decode[(triton.cdiv(count, c.n), blocks)](
-            out, out if ids is None else ids, *self._read, first, count, columns, stride, across, down,
-            **self._constants, CHOSEN=ids is not None, N=c.n, num_warps=c.warps, num_stages=c.stages)
+        with current(self.device):
+            decode[(triton.cdiv(count, c.n), blocks)](
+                out, out if ids is None else ids, *self._read, first, count, columns, stride, across, down,
+                **self._constants, CHOSEN=ids is not None, N=c.n, num_warps=c.warps, num_stages=c.stages)
