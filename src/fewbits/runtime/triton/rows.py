@@ -1,0 +1,142 @@
+"""What a decoder does to rows between products: norms, gates, turning queries and keys and keeping keys and values.
+
+Rows may lie apart (`stride`), so that parts of a joined product are used where they lie. Sums are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# of a call, one of each a token: int64 [ROWS, tokens]
+TOKEN, POSITION, ADDRESS, CAPACITY, STRETCHED = range(5)
+ROWS = 5
+ADDRESS_ROW, CAPACITY_ROW, POSITION_ROW = tl.constexpr(ADDRESS), tl.constexpr(CAPACITY), tl.constexpr(POSITION)
+
+KEYS, VALUES = tl.constexpr(0), tl.constexpr(1)  # in a cache [layers, 2, heads of keys, capacity, columns]
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+SILU, GELU, GELU_TANH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _norm(x, stride, out, out_stride, added, added_stride, weight, bias, epsilon, WIDTH: tl.constexpr,
+          BLOCK: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside, at = c < WIDTH, tl.program_id(1) * WIDTH + c
+    v = tl.load(x + row * stride + at, inside, 0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(added + row * added_stride + at, inside, 0.0).to(tl.float32)
+        tl.store(x + row * stride + at, v, inside)
+    if CENTRED:
+        v = tl.where(inside, v - tl.sum(v, 0) / WIDTH, 0.0)
+    v *= 1 / tl.sqrt(tl.sum(v * v, 0) / WIDTH + epsilon)
+    v *= tl.load(weight + c, inside, 0.0)
+    if BIAS:
+        v += tl.load(bias + c, inside, 0.0)
+    tl.store(out + row * out_stride + at, v.to(out.dtype.element_ty), inside)
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype, centred: bool = False,
+         bias: torch.Tensor | None = None, added: torch.Tensor | None = None) -> torch.Tensor:
+    """The norm in `dtype` of every run of columns as wide as `weight`; of x + `added`, which x then holds, if given.
+
+    Root mean square, or, `centred`, LayerNorm.
+    """
+    rows, columns = x.shape
+    width, out = len(weight), torch.empty(rows, columns, dtype=dtype, device=x.device)
+    assert added is None or x.dtype == torch.float32
+    block = triton.next_power_of_2(width)
+    if rows:
+        other = x if added is None else added
+        _norm[(rows, columns // width)](
+            x, x.stride(0), out, out.stride(0), other, other.stride(0), weight, weight if bias is None else bias, epsilon,
+            width, block, centred, bias is not None, added is not None, num_warps=min(max(block // 256, 1), 16))
+    return out
+
+
+@triton.jit
+def _gate(gate, stride, up, up_stride, out, width, BLOCK: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < width
+    x = tl.load(gate + row * stride + c, inside, 0.0).to(tl.float32)
+    if ACT == SILU:
+        y = x / (1 + tl.exp(-x))
+    elif ACT == GELU:
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACT == GELU_TANH:
+        y = x / (1 + tl.exp(-1.5957691216057308 * x * (1 + 0.044715 * x * x)))
+    else:
+        y = tl.where(x < 0, 0.0, x)
+    if UP:
+        y *= tl.load(up + row * up_stride + c, inside, 0.0).to(tl.float32)
+    tl.store(out + row * width + c, y.to(out.dtype.element_ty), inside)
+
+
+def gate(activation: str, x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """act(x) times `up`, or alone: rows side by side."""
+    (rows, width), block = x.shape, 1024
+    out, other = torch.empty(rows, width, dtype=x.dtype, device=x.device), x if up is None else up
+    if rows:
+        _gate[(rows, triton.cdiv(width, block))](x, x.stride(0), other, other.stride(0), out, width, block,
+                                                 ACTIVATIONS.index(activation), up is not None)
+    return out
+
+
+@triton.jit
+def line(tokens, count, row, layer, kind, head, HEADS: tl.constexpr, HEAD: tl.constexpr, like):
+    """Where the columns of position 0 of a head begin, in the cache of a token's sequence."""
+    address = tl.load(tokens + ADDRESS_ROW * count + row)
+    capacity = tl.multiple_of(tl.load(tokens + CAPACITY_ROW * count + row), 64)
+    begin = tl.multiple_of(address, 16).to(tl.pointer_type(like.dtype.element_ty))
+    return begin + ((layer * 2 + kind) * HEADS + head) * capacity * HEAD
+
+
+
+@triton.jit
+def _turned(x, out, turn, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """A head: pairs of columns i, i + HALF turned, those after them as they are."""
+    if HALF > 0:
+        i = tl.arange(0, BLOCK)
+        pair = i < HALF
+        a, b = tl.load(x + i, pair, 0.0).to(tl.float32), tl.load(x + HALF + i, pair, 0.0).to(tl.float32)
+        cos, sin = tl.load(turn + i, pair, 0.0), tl.load(turn + HALF + i, pair, 0.0)
+        tl.store(out + i, (a * cos - b * sin).to(out.dtype.element_ty), pair)
+        tl.store(out + HALF + i, (b * cos + a * sin).to(out.dtype.element_ty), pair)
+    if HEAD > 2 * HALF:
+        c = 2 * HALF + tl.arange(0, BLOCK)
+        tl.store(out + c, tl.load(x + c, c < HEAD, 0.0), c < HEAD)
+
+
+@triton.jit
+def _keep(q, q_stride, k, k_stride, v, v_stride, out, turns, tokens, count, layer, HEADS: tl.constexpr,
+          KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    row, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    turn = turns + row * 2 * HALF
+    at = tl.load(tokens + POSITION_ROW * count + row) * HEAD
+    if h < KV_HEADS:
+        kept = line(tokens, count, row, layer, KEYS, h, KV_HEADS, HEAD, k) + at
+        _turned(k + row * k_stride + h * HEAD, kept, turn, HEAD, HALF, BLOCK)
+    elif h < 2 * KV_HEADS:
+        h -= KV_HEADS
+        kept = line(tokens, count, row, layer, VALUES, h, KV_HEADS, HEAD, k) + at
+        _turned(v + row * v_stride + h * HEAD, kept, turn, HEAD, 0, BLOCK)
+    else:
+        h -= 2 * KV_HEADS
+        _turned(q + row * q_stride + h * HEAD, out + row * HEADS * HEAD + h * HEAD, turn, HEAD, HALF, BLOCK)
+
+
+def keep(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None, tokens: torch.Tensor, layer: int,
+         head: int) -> torch.Tensor:
+    """Puts keys and values `[tokens, heads * head]` into the caches of their sequences; the queries.
+
+    Queries and keys are turned by `turns` `[tokens, cosines and sines, half]`, if there are any. `tokens` are the rows
+    of numbers that this module begins with.
+    """
+    heads, kv_heads, half = q.shape[1] // head, k.shape[1] // head, 0 if turns is None else turns.shape[-1]
+    out = q if turns is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    programs = 2 * kv_heads + (0 if turns is None else heads)
+    _keep[(len(q), programs)](
+        q, q.stride(0), k, k.stride(0), v, v.stride(0), out, q if turns is None else turns, tokens, tokens.shape[1],
+        layer, heads, kv_heads, head, half, triton.next_power_of_2(head), num_warps=1)
+    return out
