@@ -23,13 +23,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _attend(q, q_stride, out, stats, tokens, count, tiles, layer, scale, cap, window, HEADS: tl.constexpr,
+def _attend(q, q_stride, out, stats, base, tokens, count, tiles, layer, scale, cap, window, HEADS: tl.constexpr,
             KV_HEADS: tl.constexpr, HEAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
             CAP: tl.constexpr, SPLITS: tl.constexpr):
     tile, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, length = tl.load(tiles + 2 * tile).to(tl.int64), tl.load(tiles + 2 * tile + 1)
-    keys = line(tokens, count, first, layer, KEYS, h, KV_HEADS, HEAD, q)
-    values = line(tokens, count, first, layer, VALUES, h, KV_HEADS, HEAD, q)
+    keys = line(base, tokens, count, first, layer, KEYS, h, KV_HEADS, HEAD)
+    values = line(base, tokens, count, first, layer, VALUES, h, KV_HEADS, HEAD)
     group: tl.constexpr = HEADS // KV_HEADS
     m, d = tl.arange(0, M), tl.arange(0, D)
     row, head, alive = first + m // group, h * group + m % group, m // group < length
@@ -56,9 +56,8 @@ def _attend(q, q_stride, out, stats, tokens, count, tiles, layer, scale, cap, wi
         seen = (p[None, :] <= position[:, None]) & ((window == 0) | (p[None, :] > position[:, None] - window))
         scores = tl.where(seen & (p < end)[None, :], scores * LOG2E, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - base[:, None])
-        before = tl.exp2(top - base)
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        weights, before = tl.exp2(scores - finite[:, None]), tl.exp2(top - finite)
         v = tl.load(values + p[:, None] * HEAD + d[None, :], there, 0.0)
         total = total * before + tl.sum(weights, 1)
         sums = tl.dot(weights.to(v.dtype), v, sums * before[:, None], input_precision="ieee")
@@ -107,7 +106,7 @@ def tiles(counts: Sequence[int], longest: int, group: int, kv_heads: int, proces
     return np.array(spans, np.int32), queries, max(wanted, 1)
 
 
-def attend(q: torch.Tensor, tokens: torch.Tensor, shared: Tiles, layer: int, head: int, kv_heads: int, scale: float,
+def attend(q: torch.Tensor, tokens: torch.Tensor, base: torch.Tensor, shared: Tiles, layer: int, head: int, kv_heads: int, scale: float,
            window: int, cap: float) -> torch.Tensor:
     """What every query `[tokens, heads * head]` sees of its sequence: of all positions up to its own, or of a window.
 
@@ -121,7 +120,7 @@ def attend(q: torch.Tensor, tokens: torch.Tensor, shared: Tiles, layer: int, hea
         parts = torch.empty(len(q) * heads, splits, head, dtype=torch.float32, device=q.device)
         stats = torch.empty(len(q) * heads, splits, 2, dtype=torch.float32, device=q.device)
     _attend[(len(shared.spans), kv_heads, splits)](
-        q, q.stride(0), parts, stats, tokens, tokens.shape[1], shared.spans, layer, scale, cap, window, heads, kv_heads,
+        q, q.stride(0), parts, stats, base, tokens, tokens.shape[1], shared.spans, layer, scale, cap, window, heads, kv_heads,
         head, shared.queries, n, d, cap > 0, splits, num_warps=8 if shared.queries * d > 8192 else 4, num_stages=2)
     if splits > 1:
         _join[(len(q) * heads,)](parts, stats, out, head, d, splits, triton.next_power_of_2(splits), num_warps=4)

@@ -94,8 +94,9 @@ class Attend:
         plan, at = call.plan, call.buffers
         assert call.tiles is not None
         turns = None if self.rotation is None else call.turns[self.rotation]
-        q = rows.keep(at[self.queries], at[self.keys], at[self.values], turns, call.tokens, self.layer, plan.head_width)
-        at[self.out] = attention.attend(q, call.tokens, call.tiles, self.layer, plan.head_width, plan.kv_heads,
+        q = rows.keep(at[self.queries], at[self.keys], at[self.values], turns, call.tokens, plan.base, self.layer,
+                      plan.head_width)
+        at[self.out] = attention.attend(q, call.tokens, plan.base, call.tiles, self.layer, plan.head_width, plan.kv_heads,
                                         plan.score_scale, self.window, self.cap)
 
 
@@ -181,9 +182,10 @@ class Plan:
         self._turning: dict[int, int] = {}  # buffers that `attend` will turn, and how
         self._hidden = self._state = _native.NONE  # buffers: of the hidden state; what the head takes
         self._narrowed = self._head = self._positions = 0  # steps before; rows of the table of positions
+        self._spare = Cache(self, 1)  # nobody's
+        self.base = self._spare.data  # what offsets count from
         self._graphs: dict[int, Graph] = {}
         self._kept: list[attention.Tiles] = []  # what graphs read
-        self._spare: Cache | None = None
         self._busy = Lock()
 
     # recording --------------------------------------------------------------------------------------------------------
@@ -296,7 +298,6 @@ class Plan:
     def _replayed(self, caches: Sequence[Cache], tokens: Array) -> tuple[torch.Tensor, ...]:
         """States and logits of a token of each sequence; tokens of nobody's fill up the batch of a graph."""
         size = next(size for size in BATCHES if size >= len(caches))
-        self._spare = self._spare or Cache(self, 1)
         filled = [*caches, *[self._spare] * (size - len(caches))]
         numbers = torch.from_numpy(self._numbers(filled, [1] * size, np.pad(tokens, (0, size - len(tokens)))))
         if size not in self._graphs:
@@ -340,13 +341,17 @@ class Plan:
         for cache, count in zip(caches, counts, strict=True):
             one = found[:, at:at + count]
             one[rows.POSITION] = range(cache.length, cache.length + count)
-            one[[rows.ADDRESS, rows.CAPACITY, rows.STRETCHED]] = [[cache.data.data_ptr()], [cache.room],
-                                                                  [cache.stretched]]
+            one[[rows.OFFSET, rows.CAPACITY, rows.STRETCHED]] = [[self._offset(cache)], [cache.room],
+                                                                 [cache.stretched]]
             at += count
         found[rows.TOKEN] = tokens
         _require(not self._positions or found[rows.POSITION].max() < self._positions,
                  "more tokens than the table has positions")
         return found
+
+    def _offset(self, cache: Cache) -> int:
+        """Values from where `base` lies."""
+        return (cache.data.data_ptr() - self.base.data_ptr()) // self.dtype.itemsize
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -370,6 +375,7 @@ class Cache:
         self.length, self.capacity, self.room, self.stretched = 0, capacity, -(-capacity // ROOM) * ROOM, False
         self.data = torch.empty(plan.layers, 2, plan.kv_heads, self.room, plan.head_width, dtype=plan.dtype,
                                 device=plan.device)
+
 
     def copy(self, source: Cache, length: int) -> None:
         self.data[..., :length, :] = source.data[..., :length, :]

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 # of a call, one of each a token: int64 [ROWS, tokens]
-TOKEN, POSITION, ADDRESS, CAPACITY, STRETCHED = range(5)
+TOKEN, POSITION, OFFSET, CAPACITY, STRETCHED = range(5)
 ROWS = 5
-ADDRESS_ROW, CAPACITY_ROW, POSITION_ROW = tl.constexpr(ADDRESS), tl.constexpr(CAPACITY), tl.constexpr(POSITION)
+OFFSET_ROW, CAPACITY_ROW, POSITION_ROW = tl.constexpr(OFFSET), tl.constexpr(CAPACITY), tl.constexpr(POSITION)
 
 KEYS, VALUES = tl.constexpr(0), tl.constexpr(1)  # in a cache [layers, 2, heads of keys, capacity, columns]
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -84,12 +84,14 @@ def gate(activation: str, x: torch.Tensor, up: torch.Tensor | None) -> torch.Ten
 
 
 @triton.jit
-def line(tokens, count, row, layer, kind, head, HEADS: tl.constexpr, HEAD: tl.constexpr, like):
-    """Where the columns of position 0 of a head begin, in the cache of a token's sequence."""
-    address = tl.load(tokens + ADDRESS_ROW * count + row)
+def line(base, tokens, count, row, layer, kind, head, HEADS: tl.constexpr, HEAD: tl.constexpr):
+    """Where the columns of position 0 of a head begin, in the cache of a token's sequence: so far from any cache's begin.
+
+    (Of addresses that become pointers the compiler forgets what divides them, and then loads 16 bits at a time.)
+    """
     capacity = tl.multiple_of(tl.load(tokens + CAPACITY_ROW * count + row), 64)
-    begin = tl.multiple_of(address, 16).to(tl.pointer_type(like.dtype.element_ty))
-    return begin + ((layer * 2 + kind) * HEADS + head) * capacity * HEAD
+    offset = tl.multiple_of(tl.load(tokens + OFFSET_ROW * count + row), 16)
+    return base + (offset + ((layer * 2 + kind) * HEADS + head) * capacity * HEAD)
 
 
 
@@ -109,34 +111,34 @@ def _turned(x, out, turn, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _keep(q, q_stride, k, k_stride, v, v_stride, out, turns, tokens, count, layer, HEADS: tl.constexpr,
+def _keep(q, q_stride, k, k_stride, v, v_stride, out, base, turns, tokens, count, layer, HEADS: tl.constexpr,
           KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
     row, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     turn = turns + row * 2 * HALF
     at = tl.load(tokens + POSITION_ROW * count + row) * HEAD
     if h < KV_HEADS:
-        kept = line(tokens, count, row, layer, KEYS, h, KV_HEADS, HEAD, k) + at
+        kept = line(base, tokens, count, row, layer, KEYS, h, KV_HEADS, HEAD) + at
         _turned(k + row * k_stride + h * HEAD, kept, turn, HEAD, HALF, BLOCK)
     elif h < 2 * KV_HEADS:
         h -= KV_HEADS
-        kept = line(tokens, count, row, layer, VALUES, h, KV_HEADS, HEAD, k) + at
+        kept = line(base, tokens, count, row, layer, VALUES, h, KV_HEADS, HEAD) + at
         _turned(v + row * v_stride + h * HEAD, kept, turn, HEAD, 0, BLOCK)
     else:
         h -= 2 * KV_HEADS
         _turned(q + row * q_stride + h * HEAD, out + row * HEADS * HEAD + h * HEAD, turn, HEAD, HALF, BLOCK)
 
 
-def keep(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None, tokens: torch.Tensor, layer: int,
-         head: int) -> torch.Tensor:
+def keep(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None, tokens: torch.Tensor,
+         base: torch.Tensor, layer: int, head: int) -> torch.Tensor:
     """Puts keys and values `[tokens, heads * head]` into the caches of their sequences; the queries.
 
     Queries and keys are turned by `turns` `[tokens, cosines and sines, half]`, if there are any. `tokens` are the rows
-    of numbers that this module begins with.
+    of numbers that this module begins with, offsets from `base`.
     """
     heads, kv_heads, half = q.shape[1] // head, k.shape[1] // head, 0 if turns is None else turns.shape[-1]
     out = q if turns is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     programs = 2 * kv_heads + (0 if turns is None else heads)
     _keep[(len(q), programs)](
-        q, q.stride(0), k, k.stride(0), v, v.stride(0), out, q if turns is None else turns, tokens, tokens.shape[1],
-        layer, heads, kv_heads, head, half, triton.next_power_of_2(head), num_warps=1)
+        q, q.stride(0), k, k.stride(0), v, v.stride(0), out, base, q if turns is None else turns, tokens,
+        tokens.shape[1], layer, heads, kv_heads, head, half, triton.next_power_of_2(head), num_warps=1)
     return out
