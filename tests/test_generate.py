@@ -174,7 +174,7 @@ def test_models_without_a_native_decoder(tiny: Path, monkeypatch: pytest.MonkeyP
                                          capsys: pytest.CaptureFixture[str]) -> None:
     wanted = Session(tiny).generate([5, 6, 7], max_tokens=9).tokens
 
-    def refuse(_: object) -> None:
+    def refuse(*_: object) -> None:
         raise decoder.Unsupported("m: no native decoder for model type 'zorblax'")
 
     monkeypatch.setattr(decoder, "compile", refuse)

@@ -37,7 +37,9 @@ class Cache(Protocol):
 
 
 class Engine(Protocol):
-    caches: tuple[str, ...]  # what keys and values can be rounded to
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """What keys and values can be rounded to."""
 
     @property
     def most(self) -> int:
@@ -92,7 +94,7 @@ def of(device: torch.device | None = None, dtype: torch.dtype | None = None) -> 
         FewbitsError: Triton does not run on it, or a type that is not computed in there.
     """
     if device is None or device.type == "cpu":
-        if dtype not in (None, torch.float32):
+        if dtype is not None and dtype != torch.float32:
             raise FewbitsError(f"the CPU's decoder computes in float32, not in {dtype}")
         return Native()
     from fewbits.runtime.triton.available import unavailable

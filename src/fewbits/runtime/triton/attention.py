@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -66,7 +65,7 @@ def _attend(q, q_stride, out, stats, base, tokens, count, tiles, layer, scale, c
     write = alive[:, None] & (d < HEAD)[None, :]
     if SPLITS == 1:
         at = (row * HEADS + head) * HEAD
-        tl.store(out + at[:, None] + d[None, :], (sums / total[:, None]).to(out.dtype.element_ty), write)
+        tl.store(out + at[:, None] + d[None, :], (sums / tl.where(alive, total, 1.0)[:, None]).to(out.dtype.element_ty), write)
     else:
         part = (row * HEADS + head) * SPLITS + split
         tl.store(stats + part * 2, top, alive)
@@ -94,7 +93,8 @@ class Tiles:
     splits: int  # programs that share the positions of a tile
 
 
-def tiles(counts: Sequence[int], longest: int, group: int, kv_heads: int, processors: int) -> tuple[np.ndarray, int, int]:
+def tiles(counts: Sequence[int], longest: int, group: int, kv_heads: int, processors: int,
+          device: torch.device) -> Tiles:
     """Tiles of pieces of so many tokens, `group` queries each; `longest` is the position that any of them reaches."""
     least = triton.next_power_of_2(max(group, 16))
     queries = least if max(counts) * group <= least else max(QUERIES, least)
@@ -103,11 +103,11 @@ def tiles(counts: Sequence[int], longest: int, group: int, kv_heads: int, proces
         spans += [(row + at, min(tokens, count - at)) for at in range(0, count, tokens)]
         row += count
     wanted = min(2 * processors // (len(spans) * kv_heads), -(-longest // LEAST.value), MOST_SPLITS)
-    return np.array(spans, np.int32), queries, max(wanted, 1)
+    return Tiles(torch.tensor(spans, dtype=torch.int32, device=device), queries, max(wanted, 1))
 
 
-def attend(q: torch.Tensor, tokens: torch.Tensor, base: torch.Tensor, shared: Tiles, layer: int, head: int, kv_heads: int, scale: float,
-           window: int, cap: float) -> torch.Tensor:
+def attend(q: torch.Tensor, tokens: torch.Tensor, base: torch.Tensor, shared: Tiles, layer: int, head: int,
+           kv_heads: int, scale: float, window: int, cap: float) -> torch.Tensor:
     """What every query `[tokens, heads * head]` sees of its sequence: of all positions up to its own, or of a window.
 
     Scores are capped by `cap`, unless it is 0. `tokens` are the rows of numbers that `rows` begins with.
@@ -120,8 +120,9 @@ def attend(q: torch.Tensor, tokens: torch.Tensor, base: torch.Tensor, shared: Ti
         parts = torch.empty(len(q) * heads, splits, head, dtype=torch.float32, device=q.device)
         stats = torch.empty(len(q) * heads, splits, 2, dtype=torch.float32, device=q.device)
     _attend[(len(shared.spans), kv_heads, splits)](
-        q, q.stride(0), parts, stats, base, tokens, tokens.shape[1], shared.spans, layer, scale, cap, window, heads, kv_heads,
-        head, shared.queries, n, d, cap > 0, splits, num_warps=8 if shared.queries * d > 8192 else 4, num_stages=2)
+        q, q.stride(0), parts, stats, base, tokens, tokens.shape[1], shared.spans, layer, scale, cap, window, heads,
+        kv_heads, head, shared.queries, n, d, cap > 0, splits, num_warps=8 if shared.queries * d > 8192 else 4,
+        num_stages=2)
     if splits > 1:
         _join[(len(q) * heads,)](parts, stats, out, head, d, splits, triton.next_power_of_2(splits), num_warps=4)
     return out

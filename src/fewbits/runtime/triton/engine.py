@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from fewbits import devices
-from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.checkpoint import Entry
 from fewbits.codecs.floats import BF16, F16, F32
-from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime import weights
 from fewbits.runtime.dispatch import choose
@@ -37,7 +36,7 @@ class Gpu:
     def matrix(self, entry: Entry, rows: slice | np.ndarray | None = None) -> Prepared:
         q = entry.load()
         if rows is not None:
-            q = weights.apart(q).part(rows if isinstance(rows, slice) else torch.from_numpy(rows))
+            q = weights.rows_apart(q).part(rows if isinstance(rows, slice) else torch.from_numpy(rows))
         return self._prepared(q)
 
     def experts(self, entries: list[Entry]) -> list[Prepared]:

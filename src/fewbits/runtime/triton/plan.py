@@ -1,15 +1,13 @@
 """A decoder's plan on a GPU: steps over tensors `[tokens, width]`, recorded and run as `_native.Plan` does.
 
-The hidden state is float32, other values have the plan's type. A buffer is whatever tensor the last step put there.
+The hidden state is float32, other values have the plan's type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,154 +16,27 @@ from fewbits import _native
 from fewbits.runtime.reference import Prepared
 from fewbits.runtime.triton import attention, rows
 from fewbits.runtime.triton.graph import Graph
+from fewbits.runtime.triton.steps import (
+    Add,
+    Attend,
+    Call,
+    Cap,
+    Embed,
+    Experts,
+    Gate,
+    Multiply,
+    Norm,
+    Scaled,
+    Step,
+    narrow,
+)
 
 Array = np.ndarray
-Step = Callable[["Call"], None]
 
 SLICE = 256  # tokens whose logits are there at a time
 BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # sequences, a token each, that graphs are captured for
 MOST_POSITIONS = 1 << 30
 ROOM = 64  # positions: caches take whole lines of so many
-
-
-@dataclass
-class Call:
-    """What the steps work on."""
-
-    plan: Plan
-    tokens: torch.Tensor  # the numbers that `rows` begins with, one row of each
-    tiles: attention.Tiles | None = None
-    wanted: torch.Tensor | None = None  # tokens whose results are; None: all
-    buffers: dict[int, torch.Tensor] = field(default_factory=dict)
-    turns: list[torch.Tensor] = field(default_factory=list)  # by rotation
-
-
-@dataclass(frozen=True)
-class Embed:
-    table: Prepared
-    out: int
-    numbers: int  # which row of the tokens' numbers
-
-    def __call__(self, call: Call) -> None:
-        call.buffers[self.out] = self.table.rows(call.tokens[self.numbers]).to(call.plan.type_of(self.out))
-
-
-@dataclass(frozen=True)
-class Norm:
-    x: int
-    out: int
-    weight: torch.Tensor
-    epsilon: float
-    centred: bool
-    bias: torch.Tensor | None
-    added: int | None = None  # a buffer that is added to x first
-
-    def __call__(self, call: Call) -> None:
-        added = None if self.added is None else call.buffers[self.added]
-        call.buffers[self.out] = rows.norm(call.buffers[self.x], self.weight, self.epsilon, call.plan.type_of(self.out),
-                                           self.centred, self.bias, added)
-
-
-@dataclass(frozen=True)
-class Multiply:
-    x: int
-    weights: tuple[Prepared, ...]
-    biases: tuple[torch.Tensor | None, ...]
-    outs: tuple[int, ...]
-
-    def __call__(self, call: Call) -> None:
-        x = call.buffers[self.x].to(call.plan.dtype)
-        for weight, bias, out in zip(self.weights, self.biases, self.outs, strict=True):
-            call.buffers[out] = weight.matmul(x, bias)
-
-
-@dataclass(frozen=True)
-class Attend:
-    queries: int
-    keys: int
-    values: int
-    out: int
-    layer: int
-    window: int
-    cap: float
-    rotation: int | None
-
-    def __call__(self, call: Call) -> None:
-        plan, at = call.plan, call.buffers
-        assert call.tiles is not None
-        turns = None if self.rotation is None else call.turns[self.rotation]
-        q = rows.keep(at[self.queries], at[self.keys], at[self.values], turns, call.tokens, plan.base, self.layer,
-                      plan.head_width)
-        at[self.out] = attention.attend(q, call.tokens, plan.base, call.tiles, self.layer, plan.head_width, plan.kv_heads,
-                                        plan.score_scale, self.window, self.cap)
-
-
-@dataclass(frozen=True)
-class Gate:
-    activation: str
-    gate: int
-    up: int
-    out: int
-
-    def __call__(self, call: Call) -> None:
-        up = None if self.up == _native.NONE else call.buffers[self.up]
-        call.buffers[self.out] = rows.gate(self.activation, call.buffers[self.gate], up)
-
-
-@dataclass(frozen=True)
-class Experts:
-    x: int
-    router: Prepared
-    gates: Prepared  # stacks [experts, out, in]
-    ups: Prepared
-    downs: Prepared
-    out: int
-    chosen: int
-    normalised: bool
-    activation: str
-
-    def __call__(self, call: Call) -> None:
-        x = call.buffers[self.x].to(call.plan.dtype)
-        scores = self.router.matmul(x, None).float()
-        best, experts = scores.topk(self.chosen)
-        weights = best.softmax(-1) if self.normalised else scores.softmax(-1).gather(-1, experts)
-        experts, each = experts.flatten(), x.repeat_interleave(self.chosen, 0, output_size=len(x) * self.chosen)
-        inner = rows.gate(self.activation, self.gates.grouped(each, experts), self.ups.grouped(each, experts))
-        found = self.downs.grouped(inner, experts).view(*weights.shape, -1)
-        call.buffers[self.out] = (found * weights[..., None]).sum(1).to(call.plan.dtype)
-
-
-@dataclass(frozen=True)
-class Scaled:
-    buffer: int
-    factor: float
-
-    def __call__(self, call: Call) -> None:
-        call.buffers[self.buffer].mul_(self.factor)
-
-
-@dataclass(frozen=True)
-class Cap:
-    buffer: int
-    most: float
-
-    def __call__(self, call: Call) -> None:
-        call.buffers[self.buffer].div_(self.most).tanh_().mul_(self.most)
-
-
-@dataclass(frozen=True)
-class Add:
-    x: int
-    to: int
-
-    def __call__(self, call: Call) -> None:
-        call.buffers[self.to].add_(call.buffers[self.x])
-
-
-def _narrow(call: Call) -> None:
-    if call.wanted is not None:
-        for number, values in call.buffers.items():
-            call.buffers[number] = values.index_select(0, call.wanted)
 
 
 class Plan:
@@ -250,7 +121,7 @@ class Plan:
 
     def narrow(self) -> None:
         self._narrowed = len(self._steps)
-        self._steps.append(_narrow)
+        self._steps.append(narrow)
 
     def head(self, x: int) -> None:
         self._state, self._head = x, len(self._steps)
@@ -313,8 +184,7 @@ class Plan:
 
     def _tiles(self, counts: Sequence[int], longest: int) -> attention.Tiles:
         group = self.heads // self.kv_heads
-        spans, queries, splits = attention.tiles(counts, longest, group, self.kv_heads, self.processors)
-        return attention.Tiles(torch.from_numpy(spans).to(self.device), queries, splits)
+        return attention.tiles(counts, longest, group, self.kv_heads, self.processors, self.device)
 
     def _states(self, call: Call) -> torch.Tensor:
         """What the head takes, in the rows that are wanted."""
@@ -340,9 +210,8 @@ class Plan:
         at = 0
         for cache, count in zip(caches, counts, strict=True):
             one = found[:, at:at + count]
-            one[rows.POSITION] = range(cache.length, cache.length + count)
-            one[[rows.OFFSET, rows.CAPACITY, rows.STRETCHED]] = [[self._offset(cache)], [cache.room],
-                                                                 [cache.stretched]]
+            one[rows.POSITION] = np.arange(cache.length, cache.length + count)
+            one[rows.OFFSET], one[rows.CAPACITY], one[rows.STRETCHED] = self._offset(cache), cache.room, cache.stretched
             at += count
         found[rows.TOKEN] = tokens
         _require(not self._positions or found[rows.POSITION].max() < self._positions,

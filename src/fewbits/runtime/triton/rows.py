@@ -46,12 +46,10 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dty
     rows, columns = x.shape
     width, out = len(weight), torch.empty(rows, columns, dtype=dtype, device=x.device)
     assert added is None or x.dtype == torch.float32
-    block = triton.next_power_of_2(width)
-    if rows:
-        other = x if added is None else added
-        _norm[(rows, columns // width)](
-            x, x.stride(0), out, out.stride(0), other, other.stride(0), weight, weight if bias is None else bias, epsilon,
-            width, block, centred, bias is not None, added is not None, num_warps=min(max(block // 256, 1), 16))
+    block, other = triton.next_power_of_2(width), x if added is None else added
+    _norm[(rows, columns // width)](
+        x, x.stride(0), out, out.stride(0), other, other.stride(0), weight, weight if bias is None else bias, epsilon,
+        width, block, centred, bias is not None, added is not None, num_warps=min(max(block // 256, 1), 16))
     return out
 
 
@@ -77,17 +75,17 @@ def gate(activation: str, x: torch.Tensor, up: torch.Tensor | None) -> torch.Ten
     """act(x) times `up`, or alone: rows side by side."""
     (rows, width), block = x.shape, 1024
     out, other = torch.empty(rows, width, dtype=x.dtype, device=x.device), x if up is None else up
-    if rows:
-        _gate[(rows, triton.cdiv(width, block))](x, x.stride(0), other, other.stride(0), out, width, block,
-                                                 ACTIVATIONS.index(activation), up is not None)
+    _gate[(rows, triton.cdiv(width, block))](x, x.stride(0), other, other.stride(0), out, width, block,
+                                             ACTIVATIONS.index(activation), up is not None)
     return out
 
 
 @triton.jit
 def line(base, tokens, count, row, layer, kind, head, HEADS: tl.constexpr, HEAD: tl.constexpr):
-    """Where the columns of position 0 of a head begin, in the cache of a token's sequence: so far from any cache's begin.
+    """Where the columns of position 0 of a head begin, in the cache of a token's sequence.
 
-    (Of addresses that become pointers the compiler forgets what divides them, and then loads 16 bits at a time.)
+    Offsets, not addresses: of those that become pointers the compiler forgets what divides them, and loads 16 bits at
+    a time.
     """
     capacity = tl.multiple_of(tl.load(tokens + CAPACITY_ROW * count + row), 64)
     offset = tl.multiple_of(tl.load(tokens + OFFSET_ROW * count + row), 16)
