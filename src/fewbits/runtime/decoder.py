@@ -236,7 +236,7 @@ class _Tensors:
     def __init__(self, checkpoint: Checkpoint, table: arch.Architecture, config: Config, engine: Engine):
         self.checkpoint, self.entries, self.engine = checkpoint, experts.stacked(checkpoint.entries), engine
         self._tensors = {t.gguf.removesuffix(".weight"): t for t in arch.tensors(table, config)}
-        self._made: dict[str, Weight] = {}
+        self._table: Weight | None = None
         for t in self._tensors.values():
             self._check(t.hf, t.shape(config))
 
@@ -266,9 +266,11 @@ class _Tensors:
     def matrix(self, name: str, rows: Rows = None) -> Weight:
         if rows is not None:
             return self.engine.matrix(self._entry(name), rows)
-        if name not in self._made:  # a tied head is the table of tokens
-            self._made[name] = self.engine.matrix(self._entry(name))
-        return self._made[name]
+        if name != "token_embd":
+            return self.engine.matrix(self._entry(name))
+        if self._table is None:  # a tied head is the same
+            self._table = self.engine.matrix(self._entry(name))
+        return self._table
 
     def stack(self, name: str) -> list[Weight]:
         """A layer's experts."""

@@ -65,7 +65,8 @@ def _attend(q, q_stride, out, stats, base, tokens, count, tiles, layer, scale, c
     write = alive[:, None] & (d < HEAD)[None, :]
     if SPLITS == 1:
         at = (row * HEADS + head) * HEAD
-        tl.store(out + at[:, None] + d[None, :], (sums / tl.where(alive, total, 1.0)[:, None]).to(out.dtype.element_ty), write)
+        found = sums / tl.where(alive, total, 1.0)[:, None]
+        tl.store(out + at[:, None] + d[None, :], found.to(out.dtype.element_ty), write)
     else:
         part = (row * HEADS + head) * SPLITS + split
         tl.store(stats + part * 2, top, alive)

@@ -11,15 +11,12 @@ import torch
 
 from fewbits import devices
 from fewbits.checkpoint import Entry
-from fewbits.codecs.floats import BF16, F16, F32
 from fewbits.qtensor import QTensor
 from fewbits.runtime import weights
 from fewbits.runtime.dispatch import choose
-from fewbits.runtime.floats import Floats
 from fewbits.runtime.reference import Prepared
+from fewbits.runtime.triton.joining import floats
 from fewbits.runtime.triton.plan import Cache, Plan
-
-FLOATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,11 @@ class Gpu:
         if len(entries[0].shape) == 3:
             return [self._prepared(entries[0].load())]
         values = torch.stack([entry.load().dequantize(self.dtype) for entry in entries])
-        return [self._prepared(_floats(values))]
+        return [floats(values.to(self.device))]
 
     def _prepared(self, q: QTensor) -> Prepared:
         if q.codec.family == "float":
-            data = q.dequantize(self.dtype).to(self.device)
-            return Floats().prepare(_floats(data), self.dtype)
+            return floats(q.dequantize(self.dtype).to(self.device))
         q = q.to(self.device)
         return choose(q, self.device, self.kernel).prepare(q, self.dtype)
 
@@ -58,8 +54,3 @@ class Gpu:
 
     def free_bytes(self, promised: Iterable[int]) -> int:
         return devices.free_bytes(self.device)
-
-
-def _floats(values: torch.Tensor) -> QTensor:
-    codec = FLOATS[values.dtype]
-    return QTensor(codec, tuple(values.shape), {"data": values.view(codec.matrix(values.shape))})

@@ -16,6 +16,7 @@ from fewbits import _native
 from fewbits.runtime.reference import Prepared
 from fewbits.runtime.triton import attention, rows
 from fewbits.runtime.triton.graph import Graph
+from fewbits.runtime.triton.joining import joined
 from fewbits.runtime.triton.steps import (
     Add,
     Attend,
@@ -84,8 +85,10 @@ class Plan:
             same = weight.shape[1] == self.widths[x] and out in (_native.RESULT, _native.NONE) or \
                 weight.shape == (self.widths[out], self.widths[x])
             _require(same, f"a weight of {list(weight.shape)}")
-        added = tuple(None if b is None else self._vector(b, self.dtype) for b in biases)
-        self._steps.append(Multiply(x, tuple(weights), added, tuple(outs)))
+        for whole, members in joined(weights):
+            widths = {outs[i]: weights[i].shape[0] for i in members}
+            bias = self._bias([biases[i] for i in members], list(widths.values()))
+            self._steps.append(Multiply(x, whole, bias, widths))
 
     def rotation(self, frequencies: Sequence[float], factor: float, stretched: Sequence[float] = ()) -> int:
         _require(2 * len(frequencies) <= self.head_width, "rotated columns of a head")
@@ -128,6 +131,12 @@ class Plan:
 
     def type_of(self, buffer: int) -> torch.dtype:
         return torch.float32 if buffer == self._hidden else self.dtype
+
+    def _bias(self, biases: Sequence[Array | None], widths: list[int]) -> torch.Tensor | None:
+        if all(bias is None for bias in biases):
+            return None
+        every = [np.zeros(width, np.float32) if b is None else b for b, width in zip(biases, widths, strict=True)]
+        return self._vector(np.concatenate(every), self.dtype)
 
     def _vector(self, values: Array, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)

@@ -82,7 +82,7 @@ def gate(activation: str, x: torch.Tensor, up: torch.Tensor | None) -> torch.Ten
 
 @triton.jit
 def line(base, tokens, count, row, layer, kind, head, HEADS: tl.constexpr, HEAD: tl.constexpr):
-    """Where the columns of position 0 of a head begin, in the cache of a token's sequence.
+    """Where the columns of position 0 of a head (or of several) begin, in the cache of a token's sequence.
 
     Offsets, not addresses: of those that become pointers the compiler forgets what divides them, and loads 16 bits at
     a time.
@@ -94,36 +94,36 @@ def line(base, tokens, count, row, layer, kind, head, HEADS: tl.constexpr, HEAD:
 
 
 @triton.jit
-def _turned(x, out, turn, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """A head: pairs of columns i, i + HALF turned, those after them as they are."""
+def _turned(x, out, heads, turn, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Heads, a pointer to each: pairs of columns i, i + HALF turned, those after them as they are."""
+    i, x, out = tl.arange(0, BLOCK)[None, :], x[:, None], out[:, None]
     if HALF > 0:
-        i = tl.arange(0, BLOCK)
-        pair = i < HALF
+        pair = (i < HALF) & heads[:, None]
         a, b = tl.load(x + i, pair, 0.0).to(tl.float32), tl.load(x + HALF + i, pair, 0.0).to(tl.float32)
-        cos, sin = tl.load(turn + i, pair, 0.0), tl.load(turn + HALF + i, pair, 0.0)
+        cos, sin = tl.load(turn + i, i < HALF, 0.0), tl.load(turn + HALF + i, i < HALF, 0.0)
         tl.store(out + i, (a * cos - b * sin).to(out.dtype.element_ty), pair)
         tl.store(out + HALF + i, (b * cos + a * sin).to(out.dtype.element_ty), pair)
     if HEAD > 2 * HALF:
-        c = 2 * HALF + tl.arange(0, BLOCK)
-        tl.store(out + c, tl.load(x + c, c < HEAD, 0.0), c < HEAD)
+        rest = (i < HEAD - 2 * HALF) & heads[:, None]
+        tl.store(out + 2 * HALF + i, tl.load(x + 2 * HALF + i, rest, 0.0), rest)
 
 
 @triton.jit
 def _keep(q, q_stride, k, k_stride, v, v_stride, out, base, turns, tokens, count, layer, HEADS: tl.constexpr,
-          KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    row, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+          KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, KV: tl.constexpr,
+          BLOCK: tl.constexpr, REST: tl.constexpr):
+    row, what = tl.program_id(0).to(tl.int64), tl.program_id(1)
     turn = turns + row * 2 * HALF
     at = tl.load(tokens + POSITION_ROW * count + row) * HEAD
-    if h < KV_HEADS:
-        kept = line(base, tokens, count, row, layer, KEYS, h, KV_HEADS, HEAD) + at
-        _turned(k + row * k_stride + h * HEAD, kept, turn, HEAD, HALF, BLOCK)
-    elif h < 2 * KV_HEADS:
-        h -= KV_HEADS
-        kept = line(base, tokens, count, row, layer, VALUES, h, KV_HEADS, HEAD) + at
-        _turned(v + row * v_stride + h * HEAD, kept, turn, HEAD, 0, BLOCK)
+    h, kv = tl.arange(0, H), tl.arange(0, KV)
+    if what == 0:
+        kept = line(base, tokens, count, row, layer, KEYS, kv, KV_HEADS, HEAD) + at
+        _turned(k + row * k_stride + kv * HEAD, kept, kv < KV_HEADS, turn, HEAD, HALF, BLOCK)
+    elif what == 1:
+        kept = line(base, tokens, count, row, layer, VALUES, kv, KV_HEADS, HEAD) + at
+        _turned(v + row * v_stride + kv * HEAD, kept, kv < KV_HEADS, turn, HEAD, 0, REST)
     else:
-        h -= 2 * KV_HEADS
-        _turned(q + row * q_stride + h * HEAD, out + row * HEADS * HEAD + h * HEAD, turn, HEAD, HALF, BLOCK)
+        _turned(q + row * q_stride + h * HEAD, out + row * HEADS * HEAD + h * HEAD, h < HEADS, turn, HEAD, HALF, BLOCK)
 
 
 def keep(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None, tokens: torch.Tensor,
@@ -135,8 +135,9 @@ def keep(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor 
     """
     heads, kv_heads, half = q.shape[1] // head, k.shape[1] // head, 0 if turns is None else turns.shape[-1]
     out = q if turns is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    programs = 2 * kv_heads + (0 if turns is None else heads)
-    _keep[(len(q), programs)](
+    power = triton.next_power_of_2
+    _keep[(len(q), 2 if turns is None else 3)](
         q, q.stride(0), k, k.stride(0), v, v.stride(0), out, base, q if turns is None else turns, tokens,
-        tokens.shape[1], layer, heads, kv_heads, head, half, triton.next_power_of_2(head), num_warps=1)
+        tokens.shape[1], layer, heads, kv_heads, head, half, power(heads), power(kv_heads),
+        power(max(half, head - 2 * half)), power(head), num_warps=4)
     return out

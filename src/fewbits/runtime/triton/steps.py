@@ -59,14 +59,13 @@ class Norm:
 @dataclass(frozen=True)
 class Multiply:
     x: int
-    weights: tuple[Prepared, ...]
-    biases: tuple[torch.Tensor | None, ...]
-    outs: tuple[int, ...]
+    weight: Prepared
+    bias: torch.Tensor | None
+    outs: dict[int, int]  # buffers, and how many columns of the product each gets
 
     def __call__(self, call: Call) -> None:
-        x = call.buffers[self.x].to(call.plan.dtype)
-        for weight, bias, out in zip(self.weights, self.biases, self.outs, strict=True):
-            call.buffers[out] = weight.matmul(x, bias)
+        found = self.weight.matmul(call.buffers[self.x].to(call.plan.dtype), self.bias)
+        call.buffers.update(zip(self.outs, found.split(list(self.outs.values()), 1), strict=True))
 
 
 @dataclass(frozen=True)
