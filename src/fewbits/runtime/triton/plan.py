@@ -183,13 +183,14 @@ class Plan:
         if size not in self._graphs:
             tiles = self._tiles([1] * size, MOST_POSITIONS)
 
-            def run(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                states = self._states(Call(self, numbers, tiles))
-                return states, self._logits(states)
-
-            self._graphs[size] = Graph(run, numbers.to(self.device))
+            self._graphs[size] = Graph(lambda given: self._after(given, tiles), numbers.to(self.device))
             self._kept.append(tiles)
         return self._graphs[size].replay(numbers)
+
+    def _after(self, numbers: torch.Tensor, tiles: attention.Tiles) -> tuple[torch.Tensor, torch.Tensor]:
+        """States and logits of all tokens. A graph holds it: nothing in it may wait for the GPU."""
+        states = self._states(Call(self, numbers, tiles))
+        return states, self._logits(states)
 
     def _tiles(self, counts: Sequence[int], longest: int) -> attention.Tiles:
         group = self.heads // self.kv_heads
