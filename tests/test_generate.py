@@ -160,10 +160,10 @@ def test_limits_are_said(tiny: Path) -> None:
 
 
 def test_memory_is_looked_at_before_work(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewbits.runtime import sequences
+    from fewbits.runtime import engine
 
     session = Session(tiny)
-    monkeypatch.setattr(sequences, "available_bytes", lambda: session.model.plan.cache_bytes(40, "f16"))
+    monkeypatch.setattr(engine, "available_bytes", lambda: session.model.plan.cache_bytes(40, "f16"))
     ids = session.encode("hello", raw=True)
     assert len(session.generate(ids, max_tokens=30).tokens) == 30, "room for no more than is asked for"
     with pytest.raises(FewbitsError, match="the cache of .* tokens takes"):
@@ -174,7 +174,7 @@ def test_models_without_a_native_decoder(tiny: Path, monkeypatch: pytest.MonkeyP
                                          capsys: pytest.CaptureFixture[str]) -> None:
     wanted = Session(tiny).generate([5, 6, 7], max_tokens=9).tokens
 
-    def refuse(_: object) -> None:
+    def refuse(*_: object) -> None:
         raise decoder.Unsupported("m: no native decoder for model type 'zorblax'")
 
     monkeypatch.setattr(decoder, "compile", refuse)

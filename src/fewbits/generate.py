@@ -15,7 +15,7 @@ import numpy as np
 from fewbits import containers, hub
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
-from fewbits.runtime.sequences import CACHES
+from fewbits.runtime.engine import CACHES
 from fewbits.text.grammar import Grammar
 from fewbits.text.guessing import MOST, Draft, Guesser, Lookup, common
 from fewbits.text.sampling import Sampler, Sampling, logprobs

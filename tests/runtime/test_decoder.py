@@ -20,7 +20,7 @@ import fewbits
 from fewbits import _native, codecs, containers
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
-from fewbits.runtime import decoder, sequences
+from fewbits.runtime import decoder, engine, sequences
 from fewbits.runtime.sequences import Decoder
 from fewbits.solvers import solve
 from tests.arch.models import MODELS as SMALL_MODELS
@@ -325,7 +325,7 @@ def test_errors(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made.sequence(257)
     with pytest.raises(FewbitsError, match="room for 300 tokens"):
         made.logits([1] * 300)
-    monkeypatch.setattr(sequences, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(engine, "available_bytes", lambda: 1000)
     with pytest.raises(FewbitsError, match="the cache of 256 tokens takes 0.00 GiB, 0.00 GiB are free"):
         made.sequence()
 

@@ -16,8 +16,9 @@ import transformers
 
 from fewbits import _native, codecs, containers
 from fewbits.errors import FewbitsError
-from fewbits.runtime import decoder, sequences
-from fewbits.runtime.sequences import CACHES, Decoder, Sequence
+from fewbits.runtime import decoder, engine, sequences
+from fewbits.runtime.engine import CACHES
+from fewbits.runtime.sequences import Decoder, Sequence
 from fewbits.solvers import solve
 from tests.arch.models import VOCAB, directory, tiny
 
@@ -265,7 +266,7 @@ def test_an_interrupt_leaves_all_sequences(model: Decoder, monkeypatch: pytest.M
 def test_memory_that_is_promised(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     needed = model.plan.cache_bytes(1000, "f16")
-    monkeypatch.setattr(sequences, "available_bytes", lambda: 2 * needed + 2 * model.plan.cache_bytes(256, "f16"))
+    monkeypatch.setattr(engine, "available_bytes", lambda: 2 * needed + 2 * model.plan.cache_bytes(256, "f16"))
     kept = [model.sequence(1000), model.sequence(1000)]
     with pytest.raises(FewbitsError, match="the cache of 1000 tokens takes 0.00 GiB, 0.00 GiB are free"):
         model.sequence(1000)

@@ -1,4 +1,4 @@
-"""Decoder-only transformers that native code runs: the list of steps that a checkpoint compiles to.
+"""Decoder-only transformers that native code or a GPU runs: the list of steps that a checkpoint compiles to.
 
 A token costs one native call, whatever the number of layers; docs/concepts/decoder.md has the steps and the cache.
 What model types differ in is data: `families` and `arch`. Tensors go by their names in GGUF here, which all share.
@@ -20,30 +20,37 @@ from fewbits.arch.rows import AddOne, Ops, Regroup
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers import experts
 from fewbits.errors import FewbitsError, Unsupported
-from fewbits.runtime import families, weights
+from fewbits.lazy import torch
+from fewbits.runtime import engine, families, weights
+from fewbits.runtime.engine import Engine, Plan, Rows, Weight
 from fewbits.runtime.families import ACTIVATIONS, FULL, SLIDING, Family
 from fewbits.runtime.sequences import Decoder
-from fewbits.runtime.weights import Weight
 
 Array = np.ndarray
-Rows = slice | Array | None  # of a matrix: all of them, or those that make up a part of it
 
 # buffers of a call, [tokens, width] each; the last is there if there are experts
 HIDDEN, NORMED, QUERIES, KEYS, VALUES, SEEN, GATE, UP, CHOSEN = range(9)
 
 
-def compile(checkpoint: Checkpoint) -> Decoder:
-    """The steps of a checkpoint's model, its weights prepared for the native kernels.
+def compile(checkpoint: Checkpoint, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Decoder:
+    """The steps of a checkpoint's model, its weights prepared for the kernels of a device: by default the CPU's.
 
     Matrices that no native kernel multiplies (codebooks; experts in `int8` or with columns in another order) are
-    decoded to float32 once.
+    decoded to float32 once. On a GPU activations, caches and float weights have the type `dtype`: bfloat16 by default,
+    or float16 where that is unknown to it.
 
     Raises:
         FewbitsError: a model type, or something in its configuration, that is not supported; tensors that are missing
             or misshapen.
+        NoRoom: the device's free memory does not take the weights.
     """
+    return compile_for(checkpoint, engine.of(device, dtype))
+
+
+def compile_for(checkpoint: Checkpoint, engine: Engine) -> Decoder:
+    """The same, for what an engine computes with."""
     try:
-        return _compile(families.language(checkpoint))
+        return _compile(families.language(checkpoint), engine)
     except FewbitsError:
         raise
     except KeyError as error:
@@ -52,16 +59,16 @@ def compile(checkpoint: Checkpoint) -> Decoder:
         raise FewbitsError(f"{checkpoint.path}: the configuration: {str(error).splitlines()[0]}") from None
 
 
-def compile_or_say(checkpoint: Checkpoint) -> Decoder | None:
+def compile_or_say(checkpoint: Checkpoint, device: torch.device | None = None) -> Decoder | None:
     """The same; None, and why on stderr, for a model that Transformers has to compute."""
     try:
-        return compile(checkpoint)
+        return compile(checkpoint, device)
     except Unsupported as reason:
         print(f"note: {reason}; Transformers computes", file=sys.stderr)
         return None
 
 
-def _compile(checkpoint: Checkpoint) -> Decoder:
+def _compile(checkpoint: Checkpoint, engine: Engine) -> Decoder:
     family, table = families.family_of(checkpoint)
     config = families.settings(checkpoint, family, table)
     if head_dim(config) > _native.WIDEST_HEAD:
@@ -69,14 +76,15 @@ def _compile(checkpoint: Checkpoint) -> Decoder:
     if any(e.codec.family == "w8a8" for e in checkpoint.entries.values()):
         raise Unsupported(f"{checkpoint.path}: no native decoder for activations rounded as w8a8 says",
                           "fewbits.load() runs it")
-    tensors = _Tensors(checkpoint, table, config)
+    tensors = _Tensors(checkpoint, table, config, engine)
     rotations = _rotations(family, config, checkpoint.path)
-    plan = _native.Plan(widths=_widths(config, table.experts), layers=config["num_hidden_layers"],
-                        heads=config["num_attention_heads"], kv_heads=kv_heads(config), head=head_dim(config),
-                        scale=family.scale(config))
+    plan = engine.plan(widths=_widths(config, table.experts), layers=config["num_hidden_layers"],
+                       heads=config["num_attention_heads"], kv_heads=kv_heads(config), head=head_dim(config),
+                       scale=family.scale(config))
     _Writer(plan, family, config, tensors).write(rotations)
     original = max((r.original for r in rotations.values() if r.stretched is not None), default=0)
-    return Decoder(plan, config["vocab_size"], config["hidden_size"], config["max_position_embeddings"], original)
+    return Decoder(engine, plan, config["vocab_size"], config["hidden_size"], config["max_position_embeddings"],
+                   original)
 
 
 def _widths(c: Config, mixture: bool) -> list[int]:
@@ -118,7 +126,7 @@ class Part:
 class _Writer:
     """Writes a model down as the steps of a plan."""
 
-    plan: _native.Plan
+    plan: Plan
     family: Family
     config: Config
     tensors: _Tensors
@@ -225,10 +233,10 @@ class _Writer:
 class _Tensors:
     """Tensors of a checkpoint by their names in GGUF, checked against the family's table; without `.weight`."""
 
-    def __init__(self, checkpoint: Checkpoint, table: arch.Architecture, config: Config):
-        self.checkpoint, self.entries = checkpoint, experts.stacked(checkpoint.entries)
+    def __init__(self, checkpoint: Checkpoint, table: arch.Architecture, config: Config, engine: Engine):
+        self.checkpoint, self.entries, self.engine = checkpoint, experts.stacked(checkpoint.entries), engine
         self._tensors = {t.gguf.removesuffix(".weight"): t for t in arch.tensors(table, config)}
-        self._made: dict[str, Weight] = {}
+        self._table: Weight | None = None
         for t in self._tensors.values():
             self._check(t.hf, t.shape(config))
 
@@ -257,18 +265,20 @@ class _Tensors:
 
     def matrix(self, name: str, rows: Rows = None) -> Weight:
         if rows is not None:
-            return weights.matrix(self._entry(name), rows)
-        if name not in self._made:  # a tied head is the table of tokens
-            self._made[name] = weights.matrix(self._entry(name))
-        return self._made[name]
+            return self.engine.matrix(self._entry(name), rows)
+        if name != "token_embd":
+            return self.engine.matrix(self._entry(name))
+        if self._table is None:  # a tied head is the same
+            self._table = self.engine.matrix(self._entry(name))
+        return self._table
 
     def stack(self, name: str) -> list[Weight]:
         """A layer's experts."""
         whole = self._tensors[name].hf
         if whole in self.entries:
-            return weights.matrices(self.entries[whole])
+            return self.engine.experts([self.entries[whole]])
         count = sum(experts.stack_of(n) == whole for n in self.entries)
-        return [weights.matrix(self.entries[experts.one(whole, i)], expert=True) for i in range(count)]
+        return self.engine.experts([self.entries[experts.one(whole, i)] for i in range(count)])
 
     def vector(self, name: str) -> Array:
         values = weights.vector(self._entry(name))

@@ -37,6 +37,9 @@ class Prepared(Protocol):
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` `[...]` of the weight: `[..., in]`."""
 
+    def grouped(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Of a stack `[experts, out, in]`: rows of `x` `[n, in]`, each times its expert `[n]`: `[n, out]`."""
+
 
 class Kernel(Protocol):
     name: str
@@ -66,6 +69,11 @@ class _Weight:
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.weight())
+
+    def grouped(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        stack, step = self.weight().view(self.shape).to(x.dtype), 64  # rows: each gets its own copy of a weight
+        parts = zip(x.split(step), experts.split(step), strict=True)
+        return torch.cat([torch.bmm(stack[e], rows[:, :, None])[:, :, 0] for rows, e in parts])
 
 
 class _Decode(_Weight):

@@ -7,22 +7,19 @@ from weakref import WeakSet
 
 import numpy as np
 
-from fewbits import _native
 from fewbits.errors import FewbitsError
 from fewbits.instructions import threads
-from fewbits.memory import available_bytes
+from fewbits.runtime.engine import Cache, Engine, Plan
 
 Array = np.ndarray
 Tokens = Several[int]
-
-CACHES = ("f16", "q8_0", "q4_0")  # what keys and values are rounded to: 16, 8.5 and 4.5 bits each
 
 
 class Decoder:
     """A compiled model. Weights are held once; every sequence has a cache of its own."""
 
-    def __init__(self, plan: _native.Plan, vocabulary: int, hidden: int, context: int, original: int = 0):
-        self.plan, self.vocabulary, self.hidden, self.context = plan, vocabulary, hidden, context
+    def __init__(self, engine: Engine, plan: Plan, vocabulary: int, hidden: int, context: int, original: int = 0):
+        self.engine, self.plan, self.vocabulary, self.hidden, self.context = engine, plan, vocabulary, hidden, context
         self.original = original  # longer sequences are turned by stretched frequencies; 0: none
         self._sequences: WeakSet[Sequence] = WeakSet()
 
@@ -42,14 +39,14 @@ class Decoder:
         capacity = self.context if capacity is None else capacity
         if not 1 <= capacity <= self.context:
             raise FewbitsError(f"room for {capacity} tokens, the model's context is 1 to {self.context}")
-        if cache not in CACHES:
-            raise FewbitsError(f"a cache of {cache!r}", f"there are {', '.join(CACHES)}")
-        needed, free = self.plan.cache_bytes(capacity, cache), available_bytes()
-        free -= sum(s.cache_bytes - s.used_bytes for s in self._sequences)
+        if cache not in self.engine.caches:
+            raise FewbitsError(f"a cache of {cache!r}", f"there are {', '.join(self.engine.caches)}")
+        needed = self.plan.cache_bytes(capacity, cache)
+        free = self.engine.free_bytes(s.cache_bytes - s.used_bytes for s in self._sequences)
         if needed > free:
             raise FewbitsError(f"the cache of {capacity} tokens takes {needed / 2**30:.2f} GiB, "
                                f"{max(0, free) / 2**30:.2f} GiB are free", "ask for fewer tokens")
-        made = Sequence(self, _native.Cache(self.plan, capacity, cache), cache)
+        made = Sequence(self, self.engine.cache(self.plan, capacity, cache), cache)
         self._sequences.add(made)
         return made
 
@@ -60,8 +57,8 @@ class Decoder:
         """
         states = np.ascontiguousarray(states, np.float32)
         out = np.empty((len(states), self.vocabulary), np.float32) if out is None else out
-        for at in range(0, len(states), _native.MOST_TOKENS):
-            end = at + _native.MOST_TOKENS
+        for at in range(0, len(states), self.engine.most):
+            end = at + self.engine.most
             self.plan.finish(states[at:end], out[at:end], threads())
         return out
 
@@ -88,28 +85,28 @@ class Decoder:
                 raise FewbitsError(f"sequence {i}: {error}", error.hint) if len(pieces) > 1 else error from None
         width = self.hidden if states else self.vocabulary
         out = np.empty((sum(wanted for _, _, wanted in pieces), width), np.float32)
-        before, done = [(s._native, len(s)) for s, _, _ in pieces], 0
+        before, done = [(s._kept, len(s)) for s, _, _ in pieces], 0
         try:
             pieces = [(s, s._again(ids), wanted) for s, ids, wanted in pieces]
-            for call in _calls([len(ids) for _, ids, _ in pieces]):
+            for call in _calls([len(ids) for _, ids, _ in pieces], self.engine.most):
                 done += self._call(pieces, call, out[done:], states)
             for sequence, ids, _ in pieces:
                 sequence._tokens[len(sequence) - len(ids):] = ids.tolist()
         except BaseException:  # an interrupt between two calls
-            for (sequence, _, _), (native, length) in zip(pieces, before, strict=True):
-                sequence._native = native
+            for (sequence, _, _), (kept, length) in zip(pieces, before, strict=True):
+                sequence._kept = kept
                 sequence.truncate(length)
             raise
         return np.split(out, np.cumsum([wanted for _, _, wanted in pieces])[:-1])
 
     def _call(self, pieces: list[tuple[Sequence, Array, int]], call: list[Part], out: Array, states: bool) -> int:
-        """One native call: tokens `begin` to `end` of some sequences; how many rows of `out` it filled."""
+        """One call of the plan: tokens `begin` to `end` of some sequences; how many rows of `out` it filled."""
         wanted = []
         for i, begin, end in call:
             skipped = len(pieces[i][1]) - pieces[i][2]  # tokens whose logits nobody wants
             wanted.append(max(0, end - max(begin, skipped)))
         tokens = np.concatenate([pieces[i][1][begin:end] for i, begin, end in call])
-        self.plan.step([pieces[i][0]._native for i, _, _ in call], [end - begin for _, begin, end in call], wanted,
+        self.plan.step([pieces[i][0]._kept for i, _, _ in call], [end - begin for _, begin, end in call], wanted,
                        tokens, out[:sum(wanted)], states, threads())
         return sum(wanted)
 
@@ -117,8 +114,8 @@ class Decoder:
 Part = tuple[int, int, int]  # of a call: a sequence's number, its first token and the one after its last
 
 
-def _calls(counts: list[int]) -> list[list[Part]]:
-    """What native calls take of so many tokens each: as few calls as it can be, in order."""
+def _calls(counts: list[int], most: int) -> list[list[Part]]:
+    """What calls of up to `most` tokens take of so many tokens each: as few calls as it can be, in order."""
     calls: list[list[Part]] = []
     left = 0
     for i, count in enumerate(counts):
@@ -126,7 +123,7 @@ def _calls(counts: list[int]) -> list[list[Part]]:
         while done < count:
             if not left:
                 calls.append([])
-                left = _native.MOST_TOKENS
+                left = most
             end = min(count, done + left)
             calls[-1].append((i, done, end))
             left, done = left - (end - done), end
@@ -136,12 +133,12 @@ def _calls(counts: list[int]) -> list[list[Part]]:
 class Sequence:
     """A sequence of tokens and the keys and values of all of them."""
 
-    def __init__(self, decoder: Decoder, native: _native.Cache, cache: str):
-        self.decoder, self.cache, self._native = decoder, cache, native
+    def __init__(self, decoder: Decoder, kept: Cache, cache: str):
+        self.decoder, self.cache, self._kept = decoder, cache, kept
         self._tokens: list[int] = []
 
     def __len__(self) -> int:
-        return self._native.length
+        return self._kept.length
 
     @property
     def tokens(self) -> list[int]:
@@ -149,7 +146,7 @@ class Sequence:
 
     @property
     def capacity(self) -> int:
-        return self._native.capacity
+        return self._kept.capacity
 
     @property
     def cache_bytes(self) -> int:
@@ -176,7 +173,7 @@ class Sequence:
         """
         if not 0 <= length <= len(self):
             raise FewbitsError(f"a sequence of {len(self)} tokens cannot be cut to {length}")
-        self._native.truncate(length)
+        self._kept.truncate(length)
         del self._tokens[length:]
 
     def copy(self, length: int | None = None, capacity: int | None = None) -> Sequence:
@@ -195,17 +192,17 @@ class Sequence:
             raise FewbitsError(f"{length} tokens to copy, room for {capacity}")
         made = self.decoder.sequence(capacity, self.cache)
         if length:
-            made._native.copy(self._native, length)
+            made._kept.copy(self._kept, length)
             made._tokens = self._tokens[:length]
         return made
 
     def _again(self, ids: Array) -> Array:
         """What is computed for `ids`: all tokens, if keys that are there were turned for another length."""
         stretched = 0 < self.decoder.original < len(self) + len(ids)
-        if stretched == self._native.stretched:
+        if stretched == self._kept.stretched:
             return ids
-        self._native = _native.Cache(self.decoder.plan, self.capacity, self.cache)
-        self._native.stretched = stretched
+        self._kept = self.decoder.engine.cache(self.decoder.plan, self.capacity, self.cache)
+        self._kept.stretched = stretched
         return np.concatenate([np.array(self._tokens, np.int64), ids])
 
     def _check(self, decoder: Decoder, ids: Array, wanted: int) -> None:

@@ -42,7 +42,7 @@ def matrix(entry: Entry, rows: slice | np.ndarray | None = None, expert: bool = 
     q = entry.load()
     if rows is None:
         return _prepared(q, expert)
-    return _prepared(_apart(q).part(rows if isinstance(rows, slice) else torch.from_numpy(rows)))
+    return _prepared(rows_apart(q).part(rows if isinstance(rows, slice) else torch.from_numpy(rows)))
 
 
 def expect(checkpoint: Checkpoint) -> None:
@@ -108,7 +108,7 @@ def _from_parts(found: Apart) -> Weight | None:
     return weight(f, rows, columns, codec.unit(columns), scale, planes, fine=codec.family == "int8")
 
 
-def _apart(q: QTensor) -> QTensor:
+def rows_apart(q: QTensor) -> QTensor:
     """The same values in rows of their own: absmax without nesting, or, where blocks cross rows, decoded."""
     codec = q.codec
     if codec.rows_apart(q.shape):

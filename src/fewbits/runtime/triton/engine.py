@@ -1,0 +1,56 @@
+"""Decoders on a GPU: weights are laid out there for the first kernel that takes them, caches are taken at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewbits import devices
+from fewbits.checkpoint import Entry
+from fewbits.qtensor import QTensor
+from fewbits.runtime import weights
+from fewbits.runtime.dispatch import choose
+from fewbits.runtime.reference import Prepared
+from fewbits.runtime.triton.joining import floats
+from fewbits.runtime.triton.plan import Cache, Plan
+
+
+@dataclass(frozen=True)
+class Gpu:
+    device: torch.device
+    dtype: torch.dtype  # of activations, caches and weights that are floats
+    kernel: str | None = None  # of products; None: whatever suits
+    caches = ("f16",)
+    most = 1024
+
+    def plan(self, **sizes: Any) -> Plan:
+        return Plan(self.device, self.dtype, **sizes)
+
+    def matrix(self, entry: Entry, rows: slice | np.ndarray | None = None) -> Prepared:
+        q = entry.load()
+        if rows is not None:
+            q = weights.rows_apart(q).part(rows if isinstance(rows, slice) else torch.from_numpy(rows))
+        return self._prepared(q)
+
+    def experts(self, entries: list[Entry]) -> list[Prepared]:
+        """One stack; experts that lie apart, as their codecs differ, are decoded for it."""
+        if len(entries[0].shape) == 3:
+            return [self._prepared(entries[0].load())]
+        values = torch.stack([entry.load().dequantize(self.dtype) for entry in entries])
+        return [floats(values.to(self.device))]
+
+    def _prepared(self, q: QTensor) -> Prepared:
+        if q.codec.family == "float":
+            return floats(q.dequantize(self.dtype).to(self.device))
+        q = q.to(self.device)
+        return choose(q, self.device, self.kernel).prepare(q, self.dtype)
+
+    def cache(self, plan: Plan, capacity: int, kept: str) -> Cache:
+        return Cache(plan, capacity)
+
+    def free_bytes(self, promised: Iterable[int]) -> int:
+        return devices.free_bytes(self.device)
