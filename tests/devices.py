@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -26,6 +27,12 @@ class Mixed(AssertionError):
 
 class OnGpu(torch.Tensor):
     """A tensor that says that it lies on the GPU."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnGpu:
+        with torch._C.DisableTorchFunction():
+            copy = torch.Tensor.clone(self).as_subclass(OnGpu)
+            copy._is_param = getattr(self, "_is_param", False)  # type: ignore[attr-defined]
+        return memo.setdefault(id(self), copy)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,13 +54,26 @@ def gpu() -> Iterator[torch.device]:
         yield GPU
 
 
+@contextmanager
+def found(free: int = 80 << 30) -> Iterator[torch.device]:
+    """Inside, there is a GPU with so much memory free: the pretended one where there is none."""
+    with gpu() as device, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "mem_get_info", lambda which=None: (free, free))
+        for name in ("memory_reserved", "memory_allocated"):
+            patch.setattr(torch.cuda, name, lambda which=None: 0)
+        if not torch.cuda.is_available():
+            for name, value in (("is_available", True), ("device_count", 1), ("current_device", 0)):
+                patch.setattr(torch.cuda, name, lambda value=value: value)
+        yield device
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     with torch._C.DisableTorchFunction():
         return _result(func, getattr(func, "__name__", ""), args, kwargs)
 
 
 def _result(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    if name == "_parse_to":  # what `Module.to` makes of its arguments
+    if func is torch.device or name == "_parse_to":  # what `Module.to` makes of its arguments
         return func(*args, **kwargs)
     flat = tree_flatten((args, kwargs))[0]
     tensors = [x for x in flat if isinstance(x, torch.Tensor)]

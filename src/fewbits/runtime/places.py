@@ -55,7 +55,7 @@ class Place:
             self._hold(value)
             return
         if meant.is_meta:
-            meant = torch.empty(meant.shape, dtype=value.dtype)
+            meant = value.new_empty(meant.shape)
             self._hold(meant)
         self.view(meant.data).copy_(value)
 
