@@ -89,8 +89,8 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe |
     fits into its memory, else on the CPU. What is written lies on the CPU all the time. Transforms, `finish` and
     targets compute on the CPU.
 
-    Under torchrun the work is shared between the ranks, a GPU each. A killed run resumes when called again. What became of each
-    tensor goes to `OUT.quantization.json`, and what happened when to `OUT.log.jsonl`.
+    Under torchrun the work is shared between the ranks, a GPU each. A killed run resumes when called again. What became
+    of each tensor goes to `OUT.quantization.json`, and what happened when to `OUT.log.jsonl`.
 
     Raises:
         FewbitsError: anything that cannot be done as asked, before work begins where it can be known.

@@ -101,5 +101,6 @@ def _inverse_factor(h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     if failed:
         return None
     lower = lower.flip(0, 1)
-    upper = torch.linalg.solve_triangular(lower, torch.eye(len(h), dtype=dtype, device=h.device), upper=True).to(h.dtype)
+    eye = torch.eye(len(h), dtype=dtype, device=h.device)
+    upper = torch.linalg.solve_triangular(lower, eye, upper=True).to(h.dtype)
     return upper if bool(upper.isfinite().all()) else None
