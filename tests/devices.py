@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+KINDS = ("cuda", "cpu", "meta")
 MOVES, HOME = {"to", "copy_", "cuda"}, {"cpu"}
 REFUSED = {"numpy", "__array__", "__dlpack__", "data_ptr"}
 ANSWERS: dict[Any, Any] = {torch.Tensor.device: GPU, torch.Tensor.is_cuda: True, torch.Tensor.is_cpu: False}
@@ -86,12 +87,12 @@ def _result(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         raise Mixed(f"{name} of a tensor on the GPU")
     kinds = [x.type if isinstance(x, torch.device) else str(x).split(":")[0] for x in flat
              if isinstance(x, torch.device | str)]
-    wanted = "cpu" if name in HOME else next((k for k in kinds if k in ("cuda", "cpu")), None)
+    wanted = "cpu" if name in HOME else next((k for k in kinds if k in KINDS), None)
     if there and name not in MOVES and wanted is None:
         _refuse_mixed(name, args, tensors)
     args, kwargs = tree_map(_on_cpu, (args, kwargs))
     found = func(*args, **kwargs)
-    if wanted == "cpu":
+    if wanted in ("cpu", "meta"):
         return tree_map(lambda x: x.as_subclass(torch.Tensor) if isinstance(x, OnGpu) else x, found)
     if name == "copy_":
         return found
@@ -111,7 +112,7 @@ def _refuse_mixed(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
 
 def _on_cpu(x: Any) -> Any:
     if isinstance(x, torch.device):
-        return CPU
+        return CPU if x.type == "cuda" else x
     return "cpu" if isinstance(x, str) and x.split(":")[0] == "cuda" else x
 
 
