@@ -29,6 +29,9 @@ class Mixed(AssertionError):
 class OnGpu(torch.Tensor):
     """A tensor that says that it lies on the GPU."""
 
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> torch.Tensor:  # as of a parameter
+        return torch.nn.Parameter(data, requires_grad)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OnGpu:
         with torch._C.DisableTorchFunction():
             copy = torch.Tensor.clone(self).as_subclass(OnGpu)

@@ -28,9 +28,24 @@ class Placing:
 
     def of(self, name: str) -> torch.device:
         """The device of a module or a parameter: that of the longest beginning of its name."""
+        found = self._find(name)
+        if found is None:
+            raise FewbitsError(f"device_map says nothing of {name}", 'give "" a device for all that is not named')
+        return found
+
+    def _find(self, name: str) -> torch.device | None:
         while name and name not in self.parts:
             name = name.rpartition(".")[0]
-        return self.parts[name]
+        return self.parts.get(name)
+
+    def apart(self, module: nn.Module, name: str = "") -> dict[str, torch.device]:
+        """The modules that lie whole on one device, as large as they are, in `module` that is called `name`."""
+        inside = {to for part, to in self.parts.items() if part.startswith(f"{name}." if name else "")}
+        own = self._find(name)
+        if not inside - {own}:
+            return {} if own is None else {name: own}
+        return {part: to for child, below in module.named_children()
+                for part, to in self.apart(below, f"{name}.{child}".lstrip(".")).items()}
 
     @property
     def devices(self) -> list[torch.device]:
@@ -97,7 +112,7 @@ def device_of(name: str | int | torch.device) -> torch.device:
     return devices.find(f"{devices.accelerator() or 'cuda'}:{name}" if isinstance(name, int) else name)
 
 
-def _given(net: nn.Module, parts: Mapping[str, Any]) -> Placing:
+def _given(net: transformers.PreTrainedModel, parts: Mapping[str, Any]) -> Placing:
     made = Placing({name: device_of(to) for name, to in parts.items()})
     names = {name for name, _ in net.named_modules()} | {name for name, _ in net.named_parameters()}
     for name in parts:
@@ -105,11 +120,10 @@ def _given(net: nn.Module, parts: Mapping[str, Any]) -> Placing:
             raise FewbitsError(f"device_map: {type(net).__name__} has no part {name!r}",
                                "parts are called as net.named_modules() says")
     for name, _ in net.named_parameters():
-        try:
-            made.of(name)
-        except KeyError:
-            raise FewbitsError(f"device_map says nothing of {name}",
-                               'give "" a device for all that is not named') from None
+        made.of(name)
+    for name, module in net.named_modules():
+        if type(module).__name__ in (net._no_split_modules or ()) and len(made.apart(module, name)) > 1:
+            raise FewbitsError(f"device_map splits {name}, a {type(module).__name__}", "its parts compute on one device")
     return made
 
 
@@ -127,7 +141,7 @@ def _inferred(net: transformers.PreTrainedModel, manner: str, sizes: Sizes) -> P
     asked: Any = sizes  # in the place of a quantizer, of which only sizes are asked
     limits = dict(room) if manner == "sequential" else get_balanced_memory(
         net, dict(room), whole, asked, low_zero=manner == "balanced_low_0")
-    parts = infer_auto_device_map(net, limits, whole, hf_quantizer=asked)
+    parts = infer_auto_device_map(net, limits, whole, hf_quantizer=asked, offload_buffers=True)
     if "disk" in parts.values():
         needed, free = sum(sizes.nbytes.values()), sum(room.values())
         raise FewbitsError(f"{gib(needed)} are needed for the weights, {gib(free)} are free on all devices together")
@@ -157,7 +171,7 @@ def settle(net: transformers.PreTrainedModel, placed: Placing) -> None:
         return
     from accelerate.hooks import attach_align_device_hook_on_blocks
 
-    first = placed.gpu or placed.devices[0]
-    attach_align_device_hook_on_blocks(net, {"": first, **placed.parts}, dict.fromkeys(["", *placed.parts], False),
+    apart = placed.apart(net)
+    attach_align_device_hook_on_blocks(net, {"": placed.gpu, **apart}, dict.fromkeys(apart, False),
                                        skip_keys=getattr(net, "_skip_keys_device_placement", None))
-    vars(net)["hf_device_map"] = dict(placed.parts)
+    vars(net)["hf_device_map"] = apart
