@@ -8,14 +8,13 @@ from fewbits.memory import available_bytes
 
 
 def find(name: str | torch.device | None = None) -> torch.device:
-    """The device called `name`; of None and "auto", the first GPU if there is one, else the CPU.
+    """The device called `name`; of None and "auto", the GPU that torch computes on if there is one, else the CPU.
 
     Raises:
         FewbitsError: torch knows no such device, or sees none here.
     """
     if name in (None, "auto"):
-        kind = accelerator()
-        return torch.device(kind, 0) if kind else torch.device("cpu")
+        name = accelerator() or "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -28,12 +27,21 @@ def find(name: str | torch.device | None = None) -> torch.device:
                            "install a torch for this machine's GPU: https://pytorch.org/get-started/locally")
     if (device.index or 0) >= count:
         raise FewbitsError(f"{device}: there are {count} {device.type} devices, numbered from 0")
-    return torch.device(device.type, device.index or 0)
+    if device.index is not None:
+        return device
+    return torch.device(device.type, getattr(torch, device.type).current_device())  # of a rank of torchrun, its own
 
 
 def accelerator() -> str | None:
     """The kind of GPU that torch sees here: "cuda" (NVIDIA, AMD), "xpu" (Intel)."""
     return next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
+
+
+def at_once(device: torch.device, few: int) -> int:
+    """How many weights to compute with at a time: `few`, which stay in the caches, on a CPU; on a GPU so many that
+    starting its kernels takes no part of the time.
+    """
+    return few if device.type == "cpu" else max(few, 1 << 24)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fewbits.codecs.base import Codec, Params, Planes, Shape, decode_units
+from fewbits.devices import at_once
 from fewbits.lazy import torch
 
 CHUNK = 1 << 21  # weights decoded at a time: float32 temporaries stay near the caches
@@ -53,7 +54,7 @@ class QTensor:
             out.view(-1).copy_(flat.reshape(-1)[:out.numel()])
         else:
             rows, columns = self.codec.matrix(self.shape)
-            flat, step = out.view(rows, columns), max(1, CHUNK // max(1, columns))
+            flat, step = out.view(rows, columns), max(1, at_once(self.device, CHUNK) // max(1, columns))
             for at in range(0, rows, step):
                 part = self.part(slice(at, min(at + step, rows)))
                 flat[at:at + step].copy_(decode_units(*self._arguments(part.unpack())))

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fewbits import __version__, containers, finishing, hub, solvers, transforms
+from fewbits import __version__, containers, devices, finishing, hub, solvers, transforms
 from fewbits import imatrix as matrices
 from fewbits.calibration import sources
 from fewbits.calibration.sources import Batch, Calibration
@@ -26,6 +26,7 @@ from fewbits.imatrix import Imatrix
 from fewbits.jobs import distributed
 from fewbits.jobs.job import Job, goal, some
 from fewbits.jobs.store import Store, identity, resumable
+from fewbits.lazy import torch
 from fewbits.qtensor import QTensor
 from fewbits.recipe import Choice, ModelFacts, Overrides, Recipe
 from fewbits.recipe import file as recipe_file
@@ -70,7 +71,8 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe |
              calibration: str | Path | Calibration | Sequence[Batch] | None = None, samples: int = 64,
              length: int = 512, seed: int = 0, imatrix: str | Path | Imatrix | None = None,
              transform: str | None = None, finish: str = "off", overrides: Overrides = None,
-             container: str | None = None, keep_nonfinite: bool = False, progress: Progress | None = None) -> Result:
+             container: str | None = None, keep_nonfinite: bool = False, device: str | torch.device | None = None,
+             progress: Progress | None = None) -> Result:
     """Quantize `model` (a path in any format or a hub id) by the recipe `to` into `out`.
 
     `to` may be a target, `4.25bpw` or `Target(nbytes=…)`: then each tensor gets the codec that serves the whole best
@@ -83,15 +85,19 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe |
     unless a solver or an importance matrix is named, or `calibration` is "none". `finish` (off, quick, thorough) then
     tunes scales and norms towards the original model's logits, on the calibration text or, without, on the model's own.
 
-    Under torchrun the work is shared between the ranks. A killed run resumes when called again. What became of each
-    tensor goes to `OUT.quantization.json`, and what happened when to `OUT.log.jsonl`.
+    Statistics and solvers run on `device`; by default (None, "auto") on the GPU, if there is one and the largest block
+    fits into its memory, else on the CPU. What is written lies on the CPU all the time. Transforms, `finish` and
+    targets compute on the CPU.
+
+    Under torchrun the work is shared between the ranks, a GPU each. A killed run resumes when called again. What became
+    of each tensor goes to `OUT.quantization.json`, and what happened when to `OUT.log.jsonl`.
 
     Raises:
         FewbitsError: anything that cannot be done as asked, before work begins where it can be known.
     """
     began = time.monotonic()
     with distributed.joined() as ranks:
-        report = progress if ranks.leads else None
+        report, place = progress if ranks.leads else None, devices.find(device)
         source = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
         out = Path(out).resolve()
         if ranks.leads:
@@ -152,7 +158,8 @@ def quantize(model: str | Path | Checkpoint, out: str | Path, to: str | Recipe |
             store = Store(folder, stamp) if ranks.leads else None
             if transform is not None and used is not None:
                 source = transforms.apply(transform, source, choices, used, report, ranks, store)
-            job = Job(_apart(source, choices), choices, store, ranks, keep_nonfinite, report)
+            job = Job(_apart(source, choices), choices, store, ranks, keep_nonfinite, report, place,
+                      may_retreat=device in (None, "auto"))
             job.solve(used, importances)
             result: Result | None = None
             if store:

@@ -92,8 +92,8 @@ def skipped(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
     return {n for n in names if not should_convert_module(n.removesuffix(".weight"), list(patterns))}
 
 
-def apply(source: Checkpoint, plan: Plan) -> Checkpoint:
-    """The checkpoint with tensors that are solved when they are loaded."""
+def apply(source: Checkpoint, plan: Plan, where: Callable[[str], torch.device]) -> Checkpoint:
+    """The checkpoint with tensors that are solved when they are loaded, each on the device that `where` says then."""
     def load(name: str) -> QTensor:
         entry = source.entries[name]
         if isinstance(entry.codec, Float):
@@ -101,7 +101,7 @@ def apply(source: Checkpoint, plan: Plan) -> Checkpoint:
             weight = q.planes["data"].view(q.shape)
         else:
             weight = entry.load().dequantize()
-        made = solved(weight, plan.choices[name], str(source.path))
+        made = solved(weight.to(where(name)), plan.choices[name], str(source.path))
         lies = entry.stored()
         if isinstance(lies, Stored):
             lies.forget()  # pages of the file that nobody needs any more

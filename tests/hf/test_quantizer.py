@@ -170,7 +170,7 @@ def test_a_recipe_that_fits_no_layer_names_one(tmp_path: Path) -> None:
 
 
 def test_places_without_a_kernel_and_models_without_a_recipe(tiny: Path) -> None:
-    with pytest.raises(FewbitsError, match="device_map: cuda:0: packed weights are computed with on the CPU so far"):
+    with pytest.raises(FewbitsError, match="no GPU: torch .* sees no cuda device"):
         pretrained(tiny, quantization_config=FewbitsConfig("nf4"), device_map={"": "cuda:0"})
     with pytest.raises(FewbitsError, match="not quantized, and FewbitsConfig names no recipe"):
         pretrained(tiny, quantization_config=FewbitsConfig())

@@ -189,7 +189,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(where: str, whole:
 # what does not begin --------------------------------------------------------------------------------------------------
 def test_too_little_memory_shows_at_once(tiny: Path, tmp_path: Path, english: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "available_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(job, "free_bytes", lambda device: 1_000_000)
     with pytest.raises(FewbitsError, match=r"block 0 with 256 calibration tokens needs about 0\.00 GB of memory") as e:
         fewbits.quantize(tiny, tmp_path / "out", "int4-g32", calibration=english, **OPTIONS)
     assert "--samples" in (e.value.hint or "")

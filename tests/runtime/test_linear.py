@@ -46,7 +46,8 @@ def test_embedding_decodes_the_rows_asked_for(name: str, kernel: str) -> None:
 
 def test_an_unknown_kernel_lists_all_with_their_reasons() -> None:
     q = solve(torch.randn(4, 32), codecs.get("Q8_0"))
-    reasons = "; ".join(f"{name}: not asked for .*" for name in ("native", "rowwise", "floats", "decoded", "decode"))
+    reasons = "; ".join(f"{name}: not asked for .*" for name in ("native", "triton", "rowwise", "floats", "decoded",
+                                                                "decode"))
     with pytest.raises(FewbitsError, match=reasons) as error:
         choose(q, CPU, "warp")
-    assert "native, rowwise, floats, decoded, decode" in (error.value.hint or "")
+    assert "native, triton, rowwise, floats, decoded, decode" in (error.value.hint or "")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from fewbits.calibration.statistics import Experts, Found, Statistics
 from fewbits.checkpoint import Entry
+from fewbits.devices import free_bytes
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
-from fewbits.planning import available_bytes
 
 if TYPE_CHECKING:
     from fewbits.calibration.walk import Walk
@@ -79,7 +79,7 @@ class Block:
         readings = self.passes.readings(0, set(self.entries))
         read = {id(r.source): r.x.nbytes for r in readings}
         for passes in (self.passes, self.original) if self.original else (self.passes,):
-            passes.wait = sum(read.values()) * len(passes.inputs) < available_bytes() * HALFWAY
+            passes.wait = sum(read.values()) * len(passes.inputs) < free_bytes(self.walk.device) * HALFWAY
         for reading in readings:
             self.calls[reading.key] += 1
             if self.calls[reading.key] == 1:
@@ -127,7 +127,7 @@ class Group:
 
     def _collect(self, number: int, seen: dict[Key, Found]) -> None:
         """Take in what the layers read on one batch."""
-        block = self.block
+        block, walk = self.block, self.block.walk
         first = {keys[0] for keys in self.readers}
         calls = sum(block.calls[key] for key in first)
         readings = block.passes.readings(number, first, calls)
@@ -135,7 +135,7 @@ class Group:
         if block.original:
             twins = dict(zip(block.passes.module.modules(), block.original.module.modules(), strict=True))
             originals = [*block.original.readings(number, {(twins[module], leaf) for module, leaf in first}, calls)]
-        keep = block.walk.mask(block.prefix, number)
+        keep = walk.mask(block.prefix, number)
         for reading, original in zip(readings, originals, strict=True):
             if not bool(reading.x.isfinite().all()):
                 raise FewbitsError(f"activations entering {block.entries[reading.key][0][0]} are not finite",
@@ -145,6 +145,6 @@ class Group:
             rows = None if original is None else reading.matched(original)
             if reading.key not in seen:
                 width, drift = reading.x.shape[-1], rows is not None
-                seen[reading.key] = (Experts(len(reading.counts), width, drift) if reading.counts else
-                                     Statistics.zeros(width, drift))
+                seen[reading.key] = (Experts(len(reading.counts), width, drift, walk.device) if reading.counts else
+                                     Statistics.zeros(width, drift, walk.device))
             seen[reading.key].add(reading.x, rows, reading.counts)

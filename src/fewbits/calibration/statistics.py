@@ -25,8 +25,9 @@ class Statistics:
     peak: torch.Tensor | None = None
 
     @classmethod
-    def zeros(cls, inputs: int, drift: bool = False) -> Statistics:
-        return cls(torch.zeros(inputs, inputs), 0, torch.zeros(inputs, inputs) if drift else None, torch.zeros(inputs))
+    def zeros(cls, inputs: int, drift: bool = False, device: torch.device | None = None) -> Statistics:
+        moment = torch.zeros(inputs, inputs, device=device)
+        return cls(moment, 0, torch.zeros_like(moment) if drift else None, torch.zeros(inputs, device=device))
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None = None, counts: Counts = None) -> None:
         """Take in the inputs `x` `[..., in]`, and the `original` model's at the same tokens."""
@@ -81,8 +82,8 @@ class Experts:
     each. An expert that saw none has that mean.
     """
 
-    def __init__(self, experts: int, inputs: int, drift: bool = False):
-        self.parts = [Statistics.zeros(inputs, drift) for _ in range(experts)]  # as they were seen
+    def __init__(self, experts: int, inputs: int, drift: bool = False, device: torch.device | None = None):
+        self.parts = [Statistics.zeros(inputs, drift, device) for _ in range(experts)]  # as they were seen
         self._blended = False
 
     @property
@@ -113,7 +114,7 @@ class Experts:
 
     def _mean(self) -> Statistics:
         first, total = self.parts[0], sum(self.counts)
-        mean = Statistics.zeros(len(first.moment), first.drift is not None)
+        mean = Statistics.zeros(len(first.moment), first.drift is not None, first.moment.device)
         for part in self.parts:
             mean.moment.add_(part.moment, alpha=part.count / max(1, total))
             if mean.drift is not None and part.drift is not None:
@@ -139,6 +140,9 @@ class Diagonal:
     """Mean squares of a layer's inputs alone, `[in]` or of a stack of experts `[experts, in]`: an importance matrix."""
 
     values: torch.Tensor
+
+    def to(self, device: torch.device) -> Diagonal:
+        return Diagonal(self.values.to(device))
 
     def expert(self, index: int) -> Diagonal:
         """Those of one expert, where experts have their own."""

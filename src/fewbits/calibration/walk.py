@@ -51,17 +51,21 @@ class Walk:
     `block.replace`. The next group, and the next block, see what this one then puts out. Models with several lists of
     blocks (an encoder, a decoder) have them walked one after the other.
 
+    Blocks, their activations and statistics lie on `device`; what is outside of blocks runs on the CPU.
+
     With `drift`, the activations of the original model are carried beside. With `sequential`, each group of a block
     sees the groups before it quantized. `combine` gets all statistics as they were collected, before they are used.
     """
 
     def __init__(self, checkpoint: Checkpoint, batches: Batches, drift: bool = False,
-                 sequential: bool = True, combine: Callable[[Found], None] | None = None):
+                 sequential: bool = True, combine: Callable[[Found], None] | None = None,
+                 device: torch.device | None = None):
         from fewbits.runtime.build import block_lists, empty_model
         from fewbits.runtime.places import Places
 
         self.checkpoint, self.batches = checkpoint, batches
         self.drift, self.sequential, self.combine = drift, sequential, combine
+        self.device = device or torch.device("cpu")
         self.thin: dict[str, tuple[int, int]] = {}  # layer -> experts that saw few tokens, experts
         self.inputs: list[torch.Tensor] = []  # of the block at hand; after the walk what the last one puts out
         self.model = empty_model(checkpoint.config, checkpoint.path)
@@ -98,12 +102,15 @@ class Walk:
         self.load_outside()
         for at, (prefix, modules) in enumerate(self.lists):
             streams = [self._enter(at, which) for which in range(1 + self.drift)]  # this model's, the original's
+            for stream in streams:
+                stream.inputs = self._moved(stream.inputs)
             if at == len(self.lists) - 1:
                 self._forget_outside()
             for i, module in enumerate(modules):
                 names = self._names[module]
                 self._load(names)
-                arguments = [s.arguments[i] for s in streams]
+                module.to(self.device)
+                arguments = [self._moved(s.arguments[i]) for s in streams]
                 self.inputs = streams[0].inputs
                 block = Block(index, f"{prefix}{i}.", names, Passes(module, self.inputs, arguments[0]), self)
                 if self.drift:
@@ -115,18 +122,27 @@ class Walk:
                     stream.arguments[i] = []
                 module.to("meta")
                 index += 1
+            for stream in streams:
+                stream.inputs = [x.cpu() for x in stream.inputs]
+            self.inputs = streams[0].inputs
             self._ends.append(streams)
 
     def mask(self, prefix: str, number: int) -> torch.Tensor | None:
         """Which tokens of a batch are no padding `[batch * length]`, in the block of that prefix; None if all are."""
         decoder = getattr(self.model.config, "is_encoder_decoder", False) and "decoder." in prefix
         mask = self.batches[number].get("decoder_attention_mask" if decoder else "attention_mask")
-        return None if mask is None or mask.ndim != 2 or bool(mask.all()) else mask.reshape(-1).bool()
+        return None if mask is None or mask.ndim != 2 or bool(mask.all()) else mask.reshape(-1).bool().to(self.device)
 
     def load_outside(self) -> None:
         """The weights that lie in no block; the walk needs them only where it enters a list of blocks."""
         self._load(self._outside)
         self.places.fill_scalars(torch.float32)
+
+    def _moved(self, x: T) -> T:
+        """Tensors, in whatever they lie, where blocks run."""
+        from accelerate.utils import send_to_device
+
+        return x if self.device.type == "cpu" else send_to_device(x, self.device)
 
     # loading --------------------------------------------------------------------------------------------------------
     def _load(self, names: list[str]) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     log: Console
 
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights in *.pt and *.bin; runs no code.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 …; by default the GPU, if there is one "
+                                            "and the work fits into its memory.")]
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fewbits.cli.common import AllowPickle, console, emit, log, nbytes, progress, quiet_libraries, source
+from fewbits.cli.common import AllowPickle, Device, console, emit, log, nbytes, progress, quiet_libraries, source
 from fewbits.cli.common import size as in_words
 from fewbits.errors import FewbitsError
 
@@ -38,6 +38,7 @@ def command(
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=CODEC, may be repeated.")] = None,
     container: Annotated[str | None, typer.Option(help="Another layout than the recipe's own.")] = None,
     keep_nonfinite: Annotated[bool, typer.Option(help="Leave tensors with NaN or infinities unquantized.")] = False,
+    device: Device = None,
     allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
@@ -50,7 +51,7 @@ def command(
         result = quantize(source(model, allow_pickle), out, _target(to, size), solver=solver, calibration=calibration,
                           samples=samples, length=length, seed=seed, imatrix=imatrix, transform=transform,
                           finish=finish, overrides=override, container=container, keep_nonfinite=keep_nonfinite,
-                          progress=report)
+                          device=device, progress=report)
     if not speaks():
         return
     if json:

@@ -74,8 +74,9 @@ class DecodeOnly(Codec):
 
         blocks = planes["blocks"]
         with np.errstate(over="ignore", invalid="ignore"):  # damaged scales decode to infinities, as they should
-            values = quants.dequantize(blocks.numpy(), GGMLQuantizationType[self.kind])
-        return torch.from_numpy(values.reshape(self.matrix(shape))), {"none": torch.zeros(len(blocks), 1, 0)}
+            values = quants.dequantize(blocks.cpu().numpy(), GGMLQuantizationType[self.kind])
+        found = torch.from_numpy(values.reshape(self.matrix(shape))).to(blocks.device)
+        return found, {"none": found.new_zeros(len(blocks), 1, 0)}
 
     def planes(self, shape: Shape) -> dict[str, tuple[str, Shape]]:
         rows = self.matrix(shape)[0]

@@ -158,7 +158,7 @@ class Float8Tiles(Float8):
     def begin(self, w: torch.Tensor, importance: torch.Tensor | None) -> Params | None:
         """The scale of every tile of one matrix, given to each of its rows."""
         rows, columns = w.shape
-        scales = torch.empty(base.units(rows, self.tile), base.units(columns, self.tile))
+        scales = torch.empty(base.units(rows, self.tile), base.units(columns, self.tile), device=w.device)
         for down, across, height, width, at in self._tiles(rows, columns):
             def cut(x: torch.Tensor) -> torch.Tensor:
                 tiles = x[down, across].unflatten(0, (-1, height)).unflatten(-1, (-1, width))  # noqa: B023

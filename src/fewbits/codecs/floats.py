@@ -47,7 +47,7 @@ class Float(Codec):
         return math.prod(shape) * (4 if self.kind == "F32" else 2)
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None, state: Params | None = None) -> Params:
-        return {"none": torch.zeros(*w.shape[:-1], 0)}
+        return {"none": w.new_zeros(*w.shape[:-1], 0, dtype=torch.float32)}
 
     def grid(self, params: Params, columns: int) -> Grid:
         return _FloatGrid(self.dtype)
@@ -57,7 +57,7 @@ class Float(Codec):
 
     def unpack(self, planes: Planes, shape: Shape) -> tuple[torch.Tensor, Params]:
         data = planes["data"]
-        return data, {"none": torch.zeros(len(data), 1, 0)}
+        return data, {"none": data.new_zeros(len(data), 1, 0, dtype=torch.float32)}
 
     def planes(self, shape: Shape) -> dict[str, tuple[str, Shape]]:
         return {"data": (self.DTYPES[self.kind], self.matrix(shape))}

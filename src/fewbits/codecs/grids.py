@@ -185,5 +185,6 @@ class TableGrid(_Folded):
         return TableGrid(self.scale[..., which], self.table, count)
 
     def rounding(self) -> Rounding:
+        device = self.scale.device
         return Rounding(self.scale.T.contiguous(), _inverse(self.scale).T.contiguous(),
-                        table=self.table.table.sort().values, bounds=self.table.bounds)
+                        table=self.table.table.sort().values.to(device), bounds=self.table.bounds.to(device))

@@ -297,6 +297,8 @@ def unplanes(packed: torch.Tensor, bits: int, parts: int, run: int) -> torch.Ten
 
 def nonfinite(x: torch.Tensor) -> int:
     """How many values of `x`, of a float type that files hold, are NaN or infinite."""
+    if not here(x):
+        return x.numel() - int(x.isfinite().sum())
     return _native.nonfinite(x.detach().reshape(-1).contiguous(), threads())
 
 

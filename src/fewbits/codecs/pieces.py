@@ -12,6 +12,7 @@ from typing import Any
 
 from fewbits.codecs import native
 from fewbits.codecs.base import Params
+from fewbits.devices import at_once
 from fewbits.lazy import torch
 
 PIECE = (1 << 15) - 1  # torch starts threads from 2^15 elements on
@@ -79,7 +80,7 @@ def fit_pieces(fit: Callable[[Piece], Params], w: torch.Tensor, importance: torc
     tensors = [w, *([] if importance is None else [importance]), *more]
     cubes = [t.reshape(1, -1, t.shape[-1]) if t.ndim < 3 else t.flatten(0, -3) for t in tensors]
     rows, units = cubes[0].shape[:2]
-    across = max(1, PIECE // max(1, width))
+    across = max(1, at_once(w.device, PIECE) // max(1, width))
     down = max(1, across // max(1, units))
     out: Params = {}
     for top in range(0, rows, down):

@@ -15,6 +15,7 @@ from fewbits.codecs.grids import Levels
 from fewbits.codecs.lines import least_squares, moments
 from fewbits.codecs.native import ratios
 from fewbits.codecs.pieces import PIECE, TINY, Bound, Piece, fit_pieces, invert, pick, rounded
+from fewbits.devices import at_once
 from fewbits.lazy import torch
 
 # Where scales are looked for, by bits: the plain scale over these. With importances also far smaller scales, since the
@@ -73,7 +74,7 @@ def search_scale(p: Piece, low: float, high: float, starts: Sequence[float], pla
     """
     total, extreme = energy(p), extremes(p)
     found = [extreme / plain]
-    batch = max(1, PIECE // len(p.x))
+    batch = max(1, at_once(p.x.device, PIECE) // len(p.x))
     for at in range(0, len(starts), batch):
         levels = extreme.new_tensor(starts[at:at + batch]).view(-1, 1, 1)
         _, s, error = probe(p, extreme / levels, low, high, total)

@@ -121,7 +121,8 @@ class Table(Codec):
     @staticmethod
     def _absmax_codes(absmax: torch.Tensor, state: Params) -> torch.Tensor:
         spread = torch.where(state["nested_absmax"] == 0, torch.inf, state["nested_absmax"])
-        return torch.bucketize((absmax - state["offset"]) / spread, dynamic_map().bounds).to(torch.uint8)
+        bounds = dynamic_map().bounds.to(absmax.device)
+        return torch.bucketize((absmax - state["offset"]) / spread, bounds).to(torch.uint8)
 
     def _absmax(self, params: Params) -> torch.Tensor:
         if "absmax" in params:

@@ -20,7 +20,7 @@ from fewbits.zeroshot import is_asked, recipe_of, skipped
 LENGTH = 2048  # tokens of a text that are taken
 
 
-def calibrated(source: Checkpoint, asked: FewbitsConfig, out: Path) -> Checkpoint:
+def calibrated(source: Checkpoint, asked: FewbitsConfig, out: Path, device: str) -> Checkpoint:
     """What `fewbits.quantize` makes of `source`, at the path `out`."""
     assert asked.recipe is not None
     facts = ModelFacts.of(source)
@@ -30,7 +30,7 @@ def calibrated(source: Checkpoint, asked: FewbitsConfig, out: Path) -> Checkpoin
     overrides += [f"{name}={matrices[name].name}" for name in sorted(skipped(asked.skip, matrices))]
     container = None if recipe.container != "gguf" else "fewbits"
     result = quantize(source, out, recipe, solver=asked.solver, calibration=_calibration(source, asked),
-                      overrides=overrides, container=container)
+                      overrides=overrides, container=container, device=device)
     tell(note for note in result.notes if not is_asked(note))
     return containers.open(result.path)
 

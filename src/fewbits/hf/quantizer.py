@@ -21,16 +21,19 @@ from transformers.quantizers.base import HfQuantizer
 from fewbits import containers, zeroshot
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers.directory import WEIGHTS, turned
+from fewbits.devices import accelerator
 from fewbits.errors import FewbitsError
 from fewbits.hf import saving
 from fewbits.hf.config import METHOD, FewbitsConfig
 from fewbits.hf.stored import Stored
-from fewbits.loading import prepare, threshold, tie
+from fewbits.loading import threshold, tie
 from fewbits.memory import forget
 from fewbits.notes import tell
 from fewbits.recipe import Choice, ModelFacts
 from fewbits.recipe.facts import float_of
+from fewbits.runtime.dispatch import prepare
 from fewbits.runtime.linear import QEmbedding, QLinear, holds_packed, packed
+from fewbits.runtime.placing import Placing, device_of
 from fewbits.runtime.shown import show_types
 
 
@@ -47,18 +50,30 @@ class FewbitsQuantizer(HfQuantizer):
         self.conversions: list[Any] | None = None  # of names and parts, by which Transformers read the files
         self.where, self.dtype, self.packed = "the model", torch.float32, False
         self.files: list[str] = []
+        self.placed, self.calibrates_on = Placing({"": torch.device("cpu")}), "cpu"
 
     # before loading -------------------------------------------------------------------------------------------------
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Called with the map that was asked for, and once more with what Transformers made of `auto` and the like."""
         device_map = kwargs.get("device_map")
-        places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        for place in places:
-            if str(place) not in ("None", "auto", "balanced", "balanced_low_0", "sequential", "cpu"):
-                raise FewbitsError(f"device_map: {place}: packed weights are computed with on the CPU so far",
-                                   'device_map="cpu" or "auto"')
+        if not isinstance(device_map, dict):
+            self.calibrates_on = "auto" if isinstance(device_map, str) else "cpu"
+            return
+        self.placed = Placing({name: device_of(to) for name, to in device_map.items()})
+        self.calibrates_on = str(self.placed.gpu or "cpu")
+        if self.placed.gpu and any(d.type == "cpu" for d in self.placed.devices):
+            raise FewbitsError("device_map: Transformers would copy to a GPU, at each use, what it leaves on the CPU",
+                               'fewbits.load(…, device_map="auto") computes there where weights lie')
 
-    def update_device_map(self, device_map: Any) -> dict[str, Any]:
-        return {"": "cpu"}
+    def update_device_map(self, device_map: Any) -> Any:
+        return {"": "cpu"} if device_map is None or accelerator() is None else device_map
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of each value, by which Transformers shares the model out."""
+        packed = self.stored.packed_bytes(param_name) if self.stored else None
+        if param_name in self.choices:
+            packed = self.choices[param_name].codec.nbytes(self.choices[param_name].shape)
+        return param.element_size() if packed is None else packed / max(1, param.numel())
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype = torch.float32,
                                              checkpoint_files: list[str] | None = None, **kwargs: Any) -> Any:
@@ -95,7 +110,7 @@ class FewbitsQuantizer(HfQuantizer):
         from fewbits.hf.calibrated import calibrated
 
         self.folder = tempfile.TemporaryDirectory(prefix="fewbits-")
-        return calibrated(found, self.asked, Path(self.folder.name) / "model")
+        return calibrated(found, self.asked, Path(self.folder.name) / "model", self.calibrates_on)
 
     # while loading --------------------------------------------------------------------------------------------------
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -115,7 +130,8 @@ class FewbitsQuantizer(HfQuantizer):
         """Let `q` take the place of the parameter `name`; returns the parameter that holds its codes."""
         owner = name.rpartition(".")[0]
         outliers = threshold(self.asked.outliers, self.stored.checkpoint if self.stored else None)
-        made = packed(prepare(q, self.dtype, self.asked.kernel, (), outliers), model.get_submodule(owner))
+        prepared = prepare(q, self.placed.of(name), self.dtype, self.asked.kernel, (), outliers)
+        made = packed(prepared, model.get_submodule(owner))
         model.set_submodule(owner, made)
         for buffer in made.buffers(recurse=False):
             buffer._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -125,7 +141,7 @@ class FewbitsQuantizer(HfQuantizer):
 
     # after loading --------------------------------------------------------------------------------------------------
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        tie(model)
+        tie(model, self.placed)
         show_types(model, self.dtype)
         self.conversions = model._weight_conversions
         if self.folder:
@@ -173,7 +189,8 @@ class Quantize(ConversionOps):
             if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and not choice.transposed:
                 weight = weight.T  # of families that the table knows to be so
             q = zeroshot.solved(weight, choice, self.quantizer.where)
-            forget(weight.data_ptr(), weight.numel() * weight.element_size())
+            if weight.device.type == "cpu":
+                forget(weight.data_ptr(), weight.numel() * weight.element_size())
             found[name] = self.quantizer.make(model, name, q)
         return found
 

@@ -13,6 +13,7 @@ from fewbits.codecs.floats import Float
 from fewbits.containers import experts
 from fewbits.runtime.linear import holds_packed
 from fewbits.runtime.places import Place, Places
+from fewbits.runtime.placing import Placing
 
 Make = Callable[[nn.Module, str, Any], nn.Parameter]
 
@@ -24,11 +25,10 @@ class Stored:
         self.checkpoint, self.model, self.make = checkpoint, model, make
         self.places = Places(model, checkpoint)
         self.parts: dict[str, list[tuple[Entry, Place]]] = {}
-        names = {module: name for name, module in model.named_modules()}
         shared = set()
         for entry in filter(self.places.has, checkpoint.entries.values()):  # Transformers reports the others
             place = self.places.of(entry)
-            name = f"{names[place.module]}.{place.leaf}".lstrip(".")
+            name = self.places.name(place)
             self.parts.setdefault(name, []).append((entry, place))
             if not isinstance(entry.codec, Float):
                 shared.add(name)
@@ -44,15 +44,21 @@ class Stored:
                     homes[apply_renamings(name, renamings)] = parameter
         return Converter(self, homes)
 
-    def fill(self, name: str, dtype: Any) -> nn.Parameter:
+    def fill(self, name: str, dtype: Any, placed: Placing) -> nn.Parameter:
         """Load the parameter `name` into its module, packed where there is a layer for that; and return it."""
         parts = self.parts[name]
         entry, place = parts[0]
         if place.leaf == "weight" and holds_packed(place.module):
             return self.make(self.model, name, entry.load())
-        self.places.fill([e for e, _ in parts], dtype)
+        self.places.fill([e for e, _ in parts], dtype, placed)
         found: nn.Parameter = getattr(place.module, place.leaf)
         return found
+
+
+    def packed_bytes(self, name: str) -> int | None:
+        """Those of the parameter `name`, where there is a layer for its packed weight."""
+        entry, place = self.parts.get(name, [(None, None)])[0]
+        return entry.nbytes if entry and place and place.leaf == "weight" and holds_packed(place.module) else None
 
 
 class Converter(WeightConverter):
@@ -80,7 +86,7 @@ class Converter(WeightConverter):
     def convert(self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None,
                 loading_info: Any = None) -> dict[str, nn.Parameter]:
         self.collected_tensors.clear()
-        return {layer_name: self.stored.fill(layer_name, hf_quantizer.dtype)}
+        return {layer_name: self.stored.fill(layer_name, hf_quantizer.dtype, hf_quantizer.placed)}
 
 
 def _names(entry: Entry) -> list[str]:

@@ -14,6 +14,7 @@ from fewbits.containers import experts
 # over columns as long as 20 a column (23 thousand in all a weight of int4-g128 at widths of 768 and 1536, on two cores)
 SEARCH, COLUMN = 2_000, 20
 WEIGHTS, FACTORS = 8, 7  # GPTQ's copies of what it solves, and of second moments while they are inverted
+SEARCHED, HELD = 32, 8  # a search's copies of what it takes at a time; bytes a weight of what is taken apart
 
 
 def solve_cost(shape: Shape, gptq: bool) -> int:
@@ -26,6 +27,12 @@ def walk_cost(entries: Iterable[Entry], tokens: int, drift: bool) -> int:
     shapes = [e.shape for e in entries if len(e.shape) > 1]
     moments = sum(width ** 2 for width in {s[-1] for s in shapes})
     return tokens * (1 + drift) * (sum(math.prod(s) for s in shapes) + moments)
+
+
+def search_bytes(shape: Shape, rows_apart: bool, at_once: int) -> int:
+    """Memory of a search over one weight, `at_once` of it at a time where its rows are searched apart."""
+    count = math.prod(shape)
+    return HELD * count + 4 * SEARCHED * min(count, at_once) if rows_apart else 4 * WEIGHTS * count
 
 
 def block_bytes(entries: Iterable[Entry], tokens: int, length: int, hidden: int, drift: bool) -> int:

@@ -19,11 +19,11 @@ from fewbits.codecs import native
 from fewbits.codecs.base import Codec
 from fewbits.codecs.floats import F16, Float
 from fewbits.containers.base import Progress
+from fewbits.devices import at_once, free_bytes
 from fewbits.errors import FewbitsError
 from fewbits.jobs import estimating
 from fewbits.jobs.distributed import Ranks
 from fewbits.jobs.store import Store
-from fewbits.planning import available_bytes
 from fewbits.qtensor import QTensor
 from fewbits.recipe import Choice, ModelFacts
 
@@ -35,11 +35,14 @@ class Job:
     """The tensors of one call and what becomes of each.
 
     Every rank runs the same job on its share of the calibration; `store` is where the first rank keeps what is solved,
-    and None on the others.
+    and None on the others. Blocks and what is solved go to `device`, or to the CPU where `may_retreat` and one does not
+    fit.
     """
 
     def __init__(self, source: Checkpoint, choices: list[Choice], store: Store | None, ranks: Ranks,
-                 keep_nonfinite: bool = False, progress: Progress | None = None):
+                 keep_nonfinite: bool = False, progress: Progress | None = None,
+                 device: torch.device | None = None, may_retreat: bool = False):
+        self.device, self.may_retreat = device or torch.device("cpu"), may_retreat
         self.source, self.choices, self.store, self.ranks = source, {c.name: c for c in choices}, store, ranks
         self.keep_nonfinite, self.progress = keep_nonfinite, progress
         self.records: dict[str, dict[str, Any]] = {}  # of every tensor that was solved: see `_solve`
@@ -62,6 +65,12 @@ class Job:
         self._log(event="resumes" if self.records else "begins", tensors=len(self.choices), solved=len(self.records))
         self._check()
         walk = None if calibration is None else self._walk(calibration)
+        if self.device.type != "cpu":
+            alone = {n: estimating.search_bytes(c.shape, c.codec.rows_apart(c.shape), at_once(self.device, 0))
+                     for n, c in self.choices.items() if c.solver not in {None, *solvers.NEEDS_STATISTICS}}
+            if alone:
+                name = max(alone, key=lambda n: alone[n])
+                self._room(alone[name], f"{name} {list(self.choices[name].shape)}")
         self._blind({name for names in walk.names for name in names} if walk else set())
         solving = [n for n, c in self.choices.items() if c.solver]
         self.total += sum(self._cost(n) for n in solving)
@@ -69,7 +78,7 @@ class Job:
         for block in walk or ():
             inside.update(block.names)
             self._block(block, importances, len(walk or ()))
-        self.more = walk.notes if walk else []
+        self.more += walk.notes if walk else []
         for name in solving:
             if name in self.records and name not in inside:
                 self._advance(self._cost(name))
@@ -112,7 +121,8 @@ class Job:
                                "take more --samples, or fewer processes")
         self.drift = any(c.solver in solvers.NEEDS_STATISTICS and c.codec.integer_bits < DRIFTS
                          for c in self.choices.values())
-        walk = Walk(self.source, self.ranks.share(calibration.batches), self.drift, combine=self.ranks.combine)
+        walk = Walk(self.source, self.ranks.share(calibration.batches), self.drift, combine=self.ranks.combine,
+                    device=self.device)
         blocks = [[self.source.entries[n] for n in names] for names in walk.names]
         tokens = calibration.tokens // self.ranks.size
         self.walk_costs = [estimating.walk_cost(entries, tokens, self.drift) for entries in blocks]
@@ -128,18 +138,34 @@ class Job:
         """
         hidden = ModelFacts.of(self.source).hidden
         needs = [estimating.block_bytes(entries, tokens, length, hidden, self.drift) for entries in blocks]
-        largest, free = needs.index(max(needs)), available_bytes()
-        self._log(event="memory", block=largest, needed_bytes=needs[largest], free_bytes=free)
-        if needs[largest] > free:
-            raise FewbitsError(f"{self.source.path}: block {largest} with {tokens} calibration tokens needs about "
-                               f"{needs[largest] / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free",
-                               "take fewer --samples, or share them between machines with torchrun")
+        largest = needs.index(max(needs))
+        self._room(needs[largest], f"block {largest} with {tokens} calibration tokens")
+        walk.device = self.device
         if largest:  # else it comes first anyway
             self._try(largest, walk.batches[:1])
 
+    def _room(self, needed: int, what: str) -> None:
+        """See that so many bytes are free where work is done; where it may, it retreats to the CPU, and says so.
+
+        Raises:
+            FewbitsError: they are not free.
+        """
+        free, on = free_bytes(self.device), self.device.type != "cpu"
+        if self.ranks.broadcast(on and needed > free and self.may_retreat):
+            self.more.append(f"quantized on the CPU: {what} needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
+                             f"free on {self.device}")
+            self.device, on = torch.device("cpu"), False
+            free = free_bytes(self.device)
+        self._log(event="memory", device=str(self.device), what=what, needed_bytes=needed, free_bytes=free)
+        if needed > free:
+            raise FewbitsError(f"{self.source.path}: {what} needs about {needed / 1e9:.2f} GB of memory, "
+                               f"{free / 1e9:.2f} GB are free" + (f" on {self.device}" if on else ""),
+                               "take fewer --samples, or share them between machines with torchrun"
+                               + (", or --device cpu" if on else ""))
+
     def _try(self, index: int, batches: Batches) -> None:
         """Statistics and the costliest solve of one block, on activations that one batch brings there."""
-        for block in Walk(self.source, batches, self.drift):
+        for block in Walk(self.source, batches, self.drift, device=self.device):
             names = [n for n in block.names if self.choices[n].solver]
             if block.index == index and names:
                 name = max(names, key=self._cost)
@@ -159,7 +185,7 @@ class Job:
                 known |= group.statistics()
             self._together(todo, known)
             for name in todo:
-                block.replace(name, self._get(name))
+                block.replace(name, self._get(name).to(self.device))
             self.held.clear()
         self._advance(self.walk_costs[block.index])
         errors = [self.records[n]["error"] for n in names]
@@ -203,6 +229,8 @@ class Job:
         (of the weights, where nothing is known of the inputs), and their shares of the seconds that it took."""
         began = time.monotonic()
         weights, codec = [self._weight(name) for name in names], self.choices[names[0]].codec
+        if isinstance(statistics, Diagonal):
+            statistics = statistics.to(self.device)
         solver = self._solver(names[0], statistics)
         solved = solvers.solve_together(weights, codec, solver, statistics)
         seconds = (time.monotonic() - began) / sum(w.numel() for w in weights)
@@ -233,7 +261,7 @@ class Job:
         return "search" if diagonal and solver in solvers.NEEDS_STATISTICS else solver
 
     def _put(self, name: str, q: QTensor, record: dict[str, Any]) -> None:
-        self.records[name] = record
+        q, self.records[name] = q.to(torch.device("cpu")), record
         if self.store:
             self.store.put(name, q, record)
             self._log(event="tensor", name=name, bits_per_weight=q.bits_per_weight, **record)
@@ -246,7 +274,7 @@ class Job:
 
     def _weight(self, name: str) -> torch.Tensor:
         """The original weight as the codec sees it, `[..., out, in]`; float tensors stay in their file's type."""
-        q = self.source.entries[name].load()
+        q = self.source.entries[name].load().to(self.device)
         weight = q.planes["data"].view(q.shape) if isinstance(q.codec, Float) else q.dequantize()
         return weight.T if self.choices[name].transposed else weight
 

@@ -18,7 +18,7 @@ from fewbits.instructions import threads
 from fewbits.qtensor import QTensor
 from fewbits.runtime import blocks
 from fewbits.runtime.interleaved import BLOCK, TILE, Form, form, scale_name, unfit, weight
-from fewbits.runtime.reference import Prepared
+from fewbits.runtime.reference import Kernel, Prepared
 
 CHUNK = 1 << 22  # weights unpacked at a time while preparing
 OUTLIER = 6.0  # LLM.int8(): columns of activations that reach it are multiplied in floating point
@@ -245,7 +245,7 @@ def _again(q: QTensor, dtype: torch.dtype, outliers: float | None) -> Native:
     return found
 
 
-class Cpu:
+class Cpu(Kernel):
     """Activations rounded to bytes, 32 columns a scale; weights as they are, but levels of tables rounded to bytes."""
 
     name = "native"

@@ -2,31 +2,84 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
 import torch
 
+from fewbits.checkpoint import Entry
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
-from fewbits.runtime.cpu import Cpu
+from fewbits.runtime.cpu import OUTLIER, Cpu
 from fewbits.runtime.floats import Floats
-from fewbits.runtime.reference import Decode, Decoded, Kernel
+from fewbits.runtime.reference import Decode, Decoded, Kernel, Prepared
 from fewbits.runtime.rowwise import Rowwise
 from fewbits.runtime.triton.kernel import Triton
 
 KERNELS: tuple[Kernel, ...] = (Cpu(), Triton(), Rowwise(), Floats(), Decoded(), Decode())
+LOG = logging.getLogger("fewbits")
 
 
 def choose(q: QTensor, device: torch.device, only: str | None = None, without: tuple[str, ...] = ()) -> Kernel:
     """The first kernel that supports `q` on `device`; `only` names the one to take, `without` those not to take.
 
+    Where that is a fallback on a GPU, it is logged, once for each codec and its reasons.
+
     Raises:
         FewbitsError: none does; the message lists every kernel and its reason.
     """
-    reasons = []
+    kernel, reasons = _first(q, device, only, without)
+    if kernel.fallback and only is None and device.type != "cpu":
+        _log(q.codec.name, device.type, reasons, kernel.name)
+    return kernel
+
+
+def _first(q: QTensor, device: torch.device, only: str | None, without: tuple[str, ...]) -> tuple[Kernel, str]:
+    """The kernel to take, and why none of those before it."""
+    reasons: list[str] = []
     for kernel in KERNELS:
-        asked = kernel.name not in without and only in (None, kernel.name)
-        reason = kernel.supports(q, device) if asked else f"not asked for (only {only})" if only else "ruled out"
+        interpreted = kernel.name == "triton" and device.type == "cpu"  # for those alone who ask for it: it is slow
+        asked = kernel.name not in without and only in ((kernel.name,) if interpreted else (None, kernel.name))
+        reason = kernel.supports(q, device) if asked else f"not asked for (only {only})" if only else \
+            "not on cpu" if interpreted else "ruled out"
         if reason is None:
-            return kernel
+            return kernel, "; ".join(reasons)
         reasons.append(f"{kernel.name}: {reason}")
     raise FewbitsError(f"no kernel computes {q.codec.name} {list(q.shape)} on {device}: " + "; ".join(reasons),
                        "kernels: " + ", ".join(k.name for k in KERNELS))
+
+
+@cache
+def _log(codec: str, kind: str, reasons: str, taken: str) -> None:
+    LOG.warning("%s on %s is computed by the kernel %r, others cannot: %s", codec, kind, taken, reasons)
+
+
+def prepare(q: QTensor, device: torch.device, dtype: torch.dtype, only: str | None = None,
+            without: tuple[str, ...] = (), outliers: float | None = OUTLIER) -> Prepared:
+    """A weight ready to multiply on `device`, by the first kernel that supports it."""
+    prepared = choose(q, device, only, without).prepare(q.to(device), dtype)
+    if q.codec.family == "int8":
+        vars(prepared)["outliers"] = outliers or None
+    return prepared
+
+
+def prepared_bytes(entry: Entry, device: torch.device, dtype: torch.dtype, only: str | None = None) -> int:
+    """Memory that a weight takes there at least."""
+    kernel, _ = _first(QTensor(entry.codec, entry.shape, {}), device, only, () if only else ("decoded",))
+    return kernel.nbytes(entry.codec, entry.shape, dtype)
+
+
+_moved: WeakKeyDictionary[Prepared, WeakValueDictionary[torch.device, Prepared]] = WeakKeyDictionary()
+
+
+def moved(prepared: Prepared, device: torch.device) -> Prepared:
+    """The weight prepared anew for another device; once for all layers that share it."""
+    if next(iter(prepared.planes.values())).device == device:
+        return prepared
+    found = _moved.setdefault(prepared, WeakValueDictionary())
+    made = found.get(device)
+    if made is None:
+        made = prepare(prepared.q, device, prepared.dtype, outliers=vars(prepared).get("outliers", OUTLIER))
+        found[device] = made
+    return made

@@ -9,7 +9,7 @@ from fewbits.errors import FewbitsError
 from fewbits.instructions import threads
 from fewbits.qtensor import QTensor
 from fewbits.runtime.interleaved import scale_name
-from fewbits.runtime.reference import Prepared, _Weight
+from fewbits.runtime.reference import Kernel, Prepared, _Weight
 
 # rows of activations; for more, torch is as quick, with the weight in their type
 FEW = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
@@ -36,7 +36,7 @@ class _Stored(_Weight):
         return super().rows(ids).to(self.dtype)
 
 
-class Floats:
+class Floats(Kernel):
     """Activations and sums in float32, weights in what they are stored in."""
 
     name = "floats"

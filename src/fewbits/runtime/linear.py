@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from fewbits.containers.base import flat_bytes
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
+from fewbits.runtime.dispatch import moved
 from fewbits.runtime.reference import Prepared
 from fewbits.runtime.unmerged import refuse_merging
 
@@ -38,13 +39,18 @@ class _Packed(nn.Module):
     weight: torch.Tensor
     prepared: Prepared
 
-    def _hold(self, prepared: Prepared) -> None:
-        """Planes are held as bytes, whatever numbers they are: what casts the model to another type passes them by."""
+    def _hold(self, prepared: Prepared, shown: torch.dtype | None = None) -> None:
+        """Planes are held as bytes, whatever numbers they are: what casts the model to another type passes them by.
+        With a type to be `shown`, see `show`."""
+        for name in [name for name in self._buffers if name.startswith("plane_")]:
+            del self._buffers[name]
         first, *others = prepared.planes
         self.weight = nn.Parameter(_bytes(prepared.planes[first]), requires_grad=False)
         for name in others:
             self.register_buffer(f"plane_{name}", _bytes(prepared.planes[name]))
         self.prepared = prepared
+        if shown is not None:
+            self.show(shown)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the planes, which are those of `prepared`: copies and what was pickled share them again."""
@@ -57,15 +63,27 @@ class _Packed(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         shown = state.pop("_shown")
         super().__setstate__(state)
-        self._hold(self.prepared)
-        if shown is not None:
-            self.show(shown)
+        self._hold(self.prepared, shown)
 
     def show(self, dtype: torch.dtype) -> None:
         """Have an empty weight of a float type, for those who look at the type of it; the codes become a buffer."""
         if not self.weight.is_floating_point():
             self.register_buffer(f"plane_{next(iter(self.prepared.planes))}", self.weight.data)
-            self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=self.prepared_device), requires_grad=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to()` and `cuda()` call: on another device the weight is prepared anew; types are not cast."""
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.prepared_device)).device
+        if device.type == "meta":
+            raise FewbitsError("packed weights cannot be moved to the meta device")
+        if device != self.prepared_device:
+            shown = self.weight.dtype if self.weight.is_floating_point() else None
+            self._hold(moved(self.prepared, device), shown)
+        return super()._apply(fn, recurse)
+
+    @property
+    def prepared_device(self) -> torch.device:
+        return next(iter(self.prepared.planes.values())).device
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and "peft" in sys.modules:  # which asks for it before anything else

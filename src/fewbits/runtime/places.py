@@ -22,6 +22,7 @@ from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.base import Shape
 from fewbits.containers import experts
 from fewbits.errors import FewbitsError
+from fewbits.runtime.placing import Placing
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Place:
             self._hold(value)
             return
         if meant.is_meta:
-            meant = torch.empty(meant.shape, dtype=value.dtype)
+            meant = value.new_empty(meant.shape)
             self._hold(meant)
         self.view(meant.data).copy_(value)
 
@@ -71,6 +72,7 @@ class Places:
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint):
         self.model, self.checkpoint = model, checkpoint
+        self._names: dict[nn.Module, str] = {}
 
     def of(self, entry: Entry) -> Place:
         """The place of an entry, its shape checked.
@@ -87,25 +89,34 @@ class Places:
                                f"{list(shape)}")
         return place
 
+    def owner(self, place: Place) -> str:
+        """What the model calls the module."""
+        if place.module not in self._names:  # modules may have been put in the place of others
+            self._names = {module: name for name, module in self.model.named_modules()}
+        return self._names[place.module]
+
+    def name(self, place: Place) -> str:
+        """What the model calls the parameter."""
+        return f"{self.owner(place)}.{place.leaf}".lstrip(".")
+
     def has(self, entry: Entry) -> bool:
         """Whether the model has a place for an entry at all: one without a head has none for the head's weight."""
         return (self._find(entry) or self._find_fused(entry)) is not None
 
-    def fill(self, entries: Iterable[Entry], dtype: torch.dtype) -> None:
-        """Decode entries into the model, a stack expert by expert.
+    def fill(self, entries: Iterable[Entry], dtype: torch.dtype, placed: Placing | None = None) -> None:
+        """Decode entries into the model, a stack expert by expert; each on its device.
 
         Raises:
             FewbitsError: as for `of`, or not all parts of a fused parameter are there.
         """
         filled: Counter[tuple[nn.Module, str]] = Counter()
         for entry in entries:
-            place = self.put(entry, dtype)
+            place = self.put(entry, dtype, placed)
             if place.shared:
                 filled[place.module, place.leaf] += entry.parameters
         for (module, leaf), count in filled.items():
             if count != getattr(module, leaf).numel():
-                name = next(n for n, m in self.model.named_modules() if m is module)
-                raise FewbitsError(f"{self.checkpoint.path}: a part of {name}.{leaf} is missing")
+                raise FewbitsError(f"{self.checkpoint.path}: a part of {self.name(Place(module, leaf))} is missing")
 
     def fill_scalars(self, dtype: torch.dtype) -> None:
         """Parameters of one number (CLIP's `logit_scale`), which checkpoints carry as they are."""
@@ -115,9 +126,11 @@ class Places:
             if meant is not None and not buffer.shape:
                 Place(self.model.get_submodule(owner), leaf).put(buffer.load().to(dtype))
 
-    def put(self, entry: Entry, dtype: torch.dtype) -> Place:
-        """Decode one entry into its place."""
+    def put(self, entry: Entry, dtype: torch.dtype, placed: Placing | None = None) -> Place:
+        """Decode one entry into its place, on the device that is said of it, else where it lies."""
         place, tensor = self.of(entry), entry.load()
+        if placed:
+            tensor = tensor.to(placed.of(self.name(place)))
         if place.shared and len(entry.shape) == 3 and entry.codec.stacks(entry.shape):
             for i in range(entry.shape[0]):
                 one = Place(place.module, place.leaf, place.turned, i, place.part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -25,6 +26,10 @@ class Prepared(Protocol):
         """What it computes from, codes first: a kernel may keep another layout than the codec's, in place of it."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows that it decodes."""
+
+    @property
     def q(self) -> QTensor:
         """The weight in its codec's layout, made again where the kernel keeps another."""
 
@@ -42,13 +47,20 @@ class Prepared(Protocol):
 
 
 class Kernel(Protocol):
+    """A way to multiply; implementations inherit what is said here."""
+
     name: str
+    fallback: bool = False  # right everywhere, but nothing that anyone would choose on a GPU
 
     def supports(self, q: QTensor, device: torch.device) -> str | None:
         """Why this kernel cannot compute with `q` on `device`, or None."""
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
         """`q`, on the device that it will be multiplied on."""
+
+    def nbytes(self, codec: Codec, shape: Shape, dtype: torch.dtype) -> int:
+        """Memory of a prepared weight."""
+        return codec.nbytes(shape)
 
 
 class _Weight:
@@ -95,10 +107,10 @@ class _Decoded(_Weight):
         return self.decoded
 
 
-class Decode:
+class Decode(Kernel):
     """Decodes the weight at every product: memory of the packed weight, time of a decoding."""
 
-    name = "decode"
+    name, fallback = "decode", True
     prepared: type[_Weight] = _Decode
 
     def supports(self, q: QTensor, device: torch.device) -> str | None:
@@ -113,3 +125,6 @@ class Decoded(Decode):
 
     name = "decoded"
     prepared = _Decoded
+
+    def nbytes(self, codec: Codec, shape: Shape, dtype: torch.dtype) -> int:
+        return codec.nbytes(shape) + math.prod(shape) * dtype.itemsize

@@ -13,7 +13,7 @@ from fewbits.codecs.w8a8 import SPAN, TOP, W8A8
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.cpu import OUTLIER, far_columns
-from fewbits.runtime.reference import Prepared, _Decode
+from fewbits.runtime.reference import Kernel, Prepared, _Decode
 from fewbits.runtime.triton.available import unavailable
 
 
@@ -56,7 +56,7 @@ class _Rowwise(_Decode):
         return codes.to(torch.int8), scales
 
 
-class Rowwise:
+class Rowwise(Kernel):
     """Activations rounded to int8, a scale a row of them or one for all; weights as they are."""
 
     name = "rowwise"

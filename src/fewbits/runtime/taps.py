@@ -62,7 +62,7 @@ class Reading:
     def _pairs(self) -> torch.Tensor:
         assert self.tokens is not None and self.counts is not None
         experts = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
-        return experts * (1 << 40) + self.tokens
+        return experts.to(self.tokens.device) * (1 << 40) + self.tokens
 
 
 See = Callable[[Reading], None]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from fewbits.calibration.statistics import Diagonal, Known, Statistics
 from fewbits.codecs.base import Codec, Params, Planes, Shape
+from fewbits.devices import at_once
 from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.qtensor import CHUNK, QTensor
@@ -88,9 +89,13 @@ def solve_and_measure(w: torch.Tensor, codec: Codec, solver: str, statistics: Kn
         return codec.pack(*SOLVERS[solver](part, codec, known, state), (len(part), columns))
 
     # the same parts on every machine, so that the same input gives the same file; workers share the cores
-    step = max(1, PART // max(1, columns))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = list(pool.map(pack_rows, range(0, rows, step)))
+    step = max(1, at_once(w.device, PART) // max(1, columns))
+    starts = range(0, rows, step)
+    if w.device.type != "cpu":
+        parts = [pack_rows(at) for at in starts]
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            parts = list(pool.map(pack_rows, starts))
     return Solved(QTensor(codec, shape, {k: torch.cat([p[k] for p in parts]) for k in parts[0]}))
 
 
@@ -140,7 +145,7 @@ def _pieces(w: torch.Tensor, q: QTensor,
     rows, columns = q.shape[-2:]
     apart = q.codec.rows_apart(q.shape)
     decoded = None if apart else q.dequantize().view(-1, columns)
-    step = max(1, CHUNK // columns)
+    step = max(1, at_once(q.device, CHUNK) // columns)
     for i in range(math.prod(q.shape[:-2])):
         known = statistics.expert(i) if statistics is not None and len(q.shape) > 2 else statistics
         for at in range(i * rows, (i + 1) * rows, step):

@@ -64,9 +64,10 @@ def _curvature(moment: torch.Tensor, drift: torch.Tensor | None, unit: int, colu
 
 def unit_order(importance: torch.Tensor, unit: int) -> list[torch.Tensor]:
     """Columns of every unit, most important first; units by their summed importance."""
-    groups = torch.arange(len(importance)).split(unit)
-    groups = tuple(sorted(groups, key=lambda g: -float(importance[g].sum())))
-    return [g[importance[g].argsort(descending=True, stable=True)] for g in groups]
+    known = importance.cpu()  # a GPU would be waited for at every unit
+    groups = torch.arange(len(known)).split(unit)
+    groups = tuple(sorted(groups, key=lambda g: -float(known[g].sum())))
+    return [g[known[g].argsort(descending=True, stable=True)].to(importance.device) for g in groups]
 
 
 def inverse_factor(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,5 +101,6 @@ def _inverse_factor(h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     if failed:
         return None
     lower = lower.flip(0, 1)
-    upper = torch.linalg.solve_triangular(lower, torch.eye(len(h), dtype=dtype), upper=True).to(h.dtype)
+    eye = torch.eye(len(h), dtype=dtype, device=h.device)
+    upper = torch.linalg.solve_triangular(lower, eye, upper=True).to(h.dtype)
     return upper if bool(upper.isfinite().all()) else None

@@ -47,7 +47,7 @@ def _rows(w: torch.Tensor, codec: Codec, bent: Curvature, state: Params | None,
     """Some rows of the weight, all columns."""
     columns = w.shape[1]
     work = w.T[torch.cat(bent.order)].contiguous()  # [columns, rows]: a column lies in one piece
-    codes = torch.empty(w.shape[::-1], dtype=torch.uint8)
+    codes = torch.empty(w.shape[::-1], dtype=torch.uint8, device=w.device)
     fitted: dict[int, Params] = {}
     at = 0
     for unit, local in zip(bent.order, bent.units, strict=True):

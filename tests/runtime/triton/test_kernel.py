@@ -15,7 +15,7 @@ from fewbits.runtime.linear import packed
 from fewbits.runtime.triton import configs
 from fewbits.runtime.triton.available import interpreted
 from fewbits.runtime.triton.configs import Config
-from fewbits.runtime.triton.kernel import OnGpu, side_by_side
+from fewbits.runtime.triton.kernel import OnGpu, Triton, side_by_side
 from tests.runtime.triton.test_layout import NAMES, weight
 
 # normalised squared errors: of sums in float32, results in float16, scales and offsets in float16,
@@ -49,6 +49,9 @@ def activations(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
 def test_every_codec(name: str, on: torch.device) -> None:
     q = weight(name, 37, 256)
     p, want = prepared(q, on), q.dequantize().double()
+    sizes = [plane.numel() * plane.element_size() for plane in p.planes.values()]
+    most = Triton().nbytes(q.codec, q.shape, p.dtype)
+    assert most - 1024 < sum(sizes) <= most  # rows that fill up 16, tables of levels
     bound = SCALED if name[:2] in ("nf", "fp", "Q2", "Q3", "Q4", "Q5", "Q6", "IQ", "MX") else EXACT
     with configs.trying(SMALL):
         for rows in (1, 6):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from fewbits.codecs.base import Codec, Params, Planes, Shape
+from fewbits.codecs.base import Codec, Params, Planes, Shape, units
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
-from fewbits.runtime.reference import Prepared
+from fewbits.runtime.reference import Kernel, Prepared
 from fewbits.runtime.triton import layout
 from fewbits.runtime.triton.available import unavailable
 
@@ -108,7 +109,7 @@ def side_by_side(parts: Sequence[OnGpu]) -> OnGpu | None:
     return OnGpu(first.codec, shape, first.dtype, first.layout, planes, None, None)
 
 
-class Triton:
+class Triton(Kernel):
     """Weights are decoded where they are multiplied; activations and their type stay as they are."""
 
     name = "triton"
@@ -118,3 +119,7 @@ class Triton:
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
         return OnGpu.of(q, dtype)
+
+    def nbytes(self, codec: Codec, shape: Shape, dtype: torch.dtype) -> int:
+        outs = units(shape[-2], layout.ALIGNED) * layout.ALIGNED * math.prod(shape[:-2])
+        return math.ceil(outs * layout.row_bytes(codec, shape[-1])) + 4 * COUNTERS

@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
-from fewbits.codecs.base import Grid, Params, Planes, units
+from fewbits.codecs.base import Codec, Grid, Params, Planes, units
 from fewbits.codecs.codebook import CodebookGrid
 from fewbits.codecs.decode_only import DecodeOnly
 from fewbits.codecs.float8 import Float8Grid
@@ -120,6 +121,15 @@ def pack(q: QTensor) -> tuple[Layout, Planes, Params]:
     order = ("words", "upper", "scales", "second", "levels", "row")
     parameters = {name: torch.cat([params[name] for params in kept]) for name in kept[0]}
     return layout, {name: whole(name) for name in order if name in found[0]}, parameters
+
+
+@cache
+def row_bytes(codec: Codec, columns: int) -> float:
+    """Bytes of all planes, for each output."""
+    shape = (ALIGNED, columns)
+    empty = {name: torch.zeros(size, dtype=getattr(torch, kind)) for name, (kind, size) in codec.planes(shape).items()}
+    _, planes, _ = pack(QTensor(codec, shape, empty))
+    return sum(p.numel() * p.element_size() for p in planes.values()) / ALIGNED
 
 
 def unpack(layout: Layout, planes: Planes, shape: tuple[int, ...]) -> torch.Tensor:
