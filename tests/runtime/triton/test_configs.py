@@ -92,12 +92,13 @@ def test_another_file_is_refused_by_name(tmp_path, text):
 
 def test_what_is_tried_counts_within_and_not_after():
     before = configs.lookup("matvec", 4, 128, 1, 64, 64, CPU), configs.dense(4, 128, 64, 64, CPU)
-    with configs.trying({"matvec": Config(2, 4)}, dense=7):
+    with configs.trying({"matvec": Config(2, 4)}, dense=7) as asked:
         with configs.trying({"matvec": Config(8, 8)}):
             assert configs.lookup("matvec", 4, 128, 1, 64, 64, CPU) == Config(8, 8)
         assert configs.lookup("matvec", 4, 128, 1, 64, 64, CPU) == Config(2, 4)
         assert configs.lookup("tile", 4, 128, 8, 64, 64, CPU).n != 2
         assert configs.dense(4, 128, 64, 64, CPU) == 7
+    assert [(key.kernel, key.rows) for key in asked] == [("matvec", 1), ("tile", 8), ("dense", 0)]
     assert (configs.lookup("matvec", 4, 128, 1, 64, 64, CPU), configs.dense(4, 128, 64, 64, CPU)) == before
 
 
