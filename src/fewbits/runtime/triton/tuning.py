@@ -29,7 +29,11 @@ from fewbits.runtime.triton.timing import medians, rotation
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MANY_ROWS = (32, 64, 128, 256, 512, 1024, 2048)  # among these is the count from which on decoding is faster
-LIMITS = {"n": (8, 256), "m": (1, 256), "split": (1, 32), "warps": (1, 16), "stages": (1, 6)}
+FIELDS = {  # of each kernel's configurations, that are tried from the least to the greatest
+    "matvec": {"n": (8, 128), "split": (1, 32), "warps": (1, 16), "stages": (1, 5)},
+    "tile": {"n": (16, 256), "m": (16, 128), "split": (1, 32), "warps": (1, 16), "stages": (1, 5)},
+    "decode": {"n": (8, 128), "warps": (1, 16)},
+}
 GAIN = 0.99  # of the best time so far: less is noise
 WRONG = 1e-4  # normalised squared error against the configuration before
 AS_ONE = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_gate": "ffn_up"}
@@ -90,16 +94,15 @@ class _Bench:
     def activations(self, rows: int) -> torch.Tensor:
         return torch.randn(rows, self.q.shape[-1], dtype=torch.float16, device=self.device)
 
-    def asks(self, rows: int, dense: int) -> tuple[Key, Key]:
-        """Under which keys the product asks whether to decode, and for a configuration."""
+    def asks(self, rows: int, dense: int) -> tuple[Key, ...]:
+        """The keys under which the product asks whether to decode, where it does, and for a configuration."""
         with configs.trying(dense=dense) as asked:
             self.one.matmul(self.activations(rows), None)
-        whether = next(key for key in asked if key.kernel == "dense")
-        return whether, next(key for key in asked if key.kernel != "dense")
+        return tuple(dict.fromkeys(asked))
 
     def tuned(self, rows: int, dense: int, known: Tuned) -> Tuned:
         """With the fastest configuration of this product; as it was if it has one."""
-        _, key = self.asks(rows, dense)
+        *_, key = self.asks(rows, dense)
         if any(e.key == key for e in known.entries):
             return known
         return known._replace(entries=(*known.entries, self.fastest(key, rows, dense, known)))
@@ -110,7 +113,7 @@ class _Bench:
             meant = self.one.matmul(x, None).float()
         tried = {config: self.seconds({key.kernel: config}, dense, x)}
         while True:
-            for near in neighbours(config):
+            for near in neighbours(key.kernel, config):
                 if near not in tried:
                     tried[near] = self.tried({key.kernel: near}, dense, x, meant)
             best = min(tried, key=lambda c: tried[c])
@@ -146,7 +149,7 @@ class _Bench:
             return known
         least = 2 * max(MANY_ROWS)
         for count in reversed(MANY_ROWS):
-            _, tile = self.asks(count, NEVER)
+            *_, tile = self.asks(count, NEVER)
             forced, x = {key.kernel: self.start(key, known) for key in (tile, decode)}, self.activations(count)
             if self.seconds(forced, 1, x) >= self.seconds(forced, NEVER, x):
                 break
@@ -154,10 +157,10 @@ class _Bench:
         return known._replace(dense=(*known.dense, whether._replace(rows=least)))
 
 
-def neighbours(config: Config) -> list[Config]:
+def neighbours(kernel: str, config: Config) -> list[Config]:
     """Those that differ in one field, halved or doubled; of the stages there is one more or less."""
     found = []
-    for name, (low, high) in LIMITS.items():
+    for name, (low, high) in FIELDS[kernel].items():
         value = getattr(config, name)
         for other in (value - 1, value + 1) if name == "stages" else (value // 2, value * 2):
             if low <= other <= high:
