@@ -12,6 +12,7 @@ figure: a run that is stopped leaves what it had. A goal is `reached` or `MISSED
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import date
 from importlib import import_module
@@ -49,6 +51,7 @@ class Bench:
     def __init__(self, device: torch.device, rehearsed: bool, layers: int | None = None, target: Path | None = None):
         self.device, self.rehearsed, self.layers, self.target = device, rehearsed, layers, target
         self.rows: list[Row] = []
+        self.failures = 0
         self.machine = machine(device)
         self.bandwidth, self.measured_by = math.nan, "-"
 
@@ -102,6 +105,11 @@ class Bench:
               flush=True)
         self.save()
 
+    def failed(self, section: str, what: str, why: str) -> None:
+        """Say and keep what could not be measured."""
+        self.failures += 1
+        self.row(section, what, {}, note=f"FAILED: {why.splitlines()[0]}")
+
     def save(self) -> None:
         if self.target:
             partial = self.target.with_name(self.target.name + ".part")
@@ -112,7 +120,8 @@ class Bench:
     def summary(self) -> str:
         found = [f"{r['what']}: {name}" for r in self.rows for name, good in r["reached"].items() if good is False]
         count = sum(good is not None for r in self.rows for good in r["reached"].values())
-        return "\n".join([f"{count - len(found)} of {count} goals reached", *(f"MISSED {what}" for what in found)])
+        failures = f", {self.failures} FAILED" if self.failures else ""
+        return "\n".join([f"{count - len(found)} of {count} goals reached{failures}", *(f"MISSED {w}" for w in found)])
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -169,10 +178,17 @@ def main() -> int:
     bench.measure_bandwidth()
     for name in args.only:
         began = time.perf_counter()
-        import_module(SECTIONS[name]).run(bench)
+        try:
+            import_module(SECTIONS[name]).run(bench)
+        except Exception as error:  # the other sections are measured
+            traceback.print_exc()
+            bench.failed(name, "all that is left of it", f"{type(error).__name__}: {error}")
+        gc.collect()
+        if not args.rehearse:
+            torch.cuda.empty_cache()
         print(f"({name}: {time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
     print(f"\n{bench.summary()}" if not args.rehearse else "\nrehearsal: no figures")
-    return 0
+    return 1 if bench.failures else 0
 
 
 if __name__ == "__main__":

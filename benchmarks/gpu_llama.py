@@ -22,7 +22,7 @@ LLAMA: dict[str, Any] = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
     "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
     "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
-TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1,
                         "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320}
 
 
@@ -68,8 +68,10 @@ def plain_model(bench: Bench, dtype: torch.dtype) -> Any:
     """Transformers' own model with random weights, on the device."""
     import transformers
 
-    settings = transformers.AutoConfig.for_model(**config(bench))
-    settings.dtype = dtype
-    with torch.device(bench.device):
-        net = transformers.LlamaForCausalLM(settings).to(dtype)
-    return net.eval()
+    settings, usual = transformers.AutoConfig.for_model(**config(bench)), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with bench.device:
+            return transformers.LlamaForCausalLM(settings).eval()
+    finally:
+        torch.set_default_dtype(usual)

@@ -29,7 +29,7 @@ def run(bench: Bench) -> None:
     models: list[Any] = [decoder.compile_for(source, Gpu(bench.device, dtype)) for source in sources]
     models.append(gpu_llama.plain_model(bench, dtype))
     nbytes = [gpu_llama.token_bytes(source) for source in (*sources, sources[1])]
-    before, steps, prompt = (4, 2, 8) if bench.rehearsed else (BEFORE, STEPS, PROMPT)
+    before, steps, prompt = (4, 2, 6) if bench.rehearsed else (BEFORE, STEPS, PROMPT)
     for batch in BATCHES[:2] if bench.rehearsed else BATCHES:
         seconds = bench.wall([decoding(bench, model, batch, before, steps) for model in models])
         for side, size, taken in zip(SIDES, nbytes, seconds, strict=True):
@@ -85,7 +85,7 @@ def transformers_decoding(bench: Bench, net: Any, tokens: torch.Tensor, before: 
     def work() -> None:
         for at in range(before, ids.shape[1]):
             logits(net, ids[:, at:at + 1], cache).cpu()
-        cache.crop(before)
+        cache.crop(before - ids.shape[1])
 
     return work
 

@@ -34,6 +34,8 @@ FIELDS = {  # of each kernel's configurations, that are tried from the least to 
     "tile": {"n": (16, 256), "m": (16, 128), "split": (1, 32), "warps": (1, 16), "stages": (1, 5)},
     "decode": {"n": (8, 128), "warps": (1, 16)},
 }
+FIELDS["rowwise"] = FIELDS["tile"]
+UNTUNED = ("native", "floats", "decoded", "decode")  # kernels that have no configurations
 GAIN = 0.99  # of the best time so far: less is noise
 WRONG = 1e-4  # normalised squared error against the configuration before
 AS_ONE = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_gate": "ffn_up"}
@@ -50,7 +52,7 @@ def tune(shapes: Sequence[tuple[int, int]], codecs: Sequence[Codec], *, device: 
     What the file has already is kept, unless `again`, or another version of Triton measured it.
 
     Raises:
-        FewbitsError: no Triton kernel takes a codec on this device, or none of its configurations runs.
+        FewbitsError: no kernel with configurations takes a codec on this device.
     """
     import triton
 
@@ -83,7 +85,7 @@ class _Bench:
     def __init__(self, codec: Codec, shape: tuple[int, int], device: torch.device):
         self.device = device
         self.q = random_weight(codec, shape, device)
-        self.kernel = choose(self.q, device, only="triton")
+        self.kernel = choose(self.q, device, without=UNTUNED)
         self.one = self.kernel.prepare(self.q, torch.float16)
 
     @cached_property
@@ -95,9 +97,16 @@ class _Bench:
         return torch.randn(rows, self.q.shape[-1], dtype=torch.float16, device=self.device)
 
     def asks(self, rows: int, dense: int) -> tuple[Key, ...]:
-        """The keys under which the product asks whether to decode, where it does, and for a configuration."""
+        """The keys under which the product asks whether to decode, where it does, and for a configuration.
+
+        Raises:
+            FewbitsError: it asks for none.
+        """
         with configs.trying(dense=dense) as asked:
             self.one.matmul(self.activations(rows), None)
+        if not asked:
+            raise FewbitsError(f"{self.q.codec.name}: the kernel {self.kernel.name} has no configurations on "
+                               f"{self.device}")
         return tuple(dict.fromkeys(asked))
 
     def tuned(self, rows: int, dense: int, known: Tuned) -> Tuned:
@@ -143,8 +152,10 @@ class _Bench:
 
     def thresholds(self, rows: int, known: Tuned) -> Tuned:
         """With the fastest way to decode, and from how many rows on it is faster than the product itself."""
+        whether, decode = self.asks(rows, 1)[0], self.asks(rows, 1)[-1]
+        if whether.kernel != "dense":  # it never decodes
+            return known
         known = self.tuned(rows, 1, known)
-        whether, decode = self.asks(rows, 1)
         if any(_same(key, whether) for key in known.dense):
             return known
         least = 2 * max(MANY_ROWS)
