@@ -128,7 +128,8 @@ def machine(device: torch.device) -> dict[str, str]:
     """Device, memory, driver and versions."""
     import torch
 
-    found = {"python": platform.python_version(), "date": str(date.today()), "cuda": str(torch.version.cuda)}
+    found = {"python": platform.python_version(), "date": str(date.today()),
+             "cuda": str(torch.version.cuda), "hip": str(torch.version.hip)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"device": properties.name, "memory": f"{properties.total_memory / 2**30:.1f} GiB",
