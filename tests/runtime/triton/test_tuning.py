@@ -40,7 +40,7 @@ class Made:
 
     def matmul(self, x, bias):
         rows, (out, columns) = len(x), self.weight.shape
-        few = rows <= configs.MATVEC_ROWS
+        few = rows == 1
         decoded = not few and rows >= configs.dense(4, 128, out, columns, CPU)
         kernel = "matvec" if few else "decode" if decoded else "tile"
         config = configs.lookup(kernel, 4, 128, 1 if decoded else rows, out, columns, CPU)
@@ -84,24 +84,24 @@ def test_the_fastest_that_runs_and_is_right_is_found_kept_and_used(made):
         for name in tuning.FIELDS[entry.key.kernel]:
             assert getattr(entry.config, name) == getattr(BEST[entry.key.kernel], name), entry
     assert {e.key.kernel for e in found.entries} == set(BEST)
-    assert [e.key.rows for e in found.entries if e.key.kernel == "matvec"] == [1, 2, 4]
+    assert [e.key.rows for e in found.entries] == [1, 16, 32, 64, 128, 256, 1]
     assert [(k.rows, k.out, k.columns) for k in found.dense] == [(128, 64, 256)]
     tile = next(e.config for e in found.entries if e.key.kernel == "tile" and e.key.rows == 16)
     assert configs.lookup("tile", 4, 128, 16, 64, 256, CPU) == tile == BEST["tile"]
     assert configs.dense(4, 128, 64, 256, CPU) == 128
-    assert [done for _, done, _ in said] == [*range(11)][:len(said)] and said[-1][1] == said[-1][2]
+    assert [done for _, done, _ in said] == [*range(8)][:len(said)] and said[-1][1] == said[-1][2]
     assert said[0][0] == "tuning: int4-g128 64x256, 1 rows"
 
 
 def test_a_stopped_run_goes_on_and_what_is_known_is_measured_again_only_when_asked(made, monkeypatch):
     def stop(what, done, total):
-        if done == 4:
+        if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         tuned(progress=stop)
     file = configs.own_file("interpreter")
-    assert [e.key.rows for e in configs.read(file).entries] == [1, 2, 4, 8]
+    assert [e.key.rows for e in configs.read(file).entries] == [1, 16]
     before = made.measured
     whole = tuned()
     on_the_way = made.measured - before
@@ -110,7 +110,7 @@ def test_a_stopped_run_goes_on_and_what_is_known_is_measured_again_only_when_ask
     assert made.measured > before + on_the_way and len(configs.read(file).entries) == 1
     document = json.loads(file.read_text())
     file.write_text(json.dumps(document | {"triton": "0.1"}))
-    assert [e.key.rows for e in tuned(rows=[2]).entries] == [2]  # another Triton's figures do not count
+    assert [e.key.rows for e in tuned(rows=[2]).entries] == [16]  # another Triton's figures do not count
 
 
 def test_a_file_for_the_package_leaves_the_cache_alone(made, tmp_path):

@@ -22,7 +22,6 @@ from fewbits import caching
 from fewbits.errors import FewbitsError
 
 PACKAGED = Path(__file__).with_name("tuned")
-MATVEC_ROWS = 4  # rows of activations up to which each weight is multiplied by itself, without tensor cores
 DENSE_ROWS = 256  # from so many on, the weight is decoded and multiplied by the GPU's own library
 WAVES = 2  # programs a processor that a default's split asks for
 NEAR = 2.0  # how many times as wide or as high a product may be, for its configuration to count
@@ -68,7 +67,7 @@ class Tuned(NamedTuple):
 NOTHING = Tuned("", "")
 LEAST_COLUMNS = 512  # of a program, where a default splits
 DEFAULTS: dict[str, dict[int, Config]] = {  # kernel -> up to so many rows -> what is taken; the last for any
-    "matvec": {1: Config(16, 1), 2: Config(16, 2), 4: Config(16, 4)},
+    "matvec": {1: Config(16)},
     "tile": {16: Config(64, 16), 32: Config(64, 32), 64: Config(128, 64), 256: Config(128, 128, warps=8)},
     "decode": {1: Config(16)},
     "rowwise": {16: Config(64, 16), 32: Config(64, 32), 64: Config(64, 64, stages=4), 256: Config(128, 128, warps=8)},
@@ -115,8 +114,8 @@ def trying(configs: dict[str, Config] | None = None, dense: int | None = None) -
 
 
 def bucket(rows: int) -> int:
-    """The power of two that so many rows are tuned for: at least as many, at most 256."""
-    return min(1 << max(0, rows - 1).bit_length(), 256)
+    """What so many rows are tuned as: one, or the power of two from 16 to 256 that is at least as many."""
+    return 1 if rows <= 1 else max(16, min(1 << (rows - 1).bit_length(), 256))
 
 
 def name_of(device: torch.device) -> str:

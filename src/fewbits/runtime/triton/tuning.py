@@ -27,7 +27,7 @@ from fewbits.runtime.triton import configs
 from fewbits.runtime.triton.configs import Config, Entry, Key, Tuned
 from fewbits.runtime.triton.timing import medians, rotation
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 16, 32, 64, 128, 256)
 MANY_ROWS = (32, 64, 128, 256, 512, 1024, 2048)  # among these is the count from which on decoding is faster
 FIELDS = {  # of each kernel's configurations, that are tried from the least to the greatest
     "matvec": {"n": (8, 128), "split": (1, 32), "warps": (1, 16), "stages": (1, 5)},
