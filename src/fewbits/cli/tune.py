@@ -19,7 +19,7 @@ def command(
     shapes: Annotated[str, typer.Option(help="A model, whose products are meant; or OUTxIN, several with commas.")] =
         "4096x4096,28672x4096,4096x14336",
     codecs: Annotated[str, typer.Option(help="As int4-g128,nf4,Q4_K; several with commas.")] = "int4-g128",
-    rows: Annotated[str, typer.Option(help="Tokens that are computed at once; several with commas.")] = "1,16,32,64,128,256",
+    rows: Annotated[str, typer.Option(help="Tokens computed at once; several with commas.")] = "1,16,32,64,128,256",
     device: Annotated[str | None, typer.Option(help="Which GPU; by default the first.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write this file, and not the cache's.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also what was measured before.")] = False,
