@@ -74,7 +74,7 @@ test-peers: $(READY) peers
 
 bench: $(READY) peers   # every figure of docs/results.md
 	$(PY) -m pytest -m slow
-	for b in $$(grep -l 'parser(__doc__)' benchmarks/*.py); do echo "== $$b"; $(PY) $$b || exit 1; done
+	for b in $$(grep -l 'parser(__doc__)' benchmarks/*.py); do echo "== $$b"; $(PY) $$b || [ $$? = 2 ] || exit 1; done   # 2: without the GPU it needs
 
 clean:
 	rm -rf $(VENV) demo-output build dist .pytest_cache .mypy_cache .ruff_cache

@@ -29,8 +29,8 @@ from common import ROOT, parser, show
 import fewbits
 from fewbits import _native, codecs
 from fewbits.cli.common import quiet_libraries
-from fewbits.qtensor import QTensor
 from fewbits.runtime import cpu
+from fewbits.runtime.specimen import random_weight
 
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
          "TQ2_0", "int2-g128", "int3-g128", "int4-g128", "int8-g128", "nf4", "fp4", "int8"]
@@ -56,23 +56,6 @@ def medians(works: Sequence[Sequence[Work]]) -> list[float]:
                 mine.append(time.perf_counter() - start)
         rounds += 1
     return [statistics.median(t) for t in taken]
-
-
-def random_weight(name: str, shape: tuple[int, int]) -> QTensor:
-    """Random codes under scales of a usual size."""
-    codec = codecs.get(name)
-    planes = {}
-    for plane, (kind, size) in codec.planes(shape).items():
-        dtype = getattr(torch, kind)
-        low, high = (-127, 128) if kind == "int8" else (0, 256)
-        planes[plane] = (torch.randint(low, high, size, dtype=dtype) if not dtype.is_floating_point
-                         else (torch.rand(size) * 0.01).to(dtype))
-    q = QTensor(codec, shape, planes)
-    codes, params = q.unpack()
-    params = {k: torch.full_like(v, 0.01) if v.is_floating_point() else v for k, v in params.items()}
-    if "exponent" in params:
-        params["exponent"] = params["exponent"] % 8 + 118
-    return QTensor.pack(codec, shape, codes, params)
 
 
 def copies_of(m: cpu.Matrix, count: int) -> list[cpu.Matrix]:
@@ -162,7 +145,7 @@ def main() -> None:
 def compare(name: str, shape: tuple[int, int], counts: Sequence[int], threads: int, llama: ggml.Llama | None,
             peer: dict[int, float]) -> list[tuple[str, tuple[int, int], int, int, float, float]]:
     """Type, shape, rows, bytes, seconds of ours and of the peer (nan where there is none)."""
-    q = random_weight(name, shape)
+    q = random_weight(codecs.get(name), shape)
     native = cpu.Native(q, torch.float32)
     nbytes = sum(plane.numel() for plane in native.planes.values())
     copies, found = copies_of(native.matrices[0], -(-ROTATED_BYTES // nbytes)), []

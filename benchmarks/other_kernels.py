@@ -12,12 +12,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from common import parser, show
-from kernels import medians, random_weight
+from kernels import medians
 
 from fewbits import _native, codecs
 from fewbits.qtensor import QTensor
 from fewbits.runtime import cpu
 from fewbits.runtime.floats import FEW, Floats
+from fewbits.runtime.specimen import random_weight
 
 SIZE, ROTATED_BYTES = 4096, 512 << 20
 EXPERTS, USED, WIDE, HIGH = 64, 8, 2048, 768
@@ -40,7 +41,7 @@ def floats() -> list[tuple[object, ...]]:
 
 
 def experts() -> list[tuple[object, ...]]:
-    parts = [random_weight("Q4_K", (HIGH, WIDE)) for _ in range(EXPERTS)]
+    parts = [random_weight(codecs.get("Q4_K"), (HIGH, WIDE)) for _ in range(EXPERTS)]
     planes = {k: torch.cat([p.planes[k] for p in parts]) for k in parts[0].planes}
     native = cpu.Native(QTensor(parts[0].codec, (EXPERTS, HIGH, WIDE), planes), torch.float32)
 
@@ -66,7 +67,7 @@ def experts() -> list[tuple[object, ...]]:
 def gradients() -> list[tuple[object, ...]]:
     found: list[tuple[object, ...]] = []
     for name in ("Q4_K", "nf4"):
-        q = random_weight(name, (SIZE, SIZE))
+        q = random_weight(codecs.get(name), (SIZE, SIZE))
         native, weight = cpu.Native(q, torch.float32), q.dequantize()
         for rows in (1, 64, 512):
             g = torch.randn(rows, SIZE)

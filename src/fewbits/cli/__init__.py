@@ -15,7 +15,7 @@ from fewbits.errors import Elsewhere, FewbitsError
 # command -> its settings; `eval` is a name of Python's
 COMMANDS: dict[str, dict[str, Any]] = {name: {} for name in (
     "quantize", "finish", "finetune", "merge", "convert", "imatrix", "info", "plan", "verify", "explain", "eval",
-    "bench", "compare", "sensitivity", "run", "chat", "push")}
+    "bench", "tune", "compare", "sensitivity", "run", "chat", "push")}
 COMMANDS["explain"] = {"context_settings": {"ignore_unknown_options": True}}  # a negative number is no option
 MODULES = {"eval": "evaluate"}
 

@@ -50,7 +50,8 @@ def test_the_users_file_comes_before_the_packaged_one_and_both_before_defaults()
     (("matvec", 4, 64, 1, 4096, 8192), 0),  # of groups both as far: the nearer shape
     (("matvec", 4, 128, 1, 4096, 8192), 1),  # and not where a group is the same
     (("tile", 4, 128, 13, 4096, 4096), 2),  # rows go up to the next power of two
-    (("matvec", 4, 128, 2, 4096, 4096), None),
+    (("tile", 4, 128, 2, 4096, 4096), 2),  # which is 16 at least
+    (("tile", 4, 128, 17, 4096, 4096), None),
     (("matvec", 3, 128, 1, 4096, 4096), None),
     (("tile", 4, 128, 1, 4096, 4096), None),
     (("matvec", 4, 128, 1, 4096, 1024), None),  # too far
@@ -92,12 +93,13 @@ def test_another_file_is_refused_by_name(tmp_path, text):
 
 def test_what_is_tried_counts_within_and_not_after():
     before = configs.lookup("matvec", 4, 128, 1, 64, 64, CPU), configs.dense(4, 128, 64, 64, CPU)
-    with configs.trying({"matvec": Config(2, 4)}, dense=7):
+    with configs.trying({"matvec": Config(2, 4)}, dense=7) as asked:
         with configs.trying({"matvec": Config(8, 8)}):
             assert configs.lookup("matvec", 4, 128, 1, 64, 64, CPU) == Config(8, 8)
         assert configs.lookup("matvec", 4, 128, 1, 64, 64, CPU) == Config(2, 4)
         assert configs.lookup("tile", 4, 128, 8, 64, 64, CPU).n != 2
         assert configs.dense(4, 128, 64, 64, CPU) == 7
+    assert [(key.kernel, key.rows) for key in asked] == [("matvec", 1), ("tile", 16), ("dense", 0)]
     assert (configs.lookup("matvec", 4, 128, 1, 64, 64, CPU), configs.dense(4, 128, 64, 64, CPU)) == before
 
 

@@ -22,7 +22,6 @@ from fewbits import caching
 from fewbits.errors import FewbitsError
 
 PACKAGED = Path(__file__).with_name("tuned")
-MATVEC_ROWS = 4  # rows of activations up to which each weight is multiplied by itself, without tensor cores
 DENSE_ROWS = 256  # from so many on, the weight is decoded and multiplied by the GPU's own library
 WAVES = 2  # programs a processor that a default's split asks for
 NEAR = 2.0  # how many times as wide or as high a product may be, for its configuration to count
@@ -68,41 +67,55 @@ class Tuned(NamedTuple):
 NOTHING = Tuned("", "")
 LEAST_COLUMNS = 512  # of a program, where a default splits
 DEFAULTS: dict[str, dict[int, Config]] = {  # kernel -> up to so many rows -> what is taken; the last for any
-    "matvec": {1: Config(16, 1), 2: Config(16, 2), 4: Config(16, 4)},
+    "matvec": {1: Config(16)},
     "tile": {16: Config(64, 16), 32: Config(64, 32), 64: Config(128, 64), 256: Config(128, 128, warps=8)},
     "decode": {1: Config(16)},
     "rowwise": {16: Config(64, 16), 32: Config(64, 32), 64: Config(64, 64, stages=4), 256: Config(128, 128, warps=8)},
 }
-_tried: list[tuple[dict[str, Config], int | None]] = []
+_tried: list[_Trial] = []
+
+
+class _Trial(NamedTuple):
+    configs: dict[str, Config]
+    dense: int | None
+    asked: list[Key]
 
 
 def lookup(kernel: str, bits: int, group: int, rows: int, out: int, columns: int, device: torch.device) -> Config:
     """The configuration of a product on a device."""
-    if _tried and kernel in _tried[-1][0]:
-        return _tried[-1][0][kernel]
-    return _lookup(Key(kernel, bits, group, bucket(rows), out, columns), device)
+    key = Key(kernel, bits, group, bucket(rows), out, columns)
+    if _tried:
+        _tried[-1].asked.append(key)
+        if kernel in _tried[-1].configs:
+            return _tried[-1].configs[kernel]
+    return _lookup(key, device)
 
 
 def dense(bits: int, group: int, out: int, columns: int, device: torch.device) -> int:
     """From how many rows of activations on a weight is decoded and multiplied by the GPU's own library."""
-    if _tried and (tried := _tried[-1][1]) is not None:
-        return tried
-    return _dense(Key("dense", bits, group, 0, out, columns), device)
+    key = Key("dense", bits, group, 0, out, columns)
+    if _tried:
+        _tried[-1].asked.append(key)
+        if _tried[-1].dense is not None:
+            return _tried[-1].dense
+    return _dense(key, device)
 
 
 @contextmanager
-def trying(configs: dict[str, Config] | None = None, dense: int | None = None) -> Iterator[None]:
-    """Within it these count, kernel by kernel, whatever files say: for tuning, and for tests."""
-    _tried.append((configs or {}, dense))
+def trying(configs: dict[str, Config] | None = None, dense: int | None = None) -> Iterator[list[Key]]:
+    """Within it these count, kernel by kernel, whatever files say: for tuning, and for tests. It gives a list of all
+    that is asked for."""
+    trial = _Trial(configs or {}, dense, [])
+    _tried.append(trial)
     try:
-        yield
+        yield trial.asked
     finally:
         _tried.pop()
 
 
 def bucket(rows: int) -> int:
-    """The power of two that so many rows are tuned for: at least as many, at most 256."""
-    return min(1 << max(0, rows - 1).bit_length(), 256)
+    """What so many rows are tuned as: one, or the power of two from 16 to 256 that is at least as many."""
+    return 1 if rows <= 1 else max(16, min(1 << (rows - 1).bit_length(), 256))
 
 
 def name_of(device: torch.device) -> str:
@@ -138,15 +151,17 @@ def read(file: Path) -> Tuned:
 
 def write(file: Path, tuned: Tuned) -> None:
     """One product a line. What was looked up is forgotten, so that it counts at once."""
-    def lines(rows: list[dict[str, Any]]) -> str:
-        return ",\n  ".join(map(json.dumps, rows))
+    text = json.dumps(to_json(tuned)).replace("[{", "[\n  {").replace("}, {", "},\n  {")
+    caching.write(file, lambda out: out.write(f"{text}\n".encode()))
+    forget()
 
+
+def to_json(tuned: Tuned) -> dict[str, Any]:
+    """What a file holds."""
     entries = [_fields(e.key) | {"config": asdict(e.config), "microseconds": round(e.microseconds, 2)}
                for e in sorted(tuned.entries, key=lambda e: e.key)]
-    text = (f'{{"device": {json.dumps(tuned.device)}, "triton": {json.dumps(tuned.triton)},\n "entries": [\n  '
-            f'{lines(entries)}],\n "dense": [\n  {lines([_fields(k) for k in sorted(tuned.dense)])}]}}\n')
-    caching.write(file, lambda out: out.write(text.encode()))
-    forget()
+    return {"device": tuned.device, "triton": tuned.triton, "entries": entries,
+            "dense": [_fields(key) for key in sorted(tuned.dense)]}
 
 
 def forget() -> None:
@@ -174,11 +189,14 @@ def _files(device: torch.device) -> tuple[Tuned, ...]:
 
 @cache
 def _lookup(key: Key, device: torch.device) -> Config:
-    for tuned in _files(device):
-        near = [e for e in tuned.entries if e.key.rows == key.rows and _near(e.key, key)]
-        if near:
-            return min(near, key=lambda e: _distance(e.key, key)).config
-    return default(key, 1 if device.type == "cpu" else _processors(device))
+    found = (nearest(tuned, key) for tuned in _files(device))
+    return next((c for c in found if c), None) or default(key, 1 if device.type == "cpu" else _processors(device))
+
+
+def nearest(tuned: Tuned, key: Key) -> Config | None:
+    """What a file has for a product: of the nearest in shape, for as many rows."""
+    near = [e for e in tuned.entries if e.key.rows == key.rows and _near(e.key, key)]
+    return min(near, key=lambda e: _distance(e.key, key)).config if near else None
 
 
 @cache
