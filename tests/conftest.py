@@ -37,11 +37,35 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def processor():
+    """The CPU computes wherever a test does not say where."""
+    from fewbits.runtime import engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "GPUS", ())
+        yield
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU for decoders, called `cuda` or whatever is not the CPU; without one its kernels are interpreted."""
+    import torch
+
+    from fewbits.runtime import engine
+    from fewbits.runtime.triton.engine import Gpu
+
+    native = engine.of()
+    monkeypatch.setattr(engine, "device", lambda name: None if name in (None, "cpu") else torch.device("cuda"))
+    monkeypatch.setattr(engine, "of", lambda where=None, dtype=None: native if where is None else Gpu(
+        torch.device(device), torch.float32))
 
 
 @pytest.fixture(scope="session")

@@ -15,5 +15,9 @@ class Elsewhere(FewbitsError):
     """Another process of the same call failed, and says why."""
 
 
+class NotHere(FewbitsError):
+    """A device cannot do it, for want of memory or of a driver: another may."""
+
+
 class Unsupported(FewbitsError):
     """One of several ways to do it does not know how: another may."""

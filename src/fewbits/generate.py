@@ -70,8 +70,10 @@ class Session:
     """A model and its tokenizer, ready to talk. It keeps what it computed of the last text, for one that goes on."""
 
     def __init__(self, model: str | Path | Checkpoint, kernel: str | None = None, *, context: int | None = None,
-                 cache: str = "f16", draft: str | Path | None = None):
+                 cache: str = "f16", draft: str | Path | None = None, device: str = "auto"):
         """Open a model; `kernel` has Transformers compute with products of that name.
+
+        `device` is the GPU if there is one that has room, else the CPU; or one that is named.
 
         `context` limits prompt and answer together, `cache` is the type of the keys and values that are kept, and
         `draft` is a smaller model that guesses ahead.
@@ -83,10 +85,16 @@ class Session:
         self.tokenizer = tokenizer(self.checkpoint)
         if cache not in CACHES:
             raise FewbitsError(f"unknown type of cache {cache!r}", "one of: " + ", ".join(CACHES))
-        self.model, self.native = _model(self.checkpoint, kernel)
+        if device == "auto" and (kernel or cache != "f16"):
+            device = "cpu"  # which has those
+        self.device = device
+        self.model, self.native = _model(self.checkpoint, kernel, device)
         if not self.native and cache != "f16":
             raise FewbitsError(f"{self.checkpoint.path}: a cache in {cache} is the native decoder's, which does not "
                                "compute this model", "go without --cache")
+        if self.native and cache not in self.model.engine.caches:
+            raise FewbitsError(f"a cache in {cache} is not on the GPU yet",
+                               f"there is {', '.join(self.model.engine.caches)}, or --device cpu")
         if context is not None and not 1 <= context <= self.model.context:
             raise FewbitsError(f"a context of {context} tokens, the model's is {self.model.context}")
         self.context, self.cache = context or self.model.context, cache
@@ -152,7 +160,7 @@ class Session:
     def _drafter(self) -> Guesser:
         assert self._draft is not None
         small = containers.open(hub.locate(self._draft))
-        return Draft(_model(small, None)[0], tokenizer(small), self.tokenizer, self.context)
+        return Draft(_model(small, None, self.device)[0], tokenizer(small), self.tokenizer, self.context)
 
     def begin(self, ids: list[int], room: int) -> tuple[Any, int]:
         """The sequence, cut to what it has in common with `ids`, and how many tokens that is."""
@@ -268,14 +276,16 @@ class _Run:
             Token(c.token, one.decode([c.token]), c.logprob) for c in likely)))
 
 
-def _model(checkpoint: Checkpoint, kernel: str | None) -> tuple[Any, bool]:
-    """What computes, and whether it is the native decoder."""
+def _model(checkpoint: Checkpoint, kernel: str | None, device: str) -> tuple[Any, bool]:
+    """What computes, and whether it is the decoder."""
     if kernel is None:
         from fewbits.runtime import decoder
 
-        made = decoder.compile_or_say(checkpoint)
+        made = decoder.compile_or_say(checkpoint, device)
         if made is not None:
             return made, True
+    elif device != "cpu":
+        raise FewbitsError(f"kernel {kernel!r} computes on the CPU here, not on {device}", "give one of the two")
     from fewbits.loading import load
     from fewbits.runtime.eager import Eager
 

@@ -53,6 +53,7 @@ class Options:
     draft: Annotated[str | None, _option(SPEED, "A smaller model that guesses ahead; same text.")] = None
     lookup: Annotated[bool, _option(SPEED, "Guess ahead from the text itself; same text.", "--lookup")] = False
     threads: Annotated[int | None, _option(SPEED, "Threads; default: one for every core.", min=1)] = None
+    device: Annotated[str, _option(SPEED, "cpu, cuda, cuda:1; auto: the GPU if there is one.")] = "auto"
     kernel: Annotated[str | None, _option(SPEED, "Compute with Transformers and these products: native, decoded "
                                                  "(exact), decode (exact, small).")] = None
 
@@ -69,14 +70,15 @@ class Options:
         if sum(bool(form) for form in (self.json_schema, self.regex, self.grammar)) > 1:
             raise FewbitsError("more than one form for the answer", "give one of --json-schema, --regex, --grammar")
         from fewbits import containers, hub
-        from fewbits.runtime import weights
+        from fewbits.runtime import engine, weights
 
         checkpoint = containers.open(hub.locate(model))
-        if self.kernel is None:
+        if self.kernel is None and engine.device(self.device) is None:
             weights.expect(checkpoint)  # imports go on meanwhile
         from fewbits.generate import Session
 
-        return Session(checkpoint, kernel=self.kernel, context=self.context, cache=self.cache, draft=self.draft)
+        return Session(checkpoint, kernel=self.kernel, context=self.context, cache=self.cache, draft=self.draft,
+                       device=self.device)
 
     def answering(self, session: Session) -> dict[str, Any]:
         """What `Session.generate` wants beside the tokens."""

@@ -30,6 +30,8 @@ def command(
     peer: Annotated[list[str] | None, typer.Option(
         help="Another engine for the same files: llama.cpp, transformers, bitsandbytes or gptqmodel; "
              "NAME=PYTHON if it is installed for another Python; may be repeated.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the decoder computes: cuda, cuda:1, auto; default: the "
+                                                    "CPU.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="By default as many as there are processors.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions, after a warm-up.")] = 5,
     seconds: Annotated[float, typer.Option(help="No further repetition is begun after so many, but two are.")] = 60,
@@ -45,7 +47,7 @@ def command(
         found = bench(models, prompts=_numbers(prompt, "--prompt"), generate=_numbers(generate, "--generate"),
                       batches=_numbers(batch, "--batch"), cache=(True, False) if no_cache else (True,),
                       kernels=kernel or ["decoder"], train=train, peers=peers,
-                      threads=threads, repeats=repeats, seconds=seconds, seed=seed, progress=report)
+                      device=device, threads=threads, repeats=repeats, seconds=seconds, seed=seed, progress=report)
     if json:
         emit({"rows": [row.to_json() for row in found]})
     else:
@@ -83,7 +85,8 @@ def _table(rows: list[Speed]) -> None:
 
 
 def _engine(row: Speed) -> str:
-    return f"{row.engine}, {row.kernel}" if row.kernel not in ("", "decoder") else row.engine
+    how = [row.kernel if row.kernel != "decoder" else "", row.circumstances.get("device", "")]
+    return ", ".join(filter(None, [row.engine, *how]))
 
 
 def _heads(work: Work) -> list[str]:

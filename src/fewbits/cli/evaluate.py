@@ -21,6 +21,7 @@ def command(
     chunks: Annotated[int, typer.Option(min=0, help="Windows of the text to use; 0: all.")] = 8,
     context: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     kernel: Annotated[str | None, typer.Option(help="native, decoded (exact) or decode (exact, small).")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, auto; default: the CPU.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Names in lm-evaluation-harness: arc_easy,hellaswag,mmlu")] = None,
     task_files: Annotated[Path | None, typer.Option(help="Folder with the tasks' files; else the hub's.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task: the first ones.")] = None,
@@ -38,7 +39,7 @@ def command(
 
         with progress() as report:
             found = evaluate(model, against, text=perplexity, chunks=chunks or None, context=context, kernel=kernel,
-                             progress=report)
+                             device=device, progress=report)
         told |= found.to_json()
         if not json:
             console.print("\n".join(described(found)), highlight=False, soft_wrap=True)
@@ -48,7 +49,8 @@ def command(
 
         with progress() as report:
             answers = run(model, against, names=[name.strip() for name in tasks.split(",")], folder=task_files,
-                          limit=limit, seed=seed, kernel=kernel, fresh=fresh, progress=report)
+                          limit=limit, seed=seed, kernel=kernel, device=device, fresh=fresh,
+                          progress=report)
         told["tasks"] = [one.to_json() for one in answers]
         if not json:
             console.print(table(answers), highlight=False, soft_wrap=True)

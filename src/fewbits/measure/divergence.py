@@ -69,13 +69,14 @@ class _Figures:
 
 def evaluate(model: str | Path | Checkpoint | Any, against: str | Path | Checkpoint | Any | None = None, *,
              text: str | Path, chunks: int | None = 8, context: int = 512, kernel: str | None = None,
-             progress: Callable[[str, int, int], None] | None = None) -> Divergence:
+             device: str | None = None, progress: Callable[[str, int, int], None] | None = None) -> Divergence:
     """Measure `model`, and how far it is from `against`, on windows of `context` tokens of a text file.
 
-    A path, a hub id or a checkpoint is computed by the native decoder where that knows the family and no `kernel` of
-    Transformers' modules is asked for. Windows follow each other without overlap; a model whose tokenizer begins texts
-    with a token gets that as the first one of each. `chunks` None takes the whole text. What the reference says is kept
-    in the cache (its last hidden states: as many float32 as they have columns for every second token).
+    A path, a hub id or a checkpoint is computed by the decoder, on the CPU or on `device`, where that knows the family
+    and no `kernel` of Transformers' modules is asked for. Windows follow each other without overlap; a model whose
+    tokenizer begins texts with a token gets that as the first one of each. `chunks` None takes the whole text. What the
+    reference says is kept in the cache (its last hidden states: as many float32 as they have columns for every second
+    token).
 
     Raises:
         FewbitsError: text shorter than a window, a context of fewer than 4 tokens, tokenizers that differ, logits that
@@ -84,12 +85,12 @@ def evaluate(model: str | Path | Checkpoint | Any, against: str | Path | Checkpo
     if context < 4:
         raise FewbitsError(f"a context of {context} tokens", "windows have at least 4")
     began = time.monotonic()
-    net = scorer(model, kernel)
+    net = scorer(model, kernel, device)
     tokenizer = tokenizer_of(net.checkpoint)
     windows = cut(read_text(text), tokenizer, context, chunks, str(text), bos_of(tokenizer))
     figures, beside, models = _Figures(context // 2), None, [net.checkpoint]
     if against is not None:
-        other = scorer(against, kernel)
+        other = scorer(against, kernel, device)
         models.append(other.checkpoint)
         check_same_tokens(net.checkpoint, other.checkpoint, Path(text))
         beside = reference(other, windows, figures.first)

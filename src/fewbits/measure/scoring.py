@@ -38,12 +38,10 @@ class Scorer(Protocol):
 
 
 class Decoded:
-    """On the native decoder."""
-
-    kernel = "native decoder"
+    """On the decoder of the CPU, or of a GPU."""
 
     def __init__(self, checkpoint: Checkpoint, model: Decoder):
-        self.checkpoint, self.model = checkpoint, model
+        self.checkpoint, self.model, self.kernel = checkpoint, model, model.engine.name
         self._room = np.empty((ROWS, model.vocabulary), np.float32)
 
     def states(self, window: torch.Tensor) -> Array:
@@ -74,19 +72,22 @@ class Transformed:
         return (found[rows].float().numpy() for rows in pieces)
 
 
-def scorer(model: str | Path | Checkpoint | Any, kernel: str | None = None) -> Scorer:
-    """What computes `model`: a path, a hub id or a checkpoint goes to the native decoder if that knows its family and
-    no kernel was asked for, else to Transformers, as stderr says; a loaded model is taken as it is.
+def scorer(model: str | Path | Checkpoint | Any, kernel: str | None = None, device: str | None = None) -> Scorer:
+    """What computes `model`: a path, a hub id or a checkpoint goes to the decoder, of a GPU if `device` names one, if
+    that knows its family and no kernel was asked for, else to Transformers, as stderr says; a loaded model is taken as
+    it is.
 
     Raises:
-        FewbitsError: nothing readable there, tensors missing or misshapen.
+        FewbitsError: nothing readable there, tensors missing or misshapen; a GPU that cannot do it.
     """
     from fewbits.loading import load
 
     if not isinstance(model, (str, Path, Checkpoint)):
         return Transformed(model)
     checkpoint = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
-    made = decoder.compile_or_say(checkpoint) if kernel is None else None
+    if kernel is not None and device not in (None, "cpu"):
+        raise FewbitsError(f"kernel {kernel!r} computes on the CPU here, not on {device}", "give one of the two")
+    made = decoder.compile_or_say(checkpoint, device) if kernel is None else None
     if made is not None:
         return Decoded(checkpoint, made)
     return Transformed(load(checkpoint, kernel=kernel), kernel)

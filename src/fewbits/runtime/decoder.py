@@ -19,7 +19,7 @@ from fewbits.arch.rotary import Rotation
 from fewbits.arch.rows import AddOne, Ops, Regroup
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers import experts
-from fewbits.errors import FewbitsError, Unsupported
+from fewbits.errors import FewbitsError, NotHere, Unsupported
 from fewbits.lazy import torch
 from fewbits.runtime import engine, families, weights
 from fewbits.runtime.engine import Engine, Plan, Rows, Weight
@@ -42,7 +42,7 @@ def compile(checkpoint: Checkpoint, device: torch.device | None = None, dtype: t
     Raises:
         FewbitsError: a model type, or something in its configuration, that is not supported; tensors that are missing
             or misshapen.
-        NoRoom: the device's free memory does not take the weights.
+        NotHere: Triton does not run on the device, or its free memory does not take the weights.
     """
     return compile_for(checkpoint, engine.of(device, dtype))
 
@@ -59,11 +59,25 @@ def compile_for(checkpoint: Checkpoint, engine: Engine) -> Decoder:
         raise FewbitsError(f"{checkpoint.path}: the configuration: {str(error).splitlines()[0]}") from None
 
 
-def compile_or_say(checkpoint: Checkpoint, device: torch.device | None = None) -> Decoder | None:
-    """The same; None, and why on stderr, for a model that Transformers has to compute."""
+def compile_or_say(checkpoint: Checkpoint, device: str | None = None) -> Decoder | None:
+    """The same; None, and why on stderr, for a model that Transformers has to compute on the CPU.
+
+    "auto" is the GPU if there is one, and it has room, else the CPU, as stderr says.
+
+    Raises:
+        FewbitsError: also what a GPU that is named cannot do.
+    """
+    where = engine.device(device)
     try:
-        return compile(checkpoint, device)
+        return compile(checkpoint, where)
+    except NotHere as reason:
+        if device != "auto":
+            raise
+        print(f"note: {reason}; the CPU computes", file=sys.stderr)
+        return compile_or_say(checkpoint)
     except Unsupported as reason:
+        if where is not None and device != "auto":
+            raise
         print(f"note: {reason}; Transformers computes", file=sys.stderr)
         return None
 
@@ -76,6 +90,7 @@ def _compile(checkpoint: Checkpoint, engine: Engine) -> Decoder:
     if any(e.codec.family == "w8a8" for e in checkpoint.entries.values()):
         raise Unsupported(f"{checkpoint.path}: no native decoder for activations rounded as w8a8 says",
                           "fewbits.load() runs it")
+    engine.check(checkpoint)
     tensors = _Tensors(checkpoint, table, config, engine)
     rotations = _rotations(family, config, checkpoint.path)
     plan = engine.plan(widths=_widths(config, table.experts), layers=config["num_hidden_layers"],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from fewbits import _native
-from fewbits.checkpoint import Entry
-from fewbits.errors import FewbitsError
+from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.errors import FewbitsError, NotHere
 from fewbits.lazy import torch
 from fewbits.memory import available_bytes
 from fewbits.runtime import weights
@@ -38,12 +39,21 @@ class Cache(Protocol):
 
 class Engine(Protocol):
     @property
+    def name(self) -> str: ...
+
+    @property
     def caches(self) -> tuple[str, ...]:
         """What keys and values can be rounded to."""
 
     @property
     def most(self) -> int:
         """Tokens of a call."""
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """
+        Raises:
+            NotHere: there is no room for its weights.
+        """
 
     def plan(self, *, widths: Sequence[int], layers: int, heads: int, kv_heads: int, head: int,
              scale: float) -> Plan: ...
@@ -63,11 +73,15 @@ class Engine(Protocol):
 class Native:
     """The CPU: caches take memory as tokens come."""
 
+    name = "native decoder"
     caches = CACHES
 
     @property
     def most(self) -> int:
         return _native.MOST_TOKENS
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        pass  # what does not fit is paged in from its file
 
     def plan(self, **sizes: Any) -> Plan:
         return _native.Plan(**sizes)
@@ -91,7 +105,8 @@ def of(device: torch.device | None = None, dtype: torch.dtype | None = None) -> 
     """What computes on a device, by default on the CPU.
 
     Raises:
-        FewbitsError: Triton does not run on it, or a type that is not computed in there.
+        NotHere: Triton does not run on it.
+        FewbitsError: a type that is not computed in there.
     """
     if device is None or device.type == "cpu":
         if dtype is not None and dtype != torch.float32:
@@ -101,7 +116,24 @@ def of(device: torch.device | None = None, dtype: torch.dtype | None = None) -> 
 
     reason = unavailable(device)
     if reason is not None:
-        raise FewbitsError(f"no decoder on {device}: {reason}", "--device cpu")
+        raise NotHere(f"no decoder on {device}: {reason}", "--device cpu")
     from fewbits.runtime.triton.engine import Gpu
 
     return Gpu(device, dtype or (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16))
+
+
+GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, Windows' own in its Linux
+
+
+def device(name: str | None) -> torch.device | None:
+    """The GPU called `name`; None is the CPU, as is "auto" where there is no GPU, for which torch is not imported.
+
+    Raises:
+        FewbitsError: there is no such device.
+    """
+    if name in (None, "cpu") or name == "auto" and not any(Path(file).exists() for file in GPUS):
+        return None
+    from fewbits import devices
+
+    found = devices.find(name)
+    return None if found.type == "cpu" else found

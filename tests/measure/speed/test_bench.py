@@ -140,3 +140,9 @@ def test_the_command(fewbits_command: Run, gguf: Path, tiny: Path, broken: str) 
     code, _, err = fewbits_command("bench", gguf, "--prompt", "some")
     assert code == 1 and err == "error: --prompt 'some': no number, or several with commas\n" \
                                 "hint: for example --prompt 32,512\n"
+
+
+def test_the_decoder_alone_goes_to_a_device(tiny: Path) -> None:
+    found = choosing.candidates(choosing.opened([tiny]), ["decoder", "modules"], {"transformers": None}, device="cuda")
+    assert [(c.engines, c.device) for c in found] == [(("decoder",), "cuda"), (("modules",), None),
+                                                      (("transformers",), None)]

@@ -31,7 +31,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
             if do == "load":
                 if self.python == "unreadable":
                     raise Failed("it reads nothing")
-                return {"import": 1.0, "load": float(len(seen)), "versions": {}}
+                return {"import": 1.0, "load": float(len(seen)), "versions": {},
+                        "device": "a GPU" if self.python == "a" else None}
             if do == "warm":
                 return {"way": "best" if job["way"] is None else job["way"] + "!", "kernel": "fast", "resident": 5,
                         "anonymous": 3, "gpu": None}
@@ -63,6 +64,7 @@ def test_candidates_take_turns(asked: Asked) -> None:
     run(them, 1)
     assert asked == [("a", "warm"), ("b", "warm"), ("a", "repeat"), ("b", "repeat")]
     assert [r.speed(WORK, {}).repeats for r in them] == [1, 1]
+    assert [r.speed(WORK, {}).circumstances for r in them] == [{"device": "a GPU"}, {}]
 
 
 def test_one_at_a_time_where_memory_is_short(asked: Asked) -> None:

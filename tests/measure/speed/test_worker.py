@@ -48,6 +48,15 @@ def test_engines_take_the_most_likely_tokens(name: str, tiny: Path, meant: Rows)
     assert engine.whole(rows) == [after[3] for after in meant]
 
 
+def test_the_decoder_on_a_gpu(tiny: Path, meant: Rows, gpu: None) -> None:
+    engine = Decoder(job(tiny, device="cuda"))
+    engine.load(job(tiny))
+    assert engine.device and "decoder" not in engine.device
+    tokens = [engine.begin(PROMPTS, 10)]
+    tokens.append(engine.step(tokens[-1]))
+    assert np.array(tokens).T.tolist() == [row[:2] for row in meant]
+
+
 def test_a_repetition_takes_every_step(tiny: Path, meant: Rows) -> None:
     class Recorded(Decoder):
         calls: list[tuple[str, int, int]] = []

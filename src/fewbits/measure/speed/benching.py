@@ -15,16 +15,18 @@ from fewbits.measure.speed import choosing
 from fewbits.measure.speed.rows import Candidate, Json, Progress, Speed, Work
 from fewbits.measure.speed.turns import Runner, measure
 from fewbits.memory import available_bytes
+from fewbits.runtime import engine
 
 
 def bench(models: str | Path | Sequence[str | Path], *, prompts: Sequence[int] = (512,),
           generate: Sequence[int] = (64,), batches: Sequence[int] = (1,), cache: Sequence[bool] = (True,),
           repeats: int = 5, threads: int | None = None, kernels: Sequence[str | None] = (None,), train: bool = False,
-          peers: Mapping[str, str | None] | None = None, seconds: float | None = None, seed: int = 0,
-          progress: Progress | None = None) -> list[Speed]:
+          peers: Mapping[str, str | None] | None = None, device: str | None = None, seconds: float | None = None,
+          seed: int = 0, progress: Progress | None = None) -> list[Speed]:
     """Every model at every work: a prompt of so many random tokens and so many tokens after it, several texts at once.
 
-    By default (None, or "decoder") the native decoder computes, where it knows the model. `kernels` may name others:
+    By default (None, or "decoder") the decoder computes, where it knows the model, and on `device` where that names a
+    GPU: circumstances then have its name. What else there is stays on the CPU. `kernels` may name others:
     "modules", which is `fewbits.load` with its own choice, or one that `load` takes. `train` adds a training step,
     forward and backward to the inputs, through the modules. `peers` are other engines for the same files:
     "transformers", "bitsandbytes", "gptqmodel" or "llama.cpp", each with the Python that has it (None: this one).
@@ -42,8 +44,10 @@ def bench(models: str | Path | Sequence[str | Path], *, prompts: Sequence[int] =
     opened = choosing.opened([models] if isinstance(models, (str, Path)) else models)
     peers, threads = peers or {}, threads or instructions.threads()
     choosing.check_kernels(kernels)
+    device = None if engine.device(device) is None else device
     choosing.check_peers(peers)
-    rounds = [(choosing.works(prompts, generate, batches, cache), choosing.candidates(opened, kernels, peers))]
+    candidates = choosing.candidates(opened, kernels, peers, device=device)
+    rounds = [(choosing.works(prompts, generate, batches, cache), candidates)]
     if train:
         rounds.append((choosing.trainings(prompts, batches), choosing.candidates(opened, kernels, peers, True)))
     needed: dict[Candidate, int] = {}

@@ -63,15 +63,16 @@ def trainings(prompts: Sequence[int], batches: Sequence[int]) -> list[Work]:
 
 
 def candidates(models: Mapping[str, Checkpoint], kernels: Sequence[str | None], peers: Mapping[str, str | None],
-               train: bool = False) -> list[Candidate]:
-    """Each model in every engine."""
+               train: bool = False, device: str | None = None) -> list[Candidate]:
+    """Each model in every engine; the decoder, and it alone, on a device."""
     found = []
     for name, checkpoint in models.items():
         path = Path(os.path.abspath(checkpoint.path))
         for kernel in kernels:
-            engines = ("modules",) if train or kernel not in (None, DECODER) else ("decoder", "modules")
+            modules = train or kernel not in (None, DECODER)
+            engines = ("modules",) if modules else ("decoder",) if device else ("decoder", "modules")
             found.append(Candidate(name, path, "fewbits", engines, sys.executable,
-                                   None if kernel in (DECODER, MODULES) else kernel))
+                                   None if kernel in (DECODER, MODULES) else kernel, None if modules else device))
         found += [Candidate(name, path, peer, (peer,), python or sys.executable) for peer, python in peers.items()]
     return list(dict.fromkeys(found))
 

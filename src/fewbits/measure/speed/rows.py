@@ -21,6 +21,7 @@ class Candidate:
     engines: tuple[str, ...]  # the worker's names: the first that knows the model computes
     python: str
     kernel: str | None = None
+    device: str | None = None  # None: the CPU
 
 
 @dataclass(frozen=True)

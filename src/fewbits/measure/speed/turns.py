@@ -49,7 +49,7 @@ class Runner:
             self.worker, c = Worker(self.candidate.python, self.threads), self.candidate
             try:
                 self.loads.append(self.worker.ask("load", engines=c.engines, model=str(c.model), kernel=c.kernel,
-                                                  threads=self.threads))
+                                                  device=c.device, threads=self.threads))
             except Failed as failed:
                 self.broken = str(failed)
                 raise
@@ -68,7 +68,8 @@ class Runner:
             measured = figures(work, self.found) | {f"{name}_bytes": self.warmed[name] for name in (
                 "resident", "anonymous", "gpu")} | {
                 f"{name}_seconds": median(said[name] for said in self.loads) for name in ("import", "load")}
-        own = {"engine_versions": self.loads[0]["versions"]} if self.loads and self.loads[0]["versions"] else {}
+        said = {"engine_versions": "versions", "device": "device"}
+        own = {key: self.loads[0][name] for key, name in said.items() if self.loads and self.loads[0][name]}
         kernel = self.warmed.get("kernel") or c.kernel or ""
         return Speed(c.name, c.engine, kernel, work.prompt, work.generate, work.batch, work.cache, work.train,
                      self.reason, len(self.found), circumstances=circumstances | own, **measured)

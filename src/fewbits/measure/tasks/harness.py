@@ -32,15 +32,16 @@ class FewbitsLM(TemplateLM):
     """`pretrained` is a path in any format, a hub id, or a loaded model."""
 
     def __init__(self, pretrained: str | Path | Checkpoint | Any, kernel: str | None = None,
-                 batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None):
-        """Batches and device mean nothing here: the harness's command names "cuda:0" wherever it runs. The endings of a
-        context are a batch.
+                 batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None,
+                 on: str | None = None):
+        """It computes on the CPU, or `on` a device. Batches and `device` mean nothing here: the harness's command names
+        "cuda:0" wherever it runs. The endings of a context are a batch.
 
         Raises:
             FewbitsError: nothing readable there.
         """
         super().__init__()
-        self._scorer = scorer(pretrained, kernel)
+        self._scorer = scorer(pretrained, kernel, on)
         self.checkpoint, self._endings = self._scorer.checkpoint, endings(self._scorer)
         self.tokenizer = tokenizer_of(self.checkpoint)
         self._engine: Any = self._scorer.model if isinstance(self._scorer, Decoded) else None

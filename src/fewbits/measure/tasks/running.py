@@ -23,8 +23,8 @@ Progress = Callable[[str, int, int], None]
 
 
 def run(model: Model, against: Model | None = None, *, names: Sequence[str], folder: str | Path | None = None,
-        limit: int | None = None, seed: int | None = None, kernel: str | None = None, fresh: bool = False,
-        progress: Progress | None = None) -> list[TaskResult]:
+        limit: int | None = None, seed: int | None = None, kernel: str | None = None, device: str | None = None,
+        fresh: bool = False, progress: Progress | None = None) -> list[TaskResult]:
     """Accuracy of `model` on tasks of lm-evaluation-harness by name, and what changed from `against`: a result for
     every task and metric.
 
@@ -42,8 +42,8 @@ def run(model: Model, against: Model | None = None, *, names: Sequence[str], fol
     asked = {name: questions(name, folder, limit, seed) for name in names}
     models = [_opened(m) for m in ((model,) if against is None else (model, against))]
     everything = [q for some in asked.values() for q in some]
-    found = [ask(m, everything, kernel, fresh, progress) for m in models]
-    told = circumstances(*(_checkpoint(m) for m in models), kernel=kernel, limit=limit, seed=seed,
+    found = [ask(m, everything, kernel, fresh, progress, device) for m in models]
+    told = circumstances(*(_checkpoint(m) for m in models), kernel=kernel, device=device, limit=limit, seed=seed,
                          task_files=None if folder is None else str(folder))
     out = []
     for name, some in asked.items():
@@ -55,14 +55,14 @@ def run(model: Model, against: Model | None = None, *, names: Sequence[str], fol
 
 
 def ask(model: Checkpoint | Any, asked: Sequence[Question], kernel: str | None = None, fresh: bool = False,
-        progress: Progress | None = None) -> dict[str, list[Likelihood]]:
+        progress: Progress | None = None, device: str | None = None) -> dict[str, list[Likelihood]]:
     """Likelihoods of the endings of every question, by its key."""
-    answers = Answers(_file(model, kernel))
+    answers = Answers(_file(model, kernel, device))
     missing = list({q.key: q for q in asked if fresh or q.key not in answers}.values())
     if missing:
         from fewbits.measure.tasks.harness import FewbitsLM
 
-        lm = FewbitsLM(model, kernel)
+        lm = FewbitsLM(model, kernel, on=device)
         for i, question in enumerate(missing):
             answers.put(question.key, lm.likelihoods(question.pairs))
             if progress:
@@ -81,10 +81,11 @@ def _checkpoint(model: Checkpoint | Any) -> Checkpoint:
     return model if isinstance(model, Checkpoint) else checkpoint_of(model)
 
 
-def _file(model: Checkpoint | Any, kernel: str | None) -> Path | None:
+def _file(model: Checkpoint | Any, kernel: str | None, device: str | None) -> Path | None:
     """Where its answers are kept: nowhere if it is loaded, when only its owner knows what it is."""
     known = identity(model)["sha256"] if isinstance(model, Checkpoint) else None
     if known is None:
         return None
-    computed = f"{kernel or 'default'}-{instructions.current()}-{fewbits.__version__}"
+    how = "-".join(filter(None, (kernel or "default", device)))
+    computed = f"{how}-{instructions.current()}-{fewbits.__version__}"
     return caching.folder("answers") / f"{known[:32]}-{computed}.jsonl"

@@ -10,13 +10,16 @@ import numpy as np
 import torch
 
 from fewbits import devices
-from fewbits.checkpoint import Entry
+from fewbits.checkpoint import Checkpoint, Entry
+from fewbits.errors import NotHere
 from fewbits.qtensor import QTensor
 from fewbits.runtime import weights
 from fewbits.runtime.dispatch import choose
 from fewbits.runtime.reference import Prepared
 from fewbits.runtime.triton.joining import floats
 from fewbits.runtime.triton.plan import Cache, Plan
+
+ASIDE = 1 << 29  # bytes for what a call computes with
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,22 @@ class Gpu:
     kernel: str | None = None  # of products; None: whatever suits
     caches = ("f16",)
     most = 1024
+
+    @property
+    def name(self) -> str:
+        if self.device.type != "cuda":
+            return f"decoder on {self.device}"
+        return f"decoder on {torch.cuda.get_device_name(self.device)}"
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        entries = checkpoint.entries.values()
+        needed = ASIDE + sum(e.parameters * self.dtype.itemsize if e.codec.family == "float" else e.nbytes
+                             for e in entries)
+        free = devices.free_bytes(self.device)
+        if needed > free:
+            bits = max(free - ASIDE, 0) * 8 / sum(e.parameters for e in entries)
+            raise NotHere(f"{checkpoint.path}: takes {needed / 1e9:.1f} GB on {self.device}, {free / 1e9:.1f} GB are "
+                          "free", f"quantize it to {bits:.1f} bits a weight, or --device cpu")
 
     def plan(self, **sizes: Any) -> Plan:
         return Plan(self.device, self.dtype, **sizes)
@@ -46,8 +65,11 @@ class Gpu:
     def _prepared(self, q: QTensor) -> Prepared:
         if q.codec.family == "float":
             return floats(q.dequantize(self.dtype).to(self.device))
-        q = q.to(self.device)
-        return choose(q, self.device, self.kernel).prepare(q, self.dtype)
+        try:
+            q = q.to(self.device)
+            return choose(q, self.device, self.kernel).prepare(q, self.dtype)
+        except torch.OutOfMemoryError as error:
+            raise NotHere(f"{self.device}: {str(error).splitlines()[0]}", "--device cpu") from None
 
     def cache(self, plan: Plan, capacity: int, kept: str) -> Cache:
         return Cache(plan, capacity)

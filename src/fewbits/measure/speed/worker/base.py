@@ -18,6 +18,7 @@ class Engine:
     packages: tuple[str, ...] = ()  # whose versions are part of a result
     ways: tuple[str, ...] = ("",)
     kernel = ""  # how it computes, as the result names it
+    device: str | None = None  # its name, unless it is the processor
 
     def __init__(self, job: Json):
         """Imports what is needed."""

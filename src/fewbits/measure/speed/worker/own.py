@@ -14,16 +14,18 @@ class Decoder(Engine):
 
     def __init__(self, job: Json):
         from fewbits import containers, errors
-        from fewbits.runtime import decoder
+        from fewbits.runtime import decoder, engine
 
         self._open, self._compile, self._unsupported = containers.open, decoder.compile, errors.Unsupported
+        self._where = engine.device(job.get("device"))
         self.sequences: list[Any] = []
 
     def load(self, job: Json) -> None:
         try:
-            self.model = self._compile(self._open(Path(job["model"])))
+            self.model = self._compile(self._open(Path(job["model"])), self._where)
         except self._unsupported as error:
             raise Another(str(error)) from None
+        self.device = None if self._where is None else self.model.engine.name.removeprefix("decoder on ")
 
     def begin(self, rows: Rows, room: int) -> list[int]:
         self.sequences = []

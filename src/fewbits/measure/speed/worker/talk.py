@@ -40,6 +40,7 @@ class Talk:
                 continue
             self.engine = engine
             return {"import": imported - began, "load": time.perf_counter() - imported, "kernel": engine.kernel,
+                    "device": engine.device,
                     "versions": {name: metadata.version(name) for name in engine.packages}}
         raise AssertionError("no engine was named")
 
