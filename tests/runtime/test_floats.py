@@ -73,5 +73,6 @@ def test_reasons() -> None:
     with pytest.raises(FewbitsError) as error:
         choose(QTensor(codecs.get("kmeans4"), (4, 64), {}), CPU, without=("decoded", "decode"))
     assert str(error.value).startswith("no kernel computes kmeans4 [4, 64] on cpu: native: no native form of kmeans4; "
-                                       "triton: not on cpu; rowwise: kmeans4 has no scale for each row alone, or not of 8 bits; ")
+                                       "triton: not on cpu; rowwise: kmeans4 has no scale for each row alone, or "
+                                       "not of 8 bits; ")
     assert str(error.value).endswith("decoded: ruled out; decode: ruled out")

@@ -23,7 +23,7 @@ from fewbits.errors import FewbitsError
 
 PACKAGED = Path(__file__).with_name("tuned")
 DENSE_ROWS = 256  # from so many on, the weight is decoded and multiplied by the GPU's own library
-WAVES = 2  # programs a processor that a default's split asks for
+WAVES = 5  # programs that a processor holds at once, which a default's split asks for; with large tiles 1
 NEAR = 2.0  # how many times as wide or as high a product may be, for its configuration to count
 
 
@@ -65,11 +65,11 @@ class Tuned(NamedTuple):
 
 
 NOTHING = Tuned("", "")
-LEAST_COLUMNS = 512  # of a program, where a default splits
+LEAST_COLUMNS = 256  # of a program, where a default splits
 DEFAULTS: dict[str, dict[int, Config]] = {  # kernel -> up to so many rows -> what is taken; the last for any
-    "matvec": {1: Config(16)},
-    "tile": {16: Config(64, 16), 32: Config(64, 32), 64: Config(128, 64), 256: Config(128, 128, warps=8)},
-    "decode": {1: Config(16)},
+    "matvec": {1: Config(128)},
+    "tile": {16: Config(128, 16), 32: Config(128, 32), 64: Config(128, 64), 256: Config(128, 128, warps=8)},
+    "decode": {1: Config(128)},
     "rowwise": {16: Config(64, 16), 32: Config(64, 32), 64: Config(64, 64, stages=4), 256: Config(128, 128, warps=8)},
 }
 _tried: list[_Trial] = []
@@ -223,10 +223,11 @@ def default(key: Key, processors: int) -> Config:
     """Without any file; columns are shared where a product has too few programs for the GPU."""
     table = DEFAULTS[key.kernel]
     config = table[min((r for r in table if r >= key.rows), default=max(table))]
-    if key.kernel == "decode" or key.rows >= 64:
+    if key.kernel == "decode":
         return config
     programs = math.ceil(key.out / config.n) * math.ceil(key.rows / config.m)
-    wanted = min(WAVES * processors // programs, key.columns // LEAST_COLUMNS, 16)
+    waves = WAVES if config.m < 64 else 1
+    wanted = min(waves * processors // programs, key.columns // LEAST_COLUMNS, 32)
     return replace(config, split=1 << max(0, wanted.bit_length() - 1))
 
 

@@ -40,8 +40,8 @@ def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrive
                     got = tl.load(x + column).to(tl.float32)
                 else:
                     got = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
-                total += got[:, None] * weights(word, high, levels, n, live, scale, offset, g * EACH + i, LEVELS, LOWER,
-                                                UPPER)
+                weight = weights(word, high, levels, n, live, scale, offset, g * EACH + i, LEVELS, LOWER, UPPER)
+                total = tl.fma(got[:, None], weight, total)
     found = tl.sum(total, 0)[None, :]
     m = tl.arange(0, 1)
     if SPLIT == 1:

@@ -42,7 +42,7 @@ def weights(words, upper, levels, n, live, scale, offset, i, LEVELS: tl.constexp
             code = code | field(upper.to(tl.int32), i, UPPER, 12 + part + LOWER)
         ones = 1 << (11 - part)
         value = code.to(tl.float32, bitcast=True)  # 1 + code / ones
-        return value * (scale * ones)[None, :] + (offset - scale * ones)[None, :]
+        return tl.fma(value, (scale * ones)[None, :], (offset - scale * ones)[None, :])
     elif LEVELS == "e4m3":
         return _small_float(words, i, LOWER, 4) * (scale * 2.0 ** 120)[None, :]
     elif LEVELS == "e5m2":
