@@ -180,17 +180,6 @@ def _loaded(lines: list[str], form: Form) -> int:
     return sum(form.nbytes(m) for line in lines if (m := form.load.search(line)))
 
 
-def rowwise(rows: int, outliers: float, dtype: torch.dtype = torch.bfloat16, out: int = 4096, columns: int = 4096,
-            asymmetric: bool = False) -> None:
-    from fewbits.runtime.triton.rowwise import product
-
-    config = configs.default(configs.Key("rowwise", 8, columns, configs.bucket(rows), out, columns), PROCESSORS)
-    zeros = torch.empty(out, 1, dtype=torch.int8) if asymmetric else None
-    with configs.trying({"rowwise": config}):
-        product(torch.empty(rows, columns, dtype=dtype), torch.empty(out, columns, dtype=torch.int8), torch.empty(out),
-                zeros, None, torch.empty(out, dtype=dtype), 127.0, outliers)
-
-
 def products(name: str, rows: int, dtype: torch.dtype = torch.bfloat16, out: int = 4096, columns: int = 4096) -> None:
     """Weights of few bits; 64 outputs stand for all, which kernels only see in their configuration."""
     from fewbits import codecs
@@ -202,6 +191,17 @@ def products(name: str, rows: int, dtype: torch.dtype = torch.bfloat16, out: int
     chosen = {kernel: configs.default(key._replace(kernel=kernel), PROCESSORS) for kernel in configs.DEFAULTS}
     with configs.trying(chosen, configs.DENSE_ROWS):
         weight.matmul(torch.empty(rows, columns, dtype=dtype), None)
+
+
+def rowwise(rows: int, outliers: float, dtype: torch.dtype = torch.bfloat16, out: int = 4096, columns: int = 4096,
+            asymmetric: bool = False) -> None:
+    from fewbits.runtime.triton.rowwise import product
+
+    config = configs.default(configs.Key("rowwise", 8, columns, configs.bucket(rows), out, columns), PROCESSORS)
+    zeros = torch.empty(out, 1, dtype=torch.int8) if asymmetric else None
+    with configs.trying({"rowwise": config}):
+        product(torch.empty(rows, columns, dtype=dtype), torch.empty(out, columns, dtype=torch.int8), torch.empty(out),
+                zeros, None, torch.empty(out, dtype=dtype), 127.0, outliers)
 
 
 CALLS: dict[str, Callable[[], None]] = {

@@ -36,8 +36,8 @@ def check(codes: list[dict[str, Any]], target: str) -> None:
 
 @pytest.mark.parametrize("target", ["sm90", "gfx942"])
 def test_every_kernel_compiles_and_keeps_to_its_registers(tmp_path: Path, target: str) -> None:
-    codes = compiled(tmp_path, target, "int8, 16 rows")
-    assert [code["kernel"] for code in codes] == ["find_outliers", "round_rows", "multiply"]
+    codes = compiled(tmp_path, target, "int4-g128, 1 row", "int4-g128, 16 rows", "int4-g128, 512 rows", "int8, 16 rows")
+    assert [code["kernel"] for code in codes] == ["matvec", "tile", "decode", "find_outliers", "round_rows", "multiply"]
     check(codes, target)
     if target == "sm90":  # four warps copy 20 KiB of a block and multiply 64 tiles of 16 x 8 x 32
         loop = codes[-1]["loop"]
