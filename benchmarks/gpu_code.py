@@ -11,11 +11,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,38 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from fewbits.runtime.triton import configs  # noqa: E402
 
-TARGETS = {"sm80": GPUTarget("cuda", 80, 32), "sm90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {"sm80": GPUTarget("cuda", 80, 32), "sm90": GPUTarget("cuda", 90, 32),
+           "gfx942": GPUTarget("hip", "gfx942", 64)}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROCESSORS, ISSUES, BYTES = 132, 132 * 4 * 1.7e9, 3.35e12  # of an H100: instructions of warps, and bytes, a second
 UNITS = {"cuda": r"\b(?:IMMA|HMMA|IGMMA|HGMMA|QGMMA)\.[\w.]+", "hip": r"\bv_mfma_\w+"}
-LOADS = re.compile(r"\b(?:LDG|LDGSTS)\.[\w.]+")
+Weights = Callable[[dict[str, Any]], tuple[int, float]]  # constants -> weights of a loop's turn, their bytes
 
-Weights = Callable[[dict[str, Any]], tuple[int, int]]  # constants of a kernel -> weights and bytes that a loop's turn loads
+
+@dataclass(frozen=True)
+class Form:
+    """How labels, jumps, instructions and loads from global memory are written."""
+
+    label: re.Pattern[str]
+    jump: re.Pattern[str]
+    instruction: re.Pattern[str]
+    load: re.Pattern[str]
+    nbytes: Callable[[re.Match[str]], int]
+
+
+PTX = Form(re.compile(r"(\$L\w+):"), re.compile(r"\bbra\S*\s+(\$L\w+)"), re.compile(r";"),
+           re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\b|\bcp\.async\.c[ag]\S*.*\], (0x\w+|\d+)"),
+           lambda m: int(m[3], 0) if m[3] else int(m[1] or 1) * int(m[2]) // 8)
+SASS = Form(re.compile(r"\s*(\.L_x_\d+):"), re.compile(r"\bBRA\b.*?(\.L_x_\d+)"), re.compile(r"/\*[0-9a-f]{4,}\*/"),
+            re.compile(r"\bLDG(?:STS)?\.E((?:\.\w+)*)"),
+            lambda m: next((size for name, size in WIDTHS.items() if name in m[1].split(".")), 4))
+WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 @dataclass
 class Loop:
     instructions: int
+    turns: int  # of the kernel's own loop in one of the machine's
     per_weight: float  # instructions of warps
     issue_to_memory: float
 
@@ -62,7 +82,7 @@ class Code:
 
 
 class _Absent:
-    """A driver of a GPU that is not there."""
+    """The driver of a GPU that is not there."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -80,7 +100,7 @@ class _Absent:
 
 @contextmanager
 def compiling(target: GPUTarget) -> Iterator[list[tuple[JITFunction, dict[str, Any], Any]]]:
-    """Within it kernels are compiled when they are launched, on tensors of the CPU, and not run: kernel, constants, code."""
+    """Within it kernels are compiled when they are launched, and not run: each kernel, its constants, its code."""
     found: list[tuple[JITFunction, dict[str, Any], Any]] = []
     run = JITFunction.run
 
@@ -104,14 +124,14 @@ def look(call: str, target: str, kernel: JITFunction, constants: dict[str, Any],
     if "cubin" in code.asm:
         usage, text = _dump(code.asm["cubin"])
         seen.registers = int(_first(r"REG:(\d+)", usage))
-        seen.spilled = int(_first(r"STACK:(\d+)", usage)) // 4 + len(re.findall(r"\b(?:STL|LDL)\b", text))
+        seen.spilled = int(_first(r"STACK:(\d+)", usage)) // 4
         if kernel.__name__ in WEIGHTS:
-            seen.loop = _loop(text, *WEIGHTS[kernel.__name__](constants), 32 * int(code.metadata.num_warps))
+            seen.loop = _loop(code.asm["ptx"], text, *WEIGHTS[kernel.__name__](constants), int(code.metadata.num_warps))
         found = re.findall(UNITS["cuda"], text)
     else:
         text = code.asm["amdgcn"]
         seen.registers = int(_first(r"\.vgpr_count:\s+(\d+)", text))
-        seen.spilled = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
+        seen.spilled = int(_first(r"\.vgpr_spill_count:\s+(\d+)", text))
         found = re.findall(UNITS["hip"], text)
     seen.units = {name: found.count(name) for name in dict.fromkeys(found)}
     return seen
@@ -134,32 +154,43 @@ def _first(pattern: str, text: str) -> str:
     return match[1]
 
 
-def _loop(text: str, weights: int, nbytes: int, threads: int) -> Loop | None:
-    """The innermost loop that loads most bytes; a turn of it may be several of the kernel's, which the bytes tell."""
-    lines = text.splitlines()
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
-    jumps = [(labels.get(m[1], i), i) for i, line in enumerate(lines) if (m := re.search(r"\bBRA.*\(?(\.L_x_\d+)", line))]
-    backward = [(a, b) for a, b in jumps if a < b]
-    inner = [(a, b) for a, b in backward if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in backward)]
-    loops = [[line for line in lines[a:b + 1] if "/*" in line] for a, b in inner]
-    if not loops:
+def _loop(ptx: str, sass: str, weights: int, nbytes: float, warps: int) -> Loop | None:
+    """The innermost loop that loads most bytes. `ptxas` may make one turn of several, which its loads tell."""
+    before, after = _busiest(ptx, PTX), _busiest(sass, SASS)
+    if not before or not after:
         return None
-    loop = max(loops, key=_loaded)
-    turns = max(1, round(_loaded(loop) * threads / nbytes))
-    slots = len(loop) * threads / 32 / (weights * turns)
-    return Loop(len(loop), slots, slots / ISSUES / (nbytes / weights / BYTES))
+    turns = max(1, round(_loaded(after, SASS) / _loaded(before, PTX)))
+    slots = len(after) * warps / (weights * turns)
+    return Loop(len(after), turns, slots, slots / ISSUES / (nbytes / weights / BYTES))
 
 
-def _loaded(lines: list[str]) -> int:
+def _busiest(text: str, form: Form) -> list[str]:
+    """Instructions of the innermost loop that loads most: from a label to a jump back to it."""
+    lines = text.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := form.label.match(line))}
+    jumps = [(labels.get(m[1], i), i) for i, line in enumerate(lines) if (m := form.jump.search(line))]
+    back = [(to, at) for to, at in jumps if to < at]
+    inner = [(a, b) for a, b in back if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in back)]
+    loops = [[line for line in lines[a:b + 1] if form.instruction.search(line)] for a, b in inner]
+    return max(loops, key=lambda loop: _loaded(loop, form), default=[])
+
+
+def _loaded(lines: list[str], form: Form) -> int:
     """Bytes that a thread loads from global memory."""
-    return sum(_width(m[0]) for line in lines if (m := LOADS.search(line)))
+    return sum(form.nbytes(m) for line in lines if (m := form.load.search(line)))
 
 
-def _width(instruction: str) -> int:
-    for name, size in ((".128", 16), (".64", 8), ("8", 1), ("16", 2)):
-        if instruction.endswith(name) or f"{name}." in instruction or re.search(rf"\.[US]{name}\b", instruction):
-            return size
-    return 4
+def products(name: str, rows: int, dtype: torch.dtype = torch.bfloat16, out: int = 4096, columns: int = 4096) -> None:
+    """Weights of few bits; 64 outputs stand for all, which kernels only see in their configuration."""
+    from fewbits import codecs
+    from fewbits.runtime.triton.kernel import OnGpu
+    from fewbits.solvers import solve
+
+    weight = OnGpu.of(solve(torch.randn(64, columns), codecs.get(name)), dtype)
+    key = configs.Key("", weight.layout.bits, weight.layout.group, configs.bucket(rows), out, columns)
+    chosen = {kernel: configs.default(key._replace(kernel=kernel), PROCESSORS) for kernel in configs.DEFAULTS}
+    with configs.trying(chosen, configs.DENSE_ROWS):
+        weight.matmul(torch.empty(rows, columns, dtype=dtype), None)
 
 
 def rowwise(rows: int, outliers: float, dtype: torch.dtype = torch.bfloat16, out: int = 4096, columns: int = 4096,
@@ -174,6 +205,14 @@ def rowwise(rows: int, outliers: float, dtype: torch.dtype = torch.bfloat16, out
 
 
 CALLS: dict[str, Callable[[], None]] = {
+    "int4-g128, 1 row": lambda: products("int4-g128", 1),
+    "Q4_K, 1 row": lambda: products("Q4_K", 1),
+    "Q6_K, 1 row": lambda: products("Q6_K", 1),
+    "nf4, 1 row": lambda: products("nf4", 1),
+    "int4-g128, 4 rows": lambda: products("int4-g128", 4),
+    "int4-g128, 16 rows": lambda: products("int4-g128", 16),
+    "int4-g128, 128 rows": lambda: products("int4-g128", 128),
+    "int4-g128, 512 rows": lambda: products("int4-g128", 512),
     "int8, 1 row": lambda: rowwise(1, 6.0),
     "int8, 16 rows": lambda: rowwise(16, 6.0),
     "int8, 64 rows": lambda: rowwise(64, 6.0),
@@ -184,38 +223,46 @@ CALLS: dict[str, Callable[[], None]] = {
     "w8a8-asym, 20 rows, 4100 columns": lambda: rowwise(20, 0.0, columns=4100, asymmetric=True),
 }
 WEIGHTS: dict[str, Weights] = {  # kernels whose loop over weights is looked at
-    "multiply": lambda c: (c["N"] * c["K"], (c["N"] + c["M"]) * c["K"]),
+    "multiply": lambda c: (c["N"] * c["K"], c["N"] * c["K"]),
+    "matvec": lambda c: _words(c),
+    "tile": lambda c: _words(c),
 }
 
 
-def codes(targets: list[str], only: str = "") -> Iterator[Code]:
-    """Every kernel of the calls that have `only` in their names, once for each target and constants."""
-    for target in targets:
-        seen = set()
-        for call in (name for name in CALLS if only in name):
-            with compiling(TARGETS[target]) as found:
-                CALLS[call]()
-            for kernel, constants, code in found:
-                if code.hash not in seen:
-                    seen.add(code.hash)
-                    yield look(call, target, kernel, constants, code)
+def _words(c: dict[str, Any]) -> tuple[int, float]:
+    """Weights of a block of 16 words for `N` outputs, with the bytes of a scale of 16 bits a group."""
+    count = c["N"] * 16 * (32 // c["LOWER"])
+    return count, count * ((c["LOWER"] + c["UPPER"]) / 8 + 2 / c["GROUP"])
+
+
+def codes(target: str, only: list[str]) -> list[Code]:
+    """Every kernel of the calls that have one of `only` in their names, once for each set of constants."""
+    found: dict[str, Code] = {}
+    for call in (name for name in CALLS if any(part in name for part in only)):
+        with compiling(TARGETS[target]) as launched:
+            CALLS[call]()
+        for kernel, constants, code in launched:
+            if code.hash not in found:
+                found[code.hash] = look(call, target, kernel, constants, code)
+    return list(found.values())
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    options.add_argument("--only", default="", help="calls with this in their names")
+    options.add_argument("--only", nargs="+", default=[""], help="calls with one of these in their names")
     args = options.parse_args()
-    found = list(codes(args.targets, args.only))
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # modules learn their target when they are imported
+        found = sum(pool.starmap(codes, [(target, args.only) for target in args.targets], chunksize=1), [])
     rows = [(c.call, c.target, c.kernel, c.registers, c.spilled, f"{c.shared_bytes / 1024:.0f}",
              " ".join(f"{n} {name}" for name, n in c.units.items()),
-             *((c.loop.instructions, f"{c.loop.per_weight:.4f}", f"{c.loop.issue_to_memory:.2f}") if c.loop else "   "))
-            for c in found]
+             *((c.loop.instructions, c.loop.turns, f"{c.loop.per_weight:.3f}", f"{c.loop.issue_to_memory:.2f}")
+              if c.loop else ("",) * 4)) for c in found]
     show("Kernels as compiled", ("call", "target", "kernel", "registers", "spilled", "shared KiB", "tensor cores",
-                                 "loop", "a weight", "issue / memory"), rows)
+                                 "loop", "turns", "a weight", "issue / memory"), rows)
     if args.json:
         args.json.write_text(json.dumps([asdict(c) for c in found], indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
