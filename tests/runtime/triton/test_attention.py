@@ -71,8 +71,8 @@ def test_tiles() -> None:
     assert attention.tiles([1], 10, attention.Heads(71, 1, 64, torch.float16), 132, host).queries == 128
     assert [attention.tiles([1] * n, 5000, usual, 132, host).splits for n in (1, 2, 32, 64)] == [20, 16, 1, 1]
     assert attention.tiles([1], 200, usual, 132, host).splits == 1
-    sizes = {(256, torch.bfloat16): (256, 64, 32), (80, torch.float16): (128, 128, 64), (80, torch.float32): (128, 16, 32),
-             (10, torch.float32): (16, 64, 64)}
+    sizes = {(256, torch.bfloat16): (256, 64, 32), (80, torch.float16): (128, 128, 64),
+             (80, torch.float32): (128, 16, 32), (10, torch.float32): (16, 64, 64)}
     for (width, dtype), want in sizes.items():
         shape = attention.Heads(8, 4, width, dtype)
         assert (shape.columns, shape.queries, shape.positions) == want
