@@ -20,7 +20,7 @@ MOST_SPLITS = 64
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "layer", "window"])
 def _attend(q, q_stride, out, stats, base, tokens, count, tiles, layer, scale, cap, window, HEADS: tl.constexpr,
             KV_HEADS: tl.constexpr, HEAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
             CAP: tl.constexpr, SPLITS: tl.constexpr):
