@@ -204,6 +204,22 @@ def rowwise(rows: int, outliers: float, dtype: torch.dtype = torch.bfloat16, out
                 zeros, None, torch.empty(out, dtype=dtype), 127.0, outliers)
 
 
+def steps(counts: list[int], longest: int, heads: int, kv_heads: int, head: int, dtype: torch.dtype = torch.bfloat16,
+          half: int = 0, cap: float = 0.0) -> None:
+    """What a decoder does between the products of a layer, for pieces of so many tokens."""
+    from fewbits.runtime.triton import attention, rows
+
+    cpu, tokens, hidden, narrow = torch.device("cpu"), sum(counts), heads * head, kv_heads * head
+    shape = attention.Heads(heads, kv_heads, head, dtype)
+    tiles = attention.tiles(counts, longest, shape, PROCESSORS, cpu)
+    q, k, v = torch.empty(tokens, hidden + 2 * narrow, dtype=dtype).split([hidden, narrow, narrow], 1)
+    numbers, base = torch.empty(rows.ROWS, tokens, dtype=torch.int64), torch.empty(64, dtype=dtype)
+    turned = rows.keep(q, k, v, torch.empty(tokens, 2, half or head // 2), numbers, base, 3, head)
+    seen = attention.attend(turned, numbers, base, tiles, 3, shape, 0.1, 0, cap)
+    rows.norm(torch.empty(tokens, hidden), torch.empty(hidden), 1e-5, dtype, added=seen)
+    rows.gate("silu", q, q)
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "int4-g128, 1 row": lambda: products("int4-g128", 1),
     "Q4_K, 1 row": lambda: products("Q4_K", 1),
@@ -221,6 +237,11 @@ CALLS: dict[str, Callable[[], None]] = {
     "w8a8, 1 row": lambda: rowwise(1, 0.0),
     "w8a8, 512 rows": lambda: rowwise(512, 0.0),
     "w8a8-asym, 20 rows, 4100 columns": lambda: rowwise(20, 0.0, columns=4100, asymmetric=True),
+    "decoder, a token": lambda: steps([1], 4096, 32, 8, 128),
+    "decoder, a prompt": lambda: steps([512], 512, 32, 8, 128),
+    "decoder, a token, wide heads, capped": lambda: steps([1], 4096, 8, 4, 256, cap=50.0),
+    "decoder, a prompt, wide heads, capped": lambda: steps([512], 512, 8, 4, 256, cap=50.0),
+    "decoder, a prompt, float32": lambda: steps([512], 512, 8, 2, 80, torch.float32, 10),
 }
 WEIGHTS: dict[str, Weights] = {  # kernels whose loop over weights is looked at
     "multiply": lambda c: (c["N"] * c["K"], c["N"] * c["K"]),

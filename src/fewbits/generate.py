@@ -73,7 +73,8 @@ class Session:
                  cache: str = "f16", draft: str | Path | None = None, device: str = "auto"):
         """Open a model; `kernel` has Transformers compute with products of that name.
 
-        `device` is the GPU if there is one that has room, else the CPU; or one that is named.
+        `device` is the GPU if there is one that has room, else the CPU; or one that is named. A `kernel` is the CPU's
+        unless one is named.
 
         `context` limits prompt and answer together, `cache` is the type of the keys and values that are kept, and
         `draft` is a smaller model that guesses ahead.
@@ -284,12 +285,11 @@ def _model(checkpoint: Checkpoint, kernel: str | None, device: str) -> tuple[Any
         made = decoder.compile_or_say(checkpoint, device)
         if made is not None:
             return made, True
-    elif device != "cpu":
-        raise FewbitsError(f"kernel {kernel!r} computes on the CPU here, not on {device}", "give one of the two")
     from fewbits.loading import load
+    from fewbits.runtime import engine
     from fewbits.runtime.eager import Eager
 
-    return Eager(load(checkpoint, kernel=kernel)), False
+    return Eager(engine.placed(device, lambda where: load(checkpoint, kernel=kernel, device=where))), False
 
 
 def _nobody(_: str) -> None:

@@ -16,7 +16,7 @@ from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.floats import BF16, F16
 from fewbits.containers.base import Progress
 from fewbits.devices import free_bytes
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, NotHere
 from fewbits.notes import tell
 from fewbits.recipe import ModelFacts, Overrides, Recipe
 from fewbits.runtime.build import empty_model, tokenizer_of
@@ -29,7 +29,6 @@ from fewbits.runtime.placing import Map, Placing, Sizes, gib, placing, settle, s
 from fewbits.runtime.shown import show_types
 
 CPU = torch.device("cpu")
-MENTIONED = 3  # recipes that would fit
 
 
 def load(model: str | Path | Checkpoint, *, recipe: str | Recipe | None = None, skip: Sequence[str] = (),
@@ -183,21 +182,17 @@ def _stays(entry: Entry, place: Place, net: transformers.PreTrainedModel, dtype:
 def _check_room(placed: Placing, sizes: Sizes, source: Checkpoint) -> None:
     """
     Raises:
-        FewbitsError: the weights don't fit into a GPU; the hint says what would.
+        NotHere: the weights don't fit into a GPU; the hint says what would.
     """
     lack = short(placed, sizes)
     if lack is None:
         return
     device, needed, free = lack
     hint = 'device_map="auto" leaves on the CPU what the GPU has no room for'
-    try:
-        rows = planning.plan(source, free).rows
-    except FewbitsError:  # a model that no recipe knows
-        rows = ()
-    fitting = sorted((r for r in rows if r.fits and r.weight_bytes < source.nbytes), key=lambda r: -r.total_bytes)
+    fitting = planning.fitting(source, free)
     if fitting:
-        hint = f"{', '.join(r.recipe for r in fitting[:MENTIONED])} would fit, with 4096 tokens; {hint}"
-    raise FewbitsError(f"{device}: {gib(needed)} are needed for the weights, {gib(free)} are free", hint)
+        hint = f"{', '.join(fitting)} would fit, with 4096 tokens; {hint}"
+    raise NotHere(f"{device}: {gib(needed)} are needed for the weights, {gib(free)} are free", hint)
 
 
 def _embeddings(net: transformers.PreTrainedModel) -> nn.Module | None:

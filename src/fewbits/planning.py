@@ -19,6 +19,7 @@ from fewbits.recipe import PRESETS, Choice, ModelFacts, Overrides, get
 from fewbits.recipe.facts import LINEAR
 from fewbits.sizes import Sizes
 
+MENTIONED = 3  # recipes that would fit
 PROMPT = 512  # tokens of a prompt that are computed together
 FLOATS = ("F32", "F16", "BF16")
 FULL_EVERY = {"gemma2": 2, "gemma3": 6}  # layers to each that sees all positions, where a configuration is silent
@@ -86,6 +87,17 @@ def plan(model: str | Path | Checkpoint, memory_bytes: int | None = None, contex
     take, why = _take(rows, source, facts, memory, kv + working)
     return Plan(str(source.path), source.architecture, facts.parameters, context, memory, memory_bytes is None, kv,
                 working, tuple(rows), take, why)
+
+
+def fitting(source: Checkpoint, memory_bytes: int) -> list[str]:
+    """The best recipes, a few, that make a model smaller than it is and fit into so much memory; none for a model that
+    no recipe knows."""
+    try:
+        rows = plan(source, memory_bytes).rows
+    except FewbitsError:
+        return []
+    found = [r for r in rows if r.fits and r.weight_bytes < source.nbytes]
+    return [r.recipe for r in sorted(found, key=lambda r: -r.total_bytes)[:MENTIONED]]
 
 
 def _open(path: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ from fewbits import _native, containers, hub
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import FewbitsError
 from fewbits.instructions import threads
-from fewbits.runtime import decoder
+from fewbits.runtime import decoder, engine
 from fewbits.runtime.sequences import Array, Decoder
 
 ROWS = 128  # tokens whose logits are there at a time
@@ -68,8 +68,8 @@ class Transformed:
 
     def logits(self, window: torch.Tensor, pieces: list[slice]) -> Iterator[Array]:
         with torch.inference_mode():
-            found = self.model(input_ids=window[None], use_cache=False).logits[0]
-        return (found[rows].float().numpy() for rows in pieces)
+            found = self.model(input_ids=window[None].to(self.model.device), use_cache=False).logits[0]
+        return (found[rows].float().cpu().numpy() for rows in pieces)
 
 
 def scorer(model: str | Path | Checkpoint | Any, kernel: str | None = None, device: str | None = None) -> Scorer:
@@ -85,12 +85,10 @@ def scorer(model: str | Path | Checkpoint | Any, kernel: str | None = None, devi
     if not isinstance(model, (str, Path, Checkpoint)):
         return Transformed(model)
     checkpoint = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
-    if kernel is not None and device not in (None, "cpu"):
-        raise FewbitsError(f"kernel {kernel!r} computes on the CPU here, not on {device}", "give one of the two")
     made = decoder.compile_or_say(checkpoint, device) if kernel is None else None
     if made is not None:
         return Decoded(checkpoint, made)
-    return Transformed(load(checkpoint, kernel=kernel), kernel)
+    return Transformed(engine.placed(device, lambda where: load(checkpoint, kernel=kernel, device=where)), kernel)
 
 
 def log_sums(logits: Array, source: Checkpoint) -> tuple[Array, Array]:

@@ -19,7 +19,7 @@ from fewbits.arch.rotary import Rotation
 from fewbits.arch.rows import AddOne, Ops, Regroup
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers import experts
-from fewbits.errors import FewbitsError, NotHere, Unsupported
+from fewbits.errors import FewbitsError, Unsupported
 from fewbits.lazy import torch
 from fewbits.runtime import engine, families, weights
 from fewbits.runtime.engine import Engine, Plan, Rows, Weight
@@ -60,24 +60,10 @@ def compile_for(checkpoint: Checkpoint, engine: Engine) -> Decoder:
 
 
 def compile_or_say(checkpoint: Checkpoint, device: str | None = None) -> Decoder | None:
-    """The same; None, and why on stderr, for a model that Transformers has to compute on the CPU.
-
-    "auto" is the GPU if there is one, and it has room, else the CPU, as stderr says.
-
-    Raises:
-        FewbitsError: also what a GPU that is named cannot do.
-    """
-    where = engine.device(device)
+    """The same, for a device by its name; None, and why on stderr, for a model that Transformers has to compute."""
     try:
-        return compile(checkpoint, where)
-    except NotHere as reason:
-        if device != "auto":
-            raise
-        print(f"note: {reason}; the CPU computes", file=sys.stderr)
-        return compile_or_say(checkpoint)
+        return engine.placed(device, lambda where: compile(checkpoint, where))
     except Unsupported as reason:
-        if where is not None and device != "auto":
-            raise
         print(f"note: {reason}; Transformers computes", file=sys.stderr)
         return None
 

@@ -52,11 +52,12 @@ class EagerSequence:
         new = [*self._tokens[self._cached:], *tokens]
         cache, self._cache, cached, self._cached = self._cache, None, self._cached, 0  # an interrupt spoils it
         with torch.inference_mode():
-            out = self._model(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True,
+            ids = torch.tensor([new], device=self._model.device)
+            out = self._model(input_ids=ids, past_key_values=cache, use_cache=True,
                               logits_to_keep=1 if last_only else len(tokens))
         self._tokens.extend(tokens)
         self._cache, self._cached = out.past_key_values, cached + len(new)
-        return np.asarray(out.logits[0].float())
+        return np.asarray(out.logits[0].float().cpu())
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from fewbits.lazy import torch
 from fewbits.memory import available_bytes
 from fewbits.runtime import weights
 
+T = TypeVar("T")
 Array = np.ndarray
 Rows = slice | Array | None  # of a matrix: all of them, or those that make up a part of it
 Plan = Any  # records steps and runs them, as `_native.Plan` does
@@ -137,3 +139,15 @@ def device(name: str | None) -> torch.device | None:
 
     found = devices.find(name)
     return None if found.type == "cpu" else found
+
+
+def placed(name: str | None, make: Callable[[torch.device | None], T]) -> T:
+    """What is made on the device called `name`; for "auto" on the CPU where a GPU cannot do it, as stderr says."""
+    where = device(name)
+    try:
+        return make(where)
+    except NotHere as reason:
+        if name != "auto":
+            raise
+        print(f"note: {reason}; the CPU computes", file=sys.stderr)
+        return make(None)

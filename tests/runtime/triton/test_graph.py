@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewbits import containers
+from fewbits import containers, devices
 from fewbits.runtime import decoder
 from fewbits.runtime.sequences import Decoder
 from fewbits.runtime.triton import attention, plan, rows
@@ -106,6 +106,7 @@ def test_nothing_waits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for (module, kernel), launched in kernels.items():
         monkeypatch.setattr(module, kernel, launched)
     monkeypatch.setattr(plan, "_processors", lambda device: 132)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 1 << 40)
     meta = torch.device("meta")
     made = decoder.compile_for(checkpoint, Gpu(meta, torch.bfloat16)).plan
     with torch.inference_mode():

@@ -15,13 +15,12 @@ import triton.language as tl
 
 from fewbits.runtime.triton.rows import KEYS, POSITION_ROW, VALUES, line
 
-QUERIES = 64  # of a tile, about; where every piece has few, 16
 LEAST = tl.constexpr(256)  # positions that are worth a program of their own
 MOST_SPLITS = 64
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "layer", "window"])
 def _attend(q, q_stride, out, stats, base, tokens, count, tiles, layer, scale, cap, window, HEADS: tl.constexpr,
             KV_HEADS: tl.constexpr, HEAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
             CAP: tl.constexpr, SPLITS: tl.constexpr):
@@ -86,6 +85,36 @@ def _join(parts, stats, out, HEAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.con
 
 
 @dataclass(frozen=True)
+class Heads:
+    """What attention is like in all layers, and what a program takes of it: what fits into registers."""
+
+    heads: int
+    kv_heads: int
+    width: int  # columns of one
+    dtype: torch.dtype
+
+    @property
+    def group(self) -> int:
+        """Heads of queries that share one of keys."""
+        return self.heads // self.kv_heads
+
+    @property
+    def columns(self) -> int:
+        return max(triton.next_power_of_2(self.width), 16)
+
+    @property
+    def queries(self) -> int:
+        """Of a tile. Products of float32 are made without tensor cores, a thread's share of them is small."""
+        most = (1 << 15 if self.dtype.itemsize < 4 else 1 << 12) // (self.columns * self.dtype.itemsize)
+        return max(16, min(most, 128), triton.next_power_of_2(self.group))
+
+    @property
+    def positions(self) -> int:
+        """At a time."""
+        return max(16, min(64, (1 << 14) // (self.columns * self.dtype.itemsize)))
+
+
+@dataclass(frozen=True)
 class Tiles:
     """How the tokens of a call are shared out."""
 
@@ -94,36 +123,34 @@ class Tiles:
     splits: int  # programs that share the positions of a tile
 
 
-def tiles(counts: Sequence[int], longest: int, group: int, kv_heads: int, processors: int,
-          device: torch.device) -> Tiles:
-    """Tiles of pieces of so many tokens, `group` queries each; `longest` is the position that any of them reaches."""
-    least = triton.next_power_of_2(max(group, 16))
-    queries = least if max(counts) * group <= least else max(QUERIES, least)
-    tokens, spans, row = queries // group, [], 0
+def tiles(counts: Sequence[int], longest: int, heads: Heads, processors: int, device: torch.device) -> Tiles:
+    """Tiles of pieces of so many tokens; `longest` is the position that any of them reaches."""
+    least = triton.next_power_of_2(max(heads.group, 16))
+    queries = least if max(counts) * heads.group <= least else heads.queries
+    tokens, spans, row = queries // heads.group, [], 0
     for count in counts:
         spans += [(row + at, min(tokens, count - at)) for at in range(0, count, tokens)]
         row += count
-    wanted = min(2 * processors // (len(spans) * kv_heads), -(-longest // LEAST.value), MOST_SPLITS)
+    wanted = min(2 * processors // (len(spans) * heads.kv_heads), -(-longest // LEAST.value), MOST_SPLITS)
     return Tiles(torch.tensor(spans, dtype=torch.int32, device=device), queries, max(wanted, 1))
 
 
-def attend(q: torch.Tensor, tokens: torch.Tensor, base: torch.Tensor, shared: Tiles, layer: int, head: int,
-           kv_heads: int, scale: float, window: int, cap: float) -> torch.Tensor:
-    """What every query `[tokens, heads * head]` sees of its sequence: of all positions up to its own, or of a window.
+def attend(q: torch.Tensor, tokens: torch.Tensor, base: torch.Tensor, shared: Tiles, layer: int, heads: Heads,
+           scale: float, window: int, cap: float) -> torch.Tensor:
+    """What every query `[tokens, heads * width]` sees of its sequence: of all positions up to its own, or of a window.
 
     Scores are capped by `cap`, unless it is 0. `tokens` are the rows of numbers that `rows` begins with.
     """
-    heads, splits = q.shape[1] // head, shared.splits
-    out, d = torch.empty(q.shape, dtype=q.dtype, device=q.device), max(triton.next_power_of_2(head), 16)
-    n = max(16, min(64, 16384 // (d * q.element_size())))
+    splits, d, rows = shared.splits, heads.columns, len(q) * heads.heads
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, stats = out, out
     if splits > 1:
-        parts = torch.empty(len(q) * heads, splits, head, dtype=torch.float32, device=q.device)
-        stats = torch.empty(len(q) * heads, splits, 2, dtype=torch.float32, device=q.device)
-    _attend[(len(shared.spans), kv_heads, splits)](
-        q, q.stride(0), parts, stats, base, tokens, tokens.shape[1], shared.spans, layer, scale, cap, window, heads,
-        kv_heads, head, shared.queries, n, d, cap > 0, splits, num_warps=8 if shared.queries * d > 8192 else 4,
-        num_stages=2)
+        parts = torch.empty(rows, splits, heads.width, dtype=torch.float32, device=q.device)
+        stats = torch.empty(rows, splits, 2, dtype=torch.float32, device=q.device)
+    _attend[(len(shared.spans), heads.kv_heads, splits)](
+        q, q.stride(0), parts, stats, base, tokens, tokens.shape[1], shared.spans, layer, scale, cap, window,
+        heads.heads, heads.kv_heads, heads.width, shared.queries, heads.positions, d, cap > 0, splits,
+        num_warps=8 if shared.queries * d > 8192 else 4, num_stages=2)
     if splits > 1:
-        _join[(len(q) * heads,)](parts, stats, out, head, d, splits, triton.next_power_of_2(splits), num_warps=4)
+        _join[(rows,)](parts, stats, out, heads.width, d, splits, triton.next_power_of_2(splits), num_warps=4)
     return out

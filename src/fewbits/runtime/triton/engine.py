@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewbits import devices
+from fewbits import devices, planning
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.errors import NotHere
 from fewbits.qtensor import QTensor
 from fewbits.runtime import weights
-from fewbits.runtime.dispatch import choose
+from fewbits.runtime.dispatch import prepare, prepared_bytes
 from fewbits.runtime.reference import Prepared
 from fewbits.runtime.triton.joining import floats
 from fewbits.runtime.triton.plan import Cache, Plan
@@ -37,14 +37,17 @@ class Gpu:
         return f"decoder on {torch.cuda.get_device_name(self.device)}"
 
     def check(self, checkpoint: Checkpoint) -> None:
-        entries = checkpoint.entries.values()
-        needed = ASIDE + sum(e.parameters * self.dtype.itemsize if e.codec.family == "float" else e.nbytes
-                             for e in entries)
+        needed = ASIDE + sum(self._bytes(entry) for entry in checkpoint.entries.values())
         free = devices.free_bytes(self.device)
         if needed > free:
-            bits = max(free - ASIDE, 0) * 8 / sum(e.parameters for e in entries)
+            fitting = planning.fitting(checkpoint, free - ASIDE)
             raise NotHere(f"{checkpoint.path}: takes {needed / 1e9:.1f} GB on {self.device}, {free / 1e9:.1f} GB are "
-                          "free", f"quantize it to {bits:.1f} bits a weight, or --device cpu")
+                          "free", f"{', '.join(fitting)} would fit; or --device cpu" if fitting else "--device cpu")
+
+    def _bytes(self, entry: Entry) -> int:
+        if entry.codec.family == "float" or len(entry.shape) == 1:
+            return entry.parameters * self.dtype.itemsize
+        return prepared_bytes(entry, self.device, self.dtype, self.kernel)
 
     def plan(self, **sizes: Any) -> Plan:
         return Plan(self.device, self.dtype, **sizes)
@@ -66,8 +69,7 @@ class Gpu:
         if q.codec.family == "float":
             return floats(q.dequantize(self.dtype).to(self.device))
         try:
-            q = q.to(self.device)
-            return choose(q, self.device, self.kernel).prepare(q, self.dtype)
+            return prepare(q, self.device, self.dtype, self.kernel)
         except torch.OutOfMemoryError as error:
             raise NotHere(f"{self.device}: {str(error).splitlines()[0]}", "--device cpu") from None
 

@@ -15,6 +15,7 @@ import torch
 from fewbits import _native
 from fewbits.runtime.reference import Prepared
 from fewbits.runtime.triton import attention, rows
+from fewbits.runtime.triton.available import current
 from fewbits.runtime.triton.graph import Graph
 from fewbits.runtime.triton.joining import joined
 from fewbits.runtime.triton.steps import (
@@ -47,7 +48,7 @@ class Plan:
                  kv_heads: int, head: int, scale: float):
         _require(1 <= kv_heads <= heads and heads % kv_heads == 0, "heads of queries are a multiple of those of keys")
         self.device, self.dtype, self.widths, self.layers = device, dtype, list(widths), layers
-        self.heads, self.kv_heads, self.head_width, self.score_scale = heads, kv_heads, head, scale
+        self.heads, self.score_scale = attention.Heads(heads, kv_heads, head, dtype), scale
         self.processors, self.captures = _processors(device), device.type == "cuda"
         self._steps: list[Step] = []
         self._rotations: list[tuple[torch.Tensor, float]] = []
@@ -91,7 +92,7 @@ class Plan:
             self._steps.append(Multiply(x, whole, bias, widths))
 
     def rotation(self, frequencies: Sequence[float], factor: float, stretched: Sequence[float] = ()) -> int:
-        _require(2 * len(frequencies) <= self.head_width, "rotated columns of a head")
+        _require(2 * len(frequencies) <= self.heads.width, "rotated columns of a head")
         both = [frequencies, stretched or frequencies]
         self._rotations.append((torch.tensor(both, dtype=torch.float32, device=self.device), factor))
         return len(self._rotations) - 1
@@ -193,8 +194,7 @@ class Plan:
         return states, self._logits(states)
 
     def _tiles(self, counts: Sequence[int], longest: int) -> attention.Tiles:
-        group = self.heads // self.kv_heads
-        return attention.tiles(counts, longest, group, self.kv_heads, self.processors, self.device)
+        return attention.tiles(counts, longest, self.heads, self.processors, self.device)
 
     def _states(self, call: Call) -> torch.Tensor:
         """What the head takes, in the rows that are wanted."""
@@ -235,16 +235,12 @@ class Plan:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One call at a time, on this plan's device."""
-        with self._busy, torch.inference_mode():
-            if self.device.type == "cpu":
-                yield
-            else:
-                with getattr(torch, self.device.type).device(self.device):
-                    yield
+        with self._busy, torch.inference_mode(), current(self.device):
+            yield
 
     def cache_bytes(self, capacity: int, kept: str) -> int:
         positions = -(-capacity // ROOM) * ROOM
-        return self.layers * 2 * self.kv_heads * positions * self.head_width * self.dtype.itemsize
+        return self.layers * 2 * self.heads.kv_heads * positions * self.heads.width * self.dtype.itemsize
 
 
 class Cache:
@@ -252,7 +248,7 @@ class Cache:
 
     def __init__(self, plan: Plan, capacity: int):
         self.length, self.capacity, self.room, self.stretched = 0, capacity, -(-capacity // ROOM) * ROOM, False
-        self.data = torch.empty(plan.layers, 2, plan.kv_heads, self.room, plan.head_width, dtype=plan.dtype,
+        self.data = torch.empty(plan.layers, 2, plan.heads.kv_heads, self.room, plan.heads.width, dtype=plan.dtype,
                                 device=plan.device)
 
 

@@ -108,7 +108,7 @@ def _turned(x, out, heads, turn, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK: 
         tl.store(out + 2 * HALF + i, tl.load(x + 2 * HALF + i, rest, 0.0), rest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "layer"])
 def _keep(q, q_stride, k, k_stride, v, v_stride, out, base, turns, tokens, count, layer, HEADS: tl.constexpr,
           KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, KV: tl.constexpr,
           BLOCK: tl.constexpr, REST: tl.constexpr):

@@ -84,9 +84,9 @@ class Attend:
         assert call.tiles is not None
         turns = None if self.rotation is None else call.turns[self.rotation]
         q = rows.keep(at[self.queries], at[self.keys], at[self.values], turns, call.tokens, plan.base, self.layer,
-                      plan.head_width)
-        at[self.out] = attention.attend(q, call.tokens, plan.base, call.tiles, self.layer, plan.head_width,
-                                        plan.kv_heads, plan.score_scale, self.window, self.cap)
+                      plan.heads.width)
+        at[self.out] = attention.attend(q, call.tokens, plan.base, call.tiles, self.layer, plan.heads,
+                                        plan.score_scale, self.window, self.cap)
 
 
 @dataclass(frozen=True)
