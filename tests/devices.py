@@ -79,6 +79,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _result(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is torch.device or name == "_parse_to":  # what `Module.to` makes of its arguments
         return func(*args, **kwargs)
+    if type(kwargs.get("device")) is int:
+        kwargs = kwargs | {"device": torch.device("cuda", kwargs["device"])}
     flat = tree_flatten((args, kwargs))[0]
     tensors = [x for x in flat if isinstance(x, torch.Tensor)]
     there = any(isinstance(x, OnGpu) for x in tensors)

@@ -12,6 +12,7 @@ from accelerate.hooks import add_hook_to_module
 from torch import nn
 
 from fewbits import containers, hub, planning, zeroshot
+from fewbits import recipe as recipes
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.codecs.floats import BF16, F16
 from fewbits.containers.base import Progress
@@ -97,7 +98,7 @@ def load(model: str | Path | Checkpoint, *, recipe: str | Recipe | None = None, 
         net.set_submodule(places.owner(place), packed(kept, place.module))
     places.fill([e for e, _ in decoded], dtype, placed)
     places.fill_scalars(dtype)
-    tie(net, placed)
+    tie(net, placed, kernel)
     show_types(net, dtype)
     settle(net, placed)
     missing = [n for n, p in net.named_parameters() if p.is_meta]
@@ -142,7 +143,7 @@ def threshold(asked: float | None, checkpoint: Checkpoint | None) -> float:
     return float((described or {}).get("llm_int8_threshold", OUTLIER))
 
 
-def tie(net: transformers.PreTrainedModel, placed: Placing) -> None:
+def tie(net: transformers.PreTrainedModel, placed: Placing, kernel: str | None = None) -> None:
     """Let the head use the embedding's tensor where the file holds only one of the two; on another device, a copy."""
     embedding = _embeddings(net)
     if not isinstance(embedding, QEmbedding):
@@ -151,7 +152,7 @@ def tie(net: transformers.PreTrainedModel, placed: Placing) -> None:
     for name, module in list(net.named_modules()):
         waits = isinstance(module, nn.Linear) and (module.weight.is_meta or module.weight is embedding.weight)
         if waits and (module.out_features, module.in_features) == tuple(embedding.prepared.shape):
-            head = QLinear(moved(embedding.prepared, placed.of(name)), module.bias)
+            head = QLinear(moved(embedding.prepared, placed.of(name), kernel), module.bias)
             if hasattr(module, "_hf_hook"):
                 add_hook_to_module(head, module._hf_hook)
             net.set_submodule(name, head)
@@ -194,10 +195,17 @@ def _check_room(placed: Placing, sizes: Sizes, source: Checkpoint) -> None:
         rows = planning.plan(source, free).rows
     except FewbitsError:  # a model that no recipe knows
         rows = ()
-    fitting = sorted((r for r in rows if r.fits and r.weight_bytes < source.nbytes), key=lambda r: -r.total_bytes)
-    if fitting:
-        hint = f"{', '.join(r.recipe for r in fitting[:MENTIONED])} would fit, with 4096 tokens; {hint}"
+    fitting = sorted((r for r in rows if r.fits and _serves(r.recipe)), key=lambda r: -r.total_bytes)
+    if fitting and fitting[-1].weight_bytes < source.nbytes:
+        named = ", ".join(f"{r.recipe} ({gib(r.total_bytes)})" for r in fitting[:MENTIONED])
+        hint = f"{named} would fit, with 4096 tokens; {hint}"
     raise FewbitsError(f"{device}: {gib(needed)} are needed for the weights, {gib(free)} are free", hint)
+
+
+def _serves(name: str) -> bool:
+    """Whether a recipe makes a model smaller as it is loaded."""
+    codec = recipes.get(name).codec
+    return codec is None or (codec.family != "float" and codec.blind == codec)
 
 
 def _embeddings(net: transformers.PreTrainedModel) -> nn.Module | None:

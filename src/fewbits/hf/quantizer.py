@@ -141,7 +141,7 @@ class FewbitsQuantizer(HfQuantizer):
 
     # after loading --------------------------------------------------------------------------------------------------
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        tie(model, self.placed)
+        tie(model, self.placed, self.asked.kernel)
         show_types(model, self.dtype)
         self.conversions = model._weight_conversions
         if self.folder:

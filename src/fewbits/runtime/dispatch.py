@@ -73,13 +73,13 @@ def prepared_bytes(entry: Entry, device: torch.device, dtype: torch.dtype, only:
 _moved: WeakKeyDictionary[Prepared, WeakValueDictionary[torch.device, Prepared]] = WeakKeyDictionary()
 
 
-def moved(prepared: Prepared, device: torch.device) -> Prepared:
+def moved(prepared: Prepared, device: torch.device, only: str | None = None) -> Prepared:
     """The weight prepared anew for another device; once for all layers that share it."""
     if next(iter(prepared.planes.values())).device == device:
         return prepared
     found = _moved.setdefault(prepared, WeakValueDictionary())
     made = found.get(device)
     if made is None:
-        made = prepare(prepared.q, device, prepared.dtype, outliers=vars(prepared).get("outliers", OUTLIER))
+        made = prepare(prepared.q, device, prepared.dtype, only, outliers=vars(prepared).get("outliers", OUTLIER))
         found[device] = made
     return made

@@ -123,8 +123,7 @@ def _given(net: transformers.PreTrainedModel, parts: Mapping[str, Any]) -> Placi
         made.of(name)
     for name, module in net.named_modules():
         if type(module).__name__ in (net._no_split_modules or ()) and len(made.apart(module, name)) > 1:
-            raise FewbitsError(f"device_map splits {name}, a {type(module).__name__}",
-                               "its parts compute on one device")
+            raise FewbitsError(f"device_map splits {name}, a {type(module).__name__}", "give all of it one device")
     return made
 
 
