@@ -15,6 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fewbits import devices as known
+
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 KINDS = ("cuda", "cpu", "meta")
 MOVES, HOME = {"to", "copy_", "cuda"}, {"cpu"}
@@ -62,6 +64,7 @@ def gpu() -> Iterator[torch.device]:
 def found(free: int = 80 << 30) -> Iterator[torch.device]:
     """Inside, there is a GPU with so much memory free: the pretended one where there is none."""
     with gpu() as device, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known, "UNASKED", known.KINDS)
         patch.setattr(torch.cuda, "mem_get_info", lambda which=None: (free, free))
         for name in ("memory_reserved", "memory_allocated"):
             patch.setattr(torch.cuda, name, lambda which=None: 0)
