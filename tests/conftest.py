@@ -107,6 +107,16 @@ def peer():
     return find
 
 
+@pytest.fixture(scope="session", autouse=True)
+def named():
+    """A GPU computes where a test names it, or opens it by `devices.found`."""
+    from fewbits import devices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "UNASKED", ())
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-block Llama with a byte-level tokenizer and a chat template, as Transformers itself writes it.

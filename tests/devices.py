@@ -15,6 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fewbits import devices as known
+
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 KINDS = ("cuda", "cpu", "meta")
 MOVES, HOME = {"to", "copy_", "cuda"}, {"cpu"}
@@ -62,6 +64,7 @@ def gpu() -> Iterator[torch.device]:
 def found(free: int = 80 << 30) -> Iterator[torch.device]:
     """Inside, there is a GPU with so much memory free: the pretended one where there is none."""
     with gpu() as device, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known, "UNASKED", known.KINDS)
         patch.setattr(torch.cuda, "mem_get_info", lambda which=None: (free, free))
         for name in ("memory_reserved", "memory_allocated"):
             patch.setattr(torch.cuda, name, lambda which=None: 0)
@@ -79,6 +82,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _result(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is torch.device or name == "_parse_to":  # what `Module.to` makes of its arguments
         return func(*args, **kwargs)
+    if type(kwargs.get("device")) is int:
+        kwargs = kwargs | {"device": torch.device("cuda", kwargs["device"])}
     flat = tree_flatten((args, kwargs))[0]
     tensors = [x for x in flat if isinstance(x, torch.Tensor)]
     there = any(isinstance(x, OnGpu) for x in tensors)

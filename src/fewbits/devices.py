@@ -6,6 +6,9 @@ from fewbits.errors import FewbitsError
 from fewbits.lazy import torch
 from fewbits.memory import available_bytes
 
+KINDS = ("cuda", "xpu")  # NVIDIA's and AMD's, Intel's
+UNASKED = KINDS  # those that are taken where no device is named
+
 
 def find(name: str | torch.device | None = None) -> torch.device:
     """The device called `name`; of None and "auto", the GPU that torch computes on if there is one, else the CPU.
@@ -21,7 +24,8 @@ def find(name: str | torch.device | None = None) -> torch.device:
         raise FewbitsError(f"unknown device {name!r}", "one of: auto, cpu, cuda, cuda:1") from None
     if device.type == "cpu":
         return torch.device("cpu")
-    count = getattr(torch, device.type).device_count() if device.type == accelerator() else 0
+    backend = getattr(torch, device.type) if device.type in KINDS else None
+    count = backend.device_count() if backend and backend.is_available() else 0
     if not count:
         raise FewbitsError(f"no GPU: torch {torch.__version__} sees no {device.type} device", "leave --device out, or "
                            "install a torch for this machine's GPU: https://pytorch.org/get-started/locally")
@@ -29,12 +33,12 @@ def find(name: str | torch.device | None = None) -> torch.device:
         raise FewbitsError(f"{device}: there are {count} {device.type} devices, numbered from 0")
     if device.index is not None:
         return device
-    return torch.device(device.type, getattr(torch, device.type).current_device())  # of a rank of torchrun, its own
+    return torch.device(device.type, backend.current_device())  # of a rank of torchrun, its own
 
 
 def accelerator() -> str | None:
-    """The kind of GPU that torch sees here: "cuda" (NVIDIA, AMD), "xpu" (Intel)."""
-    return next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
+    """The kind of GPU that is taken where none is named, if torch sees one here."""
+    return next((kind for kind in UNASKED if getattr(torch, kind).is_available()), None)
 
 
 def at_once(device: torch.device, few: int) -> int:

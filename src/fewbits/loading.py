@@ -17,6 +17,7 @@ from fewbits.codecs.floats import BF16, F16
 from fewbits.containers.base import Progress
 from fewbits.devices import free_bytes
 from fewbits.errors import FewbitsError, NotHere
+from fewbits.memory import gb
 from fewbits.notes import tell
 from fewbits.recipe import ModelFacts, Overrides, Recipe
 from fewbits.runtime.build import empty_model, tokenizer_of
@@ -25,7 +26,7 @@ from fewbits.runtime.dispatch import moved, prepare, prepared_bytes
 from fewbits.runtime.floats import Floats
 from fewbits.runtime.linear import QEmbedding, QLinear, holds_packed, packed
 from fewbits.runtime.places import Place, Places
-from fewbits.runtime.placing import Map, Placing, Sizes, gib, placing, settle, short, wanted_gpu
+from fewbits.runtime.placing import Map, Placing, Sizes, placing, settle, short, wanted_gpu
 from fewbits.runtime.shown import show_types
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def load(model: str | Path | Checkpoint, *, recipe: str | Recipe | None = None, 
         net.set_submodule(places.owner(place), packed(kept, place.module))
     places.fill([e for e, _ in decoded], dtype, placed)
     places.fill_scalars(dtype)
-    tie(net, placed)
+    tie(net, placed, kernel)
     show_types(net, dtype)
     settle(net, placed)
     missing = [n for n, p in net.named_parameters() if p.is_meta]
@@ -141,7 +142,7 @@ def threshold(asked: float | None, checkpoint: Checkpoint | None) -> float:
     return float((described or {}).get("llm_int8_threshold", OUTLIER))
 
 
-def tie(net: transformers.PreTrainedModel, placed: Placing) -> None:
+def tie(net: transformers.PreTrainedModel, placed: Placing, kernel: str | None = None) -> None:
     """Let the head use the embedding's tensor where the file holds only one of the two; on another device, a copy."""
     embedding = _embeddings(net)
     if not isinstance(embedding, QEmbedding):
@@ -150,7 +151,7 @@ def tie(net: transformers.PreTrainedModel, placed: Placing) -> None:
     for name, module in list(net.named_modules()):
         waits = isinstance(module, nn.Linear) and (module.weight.is_meta or module.weight is embedding.weight)
         if waits and (module.out_features, module.in_features) == tuple(embedding.prepared.shape):
-            head = QLinear(moved(embedding.prepared, placed.of(name)), module.bias)
+            head = QLinear(moved(embedding.prepared, placed.of(name), kernel), module.bias)
             if hasattr(module, "_hf_hook"):
                 add_hook_to_module(head, module._hf_hook)
             net.set_submodule(name, head)
@@ -192,7 +193,7 @@ def _check_room(placed: Placing, sizes: Sizes, source: Checkpoint) -> None:
     fitting = planning.fitting(source, free)
     if fitting:
         hint = f"{', '.join(fitting)} would fit, with 4096 tokens; {hint}"
-    raise NotHere(f"{device}: {gib(needed)} are needed for the weights, {gib(free)} are free", hint)
+    raise NotHere(f"{device}: {gb(needed)} are needed for the weights, {gb(free)} are free", hint)
 
 
 def _embeddings(net: transformers.PreTrainedModel) -> nn.Module | None:

@@ -16,6 +16,10 @@ def available_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB"
+
+
 def forget(address: int, nbytes: int) -> None:
     """Let pages of a mapped file, to which nobody has written, out of this process's memory; they come back when they
     are read. Anything else at that address stays: only the system's own list of mappings is believed.

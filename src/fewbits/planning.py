@@ -13,7 +13,7 @@ from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.containers import experts
 from fewbits.containers.directory import CARRIED, read_json
 from fewbits.errors import FewbitsError
-from fewbits.memory import available_bytes
+from fewbits.memory import available_bytes, gb
 from fewbits.qtensor import CHUNK, QTensor
 from fewbits.recipe import PRESETS, Choice, ModelFacts, Overrides, get
 from fewbits.recipe.facts import LINEAR
@@ -90,14 +90,20 @@ def plan(model: str | Path | Checkpoint, memory_bytes: int | None = None, contex
 
 
 def fitting(source: Checkpoint, memory_bytes: int) -> list[str]:
-    """The best recipes, a few, that make a model smaller than it is and fit into so much memory; none for a model that
-    no recipe knows."""
+    """The best recipes, a few, that make a model smaller than it is as it is loaded, and fit into so much memory, with
+    their sizes; none for a model that no recipe knows."""
     try:
         rows = plan(source, memory_bytes).rows
     except FewbitsError:
         return []
-    found = [r for r in rows if r.fits and r.weight_bytes < source.nbytes]
-    return [r.recipe for r in sorted(found, key=lambda r: -r.total_bytes)[:MENTIONED]]
+    found = [r for r in rows if r.fits and r.weight_bytes < source.nbytes and _for_loading(r.recipe)]
+    return [f"{r.recipe} ({gb(r.total_bytes)})" for r in sorted(found, key=lambda r: -r.total_bytes)[:MENTIONED]]
+
+
+def _for_loading(recipe: str) -> bool:
+    """Whether its codec does without anything that only calibration knows."""
+    codec = get(recipe).codec
+    return codec is None or (codec.family != "float" and codec.blind == codec)
 
 
 def _open(path: Path) -> Checkpoint:

@@ -31,7 +31,7 @@ from fewbits.memory import forget
 from fewbits.notes import tell
 from fewbits.recipe import Choice, ModelFacts
 from fewbits.recipe.facts import float_of
-from fewbits.runtime.dispatch import prepare
+from fewbits.runtime.dispatch import prepare, prepared_bytes
 from fewbits.runtime.linear import QEmbedding, QLinear, holds_packed, packed
 from fewbits.runtime.placing import Placing, device_of
 from fewbits.runtime.shown import show_types
@@ -70,10 +70,13 @@ class FewbitsQuantizer(HfQuantizer):
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes of each value, by which Transformers shares the model out."""
-        packed = self.stored.packed_bytes(param_name) if self.stored else None
-        if param_name in self.choices:
-            packed = self.choices[param_name].codec.nbytes(self.choices[param_name].shape)
-        return param.element_size() if packed is None else packed / max(1, param.numel())
+        known: Choice | Entry | None = self.choices.get(param_name)
+        if self.stored:
+            known = self.stored.packed(param_name)
+        if known is None:
+            return param.element_size()
+        device = self.placed.gpu or torch.device(accelerator() or "cpu")
+        return prepared_bytes(known, device, self.dtype, self.asked.kernel) / max(1, param.numel())
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype = torch.float32,
                                              checkpoint_files: list[str] | None = None, **kwargs: Any) -> Any:
@@ -141,7 +144,7 @@ class FewbitsQuantizer(HfQuantizer):
 
     # after loading --------------------------------------------------------------------------------------------------
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        tie(model, self.placed)
+        tie(model, self.placed, self.asked.kernel)
         show_types(model, self.dtype)
         self.conversions = model._weight_conversions
         if self.folder:

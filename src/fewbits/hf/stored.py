@@ -55,10 +55,10 @@ class Stored:
         return found
 
 
-    def packed_bytes(self, name: str) -> int | None:
-        """Those of the parameter `name`, where there is a layer for its packed weight."""
+    def packed(self, name: str) -> Entry | None:
+        """What the parameter `name` is made of, where there is a layer for its packed weight."""
         entry, place = self.parts.get(name, [(None, None)])[0]
-        return entry.nbytes if entry and place and place.leaf == "weight" and holds_packed(place.module) else None
+        return entry if place and place.leaf == "weight" and holds_packed(place.module) else None
 
 
 class Converter(WeightConverter):

@@ -11,6 +11,7 @@ import torch
 from fewbits.checkpoint import Entry
 from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
+from fewbits.recipe import Choice
 from fewbits.runtime.cpu import OUTLIER, Cpu
 from fewbits.runtime.floats import Floats
 from fewbits.runtime.reference import Decode, Decoded, Kernel, Prepared
@@ -64,22 +65,22 @@ def prepare(q: QTensor, device: torch.device, dtype: torch.dtype, only: str | No
     return prepared
 
 
-def prepared_bytes(entry: Entry, device: torch.device, dtype: torch.dtype, only: str | None = None) -> int:
-    """Memory that a weight takes there at least."""
-    kernel, _ = _first(QTensor(entry.codec, entry.shape, {}), device, only, () if only else ("decoded",))
-    return kernel.nbytes(entry.codec, entry.shape, dtype)
+def prepared_bytes(weight: Entry | Choice, device: torch.device, dtype: torch.dtype, only: str | None = None) -> int:
+    """Memory that a weight, of which the codec and the shape are known, takes there at least."""
+    kernel, _ = _first(QTensor(weight.codec, weight.shape, {}), device, only, () if only else ("decoded",))
+    return kernel.nbytes(weight.codec, weight.shape, dtype)
 
 
 _moved: WeakKeyDictionary[Prepared, WeakValueDictionary[torch.device, Prepared]] = WeakKeyDictionary()
 
 
-def moved(prepared: Prepared, device: torch.device) -> Prepared:
+def moved(prepared: Prepared, device: torch.device, only: str | None = None) -> Prepared:
     """The weight prepared anew for another device; once for all layers that share it."""
     if next(iter(prepared.planes.values())).device == device:
         return prepared
     found = _moved.setdefault(prepared, WeakValueDictionary())
     made = found.get(device)
     if made is None:
-        made = prepare(prepared.q, device, prepared.dtype, outliers=vars(prepared).get("outliers", OUTLIER))
+        made = prepare(prepared.q, device, prepared.dtype, only, outliers=vars(prepared).get("outliers", OUTLIER))
         found[device] = made
     return made

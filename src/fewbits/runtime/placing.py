@@ -14,6 +14,7 @@ from torch import nn
 from fewbits import devices
 from fewbits.devices import free_bytes
 from fewbits.errors import FewbitsError
+from fewbits.memory import gb
 
 INFERRED = ("auto", "balanced", "balanced_low_0", "sequential")
 SHARE = 0.9  # of a device's free memory that weights may take where they are shared out: activations need some
@@ -123,8 +124,7 @@ def _given(net: transformers.PreTrainedModel, parts: Mapping[str, Any]) -> Placi
         made.of(name)
     for name, module in net.named_modules():
         if type(module).__name__ in (net._no_split_modules or ()) and len(made.apart(module, name)) > 1:
-            raise FewbitsError(f"device_map splits {name}, a {type(module).__name__}",
-                               "its parts compute on one device")
+            raise FewbitsError(f"device_map splits {name}, a {type(module).__name__}", "give all of it one device")
     return made
 
 
@@ -145,7 +145,7 @@ def _inferred(net: transformers.PreTrainedModel, manner: str, sizes: Sizes) -> P
     parts = infer_auto_device_map(net, limits, whole, hf_quantizer=asked, offload_buffers=True)
     if "disk" in parts.values():
         needed, free = sum(sizes.nbytes.values()), sum(room.values())
-        raise FewbitsError(f"{gib(needed)} are needed for the weights, {gib(free)} are free on all devices together")
+        raise FewbitsError(f"{gb(needed)} are needed for the weights, {gb(free)} are free on all devices together")
     return Placing({name: cpu if to == "cpu" else torch.device(kind, to) for name, to in parts.items()})
 
 
@@ -156,10 +156,6 @@ def short(placed: Placing, sizes: Sizes) -> tuple[torch.device, int, int] | None
         if device.type != "cpu" and needed > (free := free_bytes(device)):
             return device, needed, free
     return None
-
-
-def gib(nbytes: float) -> str:
-    return f"{nbytes / (1 << 30):.1f} GiB"
 
 
 def settle(net: transformers.PreTrainedModel, placed: Placing) -> None:

@@ -12,6 +12,7 @@ import torch
 from fewbits import devices, planning
 from fewbits.checkpoint import Checkpoint, Entry
 from fewbits.errors import NotHere
+from fewbits.memory import gb
 from fewbits.qtensor import QTensor
 from fewbits.runtime import weights
 from fewbits.runtime.dispatch import prepare, prepared_bytes
@@ -41,8 +42,8 @@ class Gpu:
         free = devices.free_bytes(self.device)
         if needed > free:
             fitting = planning.fitting(checkpoint, free - ASIDE)
-            raise NotHere(f"{checkpoint.path}: takes {needed / 1e9:.1f} GB on {self.device}, {free / 1e9:.1f} GB are "
-                          "free", f"{', '.join(fitting)} would fit; or --device cpu" if fitting else "--device cpu")
+            raise NotHere(f"{checkpoint.path}: takes {gb(needed)} on {self.device}, {gb(free)} are free",
+                          f"{', '.join(fitting)} would fit; or --device cpu" if fitting else "--device cpu")
 
     def _bytes(self, entry: Entry) -> int:
         if entry.codec.family == "float" or len(entry.shape) == 1:
