@@ -125,6 +125,9 @@ def test_neighbours_differ_in_one_field_that_the_kernel_has_and_keep_within_limi
         Config(16, 16, 1, 8, 3), Config(16, 16, 1, 4, 2), Config(16, 16, 1, 4, 4)}
     assert set(tuning.neighbours("decode", Config(16))) == {
         Config(8), Config(32), Config(16, warps=2), Config(16, warps=8)}
+    full = Config(128, 64, warps=1)  # 256 sums a thread
+    assert not any(c.n * c.m > 128 * 64 * c.warps for c in tuning.neighbours("tile", full))
+    assert {Config(64, 64, warps=1), Config(128, 64, warps=2)} <= set(tuning.neighbours("tile", full))
 
 
 def test_products_of_a_model_with_those_computed_as_one():

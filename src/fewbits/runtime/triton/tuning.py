@@ -36,6 +36,7 @@ FIELDS = {  # of each kernel's configurations, that are tried from the least to 
 }
 FIELDS["rowwise"] = FIELDS["tile"]
 UNTUNED = ("native", "floats", "decoded", "decode")  # kernels that have no configurations
+SUMS = 8192  # of a warp, at most: each thread has 255 registers
 GAIN = 0.99  # of the best time so far: less is noise
 WRONG = 1e-4  # normalised squared error against the configuration before
 AS_ONE = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_gate": "ffn_up"}
@@ -176,7 +177,7 @@ def neighbours(kernel: str, config: Config) -> list[Config]:
         for other in (value - 1, value + 1) if name == "stages" else (value // 2, value * 2):
             if low <= other <= high:
                 found.append(replace(config, **{name: other}))
-    return found
+    return [c for c in found if c.n * c.m <= SUMS * c.warps]
 
 
 def shapes_of(checkpoint: Checkpoint) -> list[tuple[int, int]]:
