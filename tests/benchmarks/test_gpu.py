@@ -104,7 +104,7 @@ def test_torchs_own_kernel_computes_what_its_reference_says(benchmark) -> None:
     products, weight = peers.torch_int4((32, 256), bench)
     x = torch.randn(4, 256, dtype=torch.bfloat16)
     meant = x.double() @ weight.double().T
-    assert len(products) >= 2
+    assert products
     for product in products:
         assert float((product(x).double() - meant).square().sum() / meant.square().sum()) < peers.MOST_ERROR
 

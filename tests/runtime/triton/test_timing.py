@@ -97,7 +97,7 @@ def test_weights_that_no_cache_holds(machine):
     for nbytes in (1 << 20, 30 << 20, 500 << 20):
         count = timing.rotation(nbytes, GPU)
         assert count >= 2 and count * nbytes > 4 * (50 << 20) and (count == 2 or (count - 2) * nbytes < 4 * (50 << 20))
-    assert timing.rotation(1 << 20, torch.device("cpu")) == 2
+    assert timing.rotation(1 << 20, torch.device("cpu")) == 1
 
 
 def test_without_a_gpu_every_call_is_made_once():

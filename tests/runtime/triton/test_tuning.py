@@ -65,7 +65,7 @@ class Made:
 @pytest.fixture
 def made(monkeypatch, tmp_path):
     found = Made()
-    monkeypatch.setattr(tuning, "choose", lambda q, device, without: found)
+    monkeypatch.setattr(tuning, "choose", lambda q, device, only: found)
     monkeypatch.setattr(tuning, "medians", found.clock)
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "cache"))
     configs.forget()
@@ -119,12 +119,25 @@ def test_a_file_for_the_package_leaves_the_cache_alone(made, tmp_path):
     assert not configs.own_file("interpreter").exists()
 
 
+def test_the_kernels_of_the_package_ask_for_what_is_tuned(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "medians", lambda rounds, device: [Timed(1.0, True)])
+    found = tuning.tune([(16, 128)], [INT4, codecs.get("nf4")], device=CPU, rows=[1, 5], out=tmp_path / "x.json")
+    asked = {("matvec", 1), ("tile", 16)}
+    assert {(e.key.kernel, e.key.rows) for e in found.entries if e.key.group == 128} == asked
+    assert {(e.key.kernel, e.key.rows) for e in found.entries if e.key.group == 64} == asked
+    with pytest.raises(FewbitsError, match="no kernel computes F16"):
+        tuning.tune([(16, 128)], [codecs.get("F16")], device=CPU)
+
+
 def test_neighbours_differ_in_one_field_that_the_kernel_has_and_keep_within_limits():
     assert set(tuning.neighbours("tile", Config(16, 16, 1, 4, 3))) == {
         Config(32, 16, 1, 4, 3), Config(16, 32, 1, 4, 3), Config(16, 16, 2, 4, 3), Config(16, 16, 1, 2, 3),
         Config(16, 16, 1, 8, 3), Config(16, 16, 1, 4, 2), Config(16, 16, 1, 4, 4)}
     assert set(tuning.neighbours("decode", Config(16))) == {
         Config(8), Config(32), Config(16, warps=2), Config(16, warps=8)}
+    full = Config(128, 64, warps=1)  # 256 sums a thread
+    assert not any(c.n * c.m > 128 * 64 * c.warps for c in tuning.neighbours("tile", full))
+    assert {Config(64, 64, warps=1), Config(128, 64, warps=2)} <= set(tuning.neighbours("tile", full))
 
 
 def test_products_of_a_model_with_those_computed_as_one():

@@ -50,7 +50,7 @@ def cache_bytes(device: torch.device) -> int:
 
 def rotation(nbytes: int, device: torch.device) -> int:
     """How many weights of so many bytes no cache holds."""
-    return max(2, -(-CACHES * cache_bytes(device) // nbytes) + 1)
+    return -(-CACHES * cache_bytes(device) // nbytes) + 1
 
 
 class _Replay:

@@ -20,7 +20,7 @@ from fewbits.checkpoint import Checkpoint
 from fewbits.codecs.base import Codec
 from fewbits.containers.base import Progress
 from fewbits.errors import FewbitsError
-from fewbits.runtime.dispatch import choose
+from fewbits.runtime.dispatch import KERNELS, choose
 from fewbits.runtime.reference import Prepared
 from fewbits.runtime.specimen import copies, random_weight
 from fewbits.runtime.triton import configs
@@ -35,7 +35,8 @@ FIELDS = {  # of each kernel's configurations, that are tried from the least to 
     "decode": {"n": (8, 128), "warps": (1, 16)},
 }
 FIELDS["rowwise"] = FIELDS["tile"]
-UNTUNED = ("native", "floats", "decoded", "decode")  # kernels that have no configurations
+TUNED = ("triton", "rowwise")  # kernels that have configurations
+SUMS = 8192  # of a warp, at most: each thread has 255 registers
 GAIN = 0.99  # of the best time so far: less is noise
 WRONG = 1e-4  # normalised squared error against the configuration before
 AS_ONE = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_gate": "ffn_up"}
@@ -85,7 +86,8 @@ class _Bench:
     def __init__(self, codec: Codec, shape: tuple[int, int], device: torch.device):
         self.device = device
         self.q = random_weight(codec, shape, device)
-        self.kernel = choose(self.q, device, without=UNTUNED)
+        name = next((k.name for k in KERNELS if k.name in TUNED and k.supports(self.q, device) is None), TUNED[0])
+        self.kernel = choose(self.q, device, only=name)
         self.one = self.kernel.prepare(self.q, torch.float16)
 
     @cached_property
@@ -176,7 +178,7 @@ def neighbours(kernel: str, config: Config) -> list[Config]:
         for other in (value - 1, value + 1) if name == "stages" else (value // 2, value * 2):
             if low <= other <= high:
                 found.append(replace(config, **{name: other}))
-    return found
+    return [c for c in found if c.n * c.m <= SUMS * c.warps]
 
 
 def shapes_of(checkpoint: Checkpoint) -> list[tuple[int, int]]:
