@@ -30,9 +30,9 @@ from fewbits.runtime.triton.timing import medians, rotation
 ROWS = (1, 16, 32, 64, 128, 256)
 MANY_ROWS = (32, 64, 128, 256, 512, 1024, 2048)  # among these is the count from which on decoding is faster
 FIELDS = {  # of each kernel's configurations, that are tried from the least to the greatest
-    "matvec": {"n": (8, 128), "split": (1, 32), "warps": (1, 16), "stages": (1, 5)},
+    "matvec": {"n": (8, 256), "split": (1, 32), "warps": (1, 16), "stages": (1, 5)},
     "tile": {"n": (16, 256), "m": (16, 128), "split": (1, 32), "warps": (1, 16), "stages": (1, 5)},
-    "decode": {"n": (8, 128), "warps": (1, 16)},
+    "decode": {"n": (8, 256), "warps": (1, 16)},
 }
 FIELDS["rowwise"] = FIELDS["tile"]
 TUNED = ("triton", "rowwise")  # kernels that have configurations
