@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from fewbits.errors import FewbitsError
 from fewbits.runtime.triton import configs
@@ -113,3 +114,20 @@ def test_defaults_are_blocks_of_powers_of_two_that_fill_a_gpu(kernel, rows):
         assert config.split == 1 or config.split * configs.LEAST_COLUMNS <= columns
         if kernel in ("matvec", "tile") and rows < 64 and out * columns > 1 << 20:
             assert -(-out // config.n) * -(-rows // config.m) * config.split > 132 / 2
+
+
+def test_programs_too_large_for_a_gpu_become_smaller_once() -> None:
+    asked: list[Config] = []
+
+    def launch(config: Config) -> None:
+        asked.append(config)
+        if config.n * config.stages > 128:
+            raise OutOfResources(config.n * config.stages, 128, "shared memory")
+
+    configs.fitting("matvec", Config(256, stages=2), launch)
+    assert asked == [Config(256, stages=2), Config(256, stages=1), Config(128, stages=1)]
+    asked.clear()
+    configs.fitting("matvec", Config(256, stages=2), launch)
+    assert asked == [Config(128, stages=1)]
+    with configs.trying({"matvec": Config(512)}), pytest.raises(OutOfResources):
+        configs.fitting("matvec", Config(512), launch)

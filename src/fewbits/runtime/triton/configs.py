@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -22,7 +22,7 @@ from fewbits import caching
 from fewbits.errors import FewbitsError
 
 PACKAGED = Path(__file__).with_name("tuned")
-DENSE_ROWS = 256  # from so many on, the weight is decoded and multiplied by the GPU's own library
+DENSE_ROWS = 512  # from so many on, the weight is decoded and multiplied by the GPU's own library
 WAVES = 5  # programs that a processor holds at once, which a default's split asks for; with large tiles 1
 NEAR = 2.0  # how many times as wide or as high a product may be, for its configuration to count
 
@@ -68,11 +68,13 @@ NOTHING = Tuned("", "")
 LEAST_COLUMNS = 256  # of a program, where a default splits
 DEFAULTS: dict[str, dict[int, Config]] = {  # kernel -> up to so many rows -> what is taken; the last for any
     "matvec": {1: Config(128)},
-    "tile": {16: Config(128, 16), 32: Config(128, 32), 64: Config(128, 64), 256: Config(128, 128, warps=8)},
+    "tile": {16: Config(128, 16), 32: Config(128, 32), 64: Config(128, 64), 128: Config(128, 128, warps=8),
+             256: Config(128, 256, warps=8, stages=2)},
     "decode": {1: Config(128)},
     "rowwise": {16: Config(64, 16), 32: Config(64, 32), 64: Config(64, 64, stages=4), 256: Config(128, 128, warps=8)},
 }
 _tried: list[_Trial] = []
+_instead: dict[tuple[str, Config], Config] = {}  # kernel and what was too large
 
 
 class _Trial(NamedTuple):
@@ -89,6 +91,29 @@ def lookup(kernel: str, bits: int, group: int, rows: int, out: int, columns: int
         if kernel in _tried[-1].configs:
             return _tried[-1].configs[kernel]
     return _lookup(key, device)
+
+
+def fitting(kernel: str, config: Config, launch: Callable[[Config], None]) -> None:
+    """Launch with a configuration; with a smaller one, from then on, where the GPU has too little shared memory for
+    programs of that size. What is being tried is launched as it is."""
+    from triton.runtime.errors import OutOfResources
+
+    while True:
+        while (kernel, config) in _instead:
+            config = _instead[kernel, config]
+        try:
+            return launch(config)
+        except OutOfResources:
+            if _tried and kernel in _tried[-1].configs or config == (smaller := _smaller(config)):
+                raise
+            _instead[kernel, config] = smaller
+
+
+def _smaller(config: Config) -> Config:
+    """Fewer loads ahead, then fewer outputs; rows stay, which callers have counted on."""
+    if config.stages > 1:
+        return replace(config, stages=config.stages - 1)
+    return replace(config, n=max(16, config.n // 2))
 
 
 def dense(bits: int, group: int, out: int, columns: int, device: torch.device) -> int:

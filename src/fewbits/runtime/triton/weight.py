@@ -72,27 +72,32 @@ class Weight:
 
     def _matvec(self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
         outs, columns, stride, blocks = self._sizes
-        c = self.config("matvec", 1)
-        split = min(c.split, blocks)
-        tiles = triton.cdiv(outs, c.n)
-        with current(self.device):
-            matvec[(tiles, split)](
+
+        def launch(c: configs.Config) -> None:
+            split = min(c.split, blocks)
+            matvec[(triton.cdiv(outs, c.n), split)](
                 x, out, out if bias is None else bias, *self._read, self._sums(split, 1), self.planes["arrived"], outs,
                 columns, stride, blocks, **self._constants, BIAS=bias is not None, N=c.n, SPLIT=split,
                 num_warps=c.warps, num_stages=c.stages)
 
+        with current(self.device):
+            configs.fitting("matvec", self.config("matvec", 1), launch)
+
     def _tile(self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None,
               order: torch.Tensor | None = None, places: torch.Tensor | None = None) -> None:
         outs, columns, stride, blocks = self._sizes
-        c = self.config("tile", len(x))
-        across, down = triton.cdiv(outs, c.n), triton.cdiv(len(x), c.m) if places is None else len(places)
-        split = 1 if places is not None or across * down > len(self.planes["arrived"]) else min(c.split, blocks)
-        with current(self.device):
+
+        def launch(c: configs.Config) -> None:
+            across, down = triton.cdiv(outs, c.n), triton.cdiv(len(x), c.m) if places is None else len(places)
+            split = 1 if places is not None or across * down > len(self.planes["arrived"]) else min(c.split, blocks)
             tile[(across, down, split)](
                 x, out, out if bias is None else bias, *self._read, self._sums(split, len(x)), self.planes["arrived"],
                 out if order is None else order, out if places is None else places, len(x), outs, columns, stride,
                 blocks, self.planes["scales"].shape[-2], **self._constants, BIAS=bias is not None,
                 GROUPED=places is not None, M=c.m, N=c.n, SPLIT=split, num_warps=c.warps, num_stages=c.stages)
+
+        with current(self.device):
+            configs.fitting("tile", self.config("tile", len(x)), launch)
 
     def _sums(self, split: int, rows: int) -> torch.Tensor:
         size = split * rows * self.shape[-2] if split > 1 else 1
@@ -153,8 +158,11 @@ class Weight:
         if not count:
             return
         _, columns, stride, blocks = self._sizes
-        c = self.config("decode", 1)
-        with current(self.device):
+
+        def launch(c: configs.Config) -> None:
             decode[(triton.cdiv(count, c.n), blocks)](
                 out, out if ids is None else ids, *self._read, first, count, columns, stride, across, down,
                 **self._constants, CHOSEN=ids is not None, N=c.n, num_warps=c.warps, num_stages=c.stages)
+
+        with current(self.device):
+            configs.fitting("decode", self.config("decode", 1), launch)
