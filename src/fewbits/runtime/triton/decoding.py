@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fewbits.runtime.triton.reading import numbers, weights
+from fewbits.runtime.triton.reading import ONE, numbers, weights
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def decode(out, ids, words, upper, scales, second, levels, row, first, count, co
     for g in tl.static_range(GROUPS):
         scale, offset = numbers(scales, second, (b * BLOCK + g * GROUP) // GROUP * stride + n, live, SECOND, ZERO)
         for i in tl.static_range(EACH):
-            value = factor[None, :] * weights(word, high, levels, n, live, scale, offset, g * EACH + i, LEVELS, LOWER,
-                                              UPPER)
+            value = factor[None, :] * weights(word, high, levels, n, live, scale, offset, g * EACH + i, ONE, LEVELS,
+                                              LOWER, UPPER)
             column = b * BLOCK + 16 * (g * EACH + i) + j
             keep = live[None, :] if EVEN else live[None, :] & (column < columns)[:, None]
             place = out + k.to(tl.int64)[None, :] * across + column.to(tl.int64)[:, None] * down

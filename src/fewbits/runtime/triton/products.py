@@ -7,12 +7,12 @@ their order, so that results do not depend on who came when.
 import triton
 import triton.language as tl
 
-from fewbits.runtime.triton.reading import numbers, weights
+from fewbits.runtime.triton.reading import ONE, numbers, weights
 from fewbits.runtime.triton.sharing import is_last
 
 
 @triton.jit
-def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrived, outs, columns, stride, blocks,
+def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrived, outs, columns, stride, blocks, one,
            LEVELS: tl.constexpr, SECOND: tl.constexpr, ZERO: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr,
            GROUP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr):
     """One row of activations, `x` `[columns]`."""
@@ -40,7 +40,7 @@ def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrive
                     got = tl.load(x + column).to(tl.float32)
                 else:
                     got = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
-                weight = weights(word, high, levels, n, live, scale, offset, g * EACH + i, LEVELS, LOWER, UPPER)
+                weight = weights(word, high, levels, n, live, scale, offset, g * EACH + i, one, LEVELS, LOWER, UPPER)
                 total = tl.fma(got[:, None], weight, total)
     found = tl.sum(total, 0)[None, :]
     m = tl.arange(0, 1)
@@ -96,7 +96,7 @@ def tile(x, out, bias, words, upper, scales, second, levels, row, sums, arrived,
         for g in tl.static_range(GROUPS):
             scale, offset = numbers(scales, second, (b * BLOCK + g * GROUP) // GROUP * stride + n, live, SECOND, ZERO)
             for i in tl.static_range(EACH):
-                weight = weights(word, high, levels, n, live, scale, offset, g * EACH + i, LEVELS, LOWER, UPPER)
+                weight = weights(word, high, levels, n, live, scale, offset, g * EACH + i, ONE, LEVELS, LOWER, UPPER)
                 column = b * BLOCK + 16 * (g * EACH + i) + j
                 keep = (m < rows)[:, None] if EVEN else (m < rows)[:, None] & (column < columns)[None, :]
                 got = tl.load(x + m.to(tl.int64)[:, None] * columns + column[None, :], mask=keep, other=0.0)

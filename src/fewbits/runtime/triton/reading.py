@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+ONE = tl.constexpr(0x3F800000)
+
 
 @triton.jit
 def field(words, i, BITS: tl.constexpr, AT: tl.constexpr):
@@ -26,18 +28,19 @@ def numbers(scales, second, at, live, SECOND: tl.constexpr, ZERO: tl.constexpr):
 
 
 @triton.jit
-def weights(words, upper, levels, n, live, scale, offset, i, LEVELS: tl.constexpr, LOWER: tl.constexpr,
+def weights(words, upper, levels, n, live, scale, offset, i, one, LEVELS: tl.constexpr, LOWER: tl.constexpr,
             UPPER: tl.constexpr):
     """Weights of field `i` of words `[16, N]` of outputs `n`, float32, without the row's factor.
 
     Of a line, the byte that holds the code is moved to bits 12 to 19, once for all fields of it, and the code made part
     of the mantissa of 1: no conversion, and one multiplication that is exact where the scale has 11 bits and the zero
-    point is an integer.
+    point is an integer. `one` has the bits of 1.0: `ONE`, or an argument of the same value, which the compiler for
+    NVIDIA's GPUs keeps in a register in place of the masks, and has an instruction less.
     """
     if LEVELS == "line":
         byte = i * LOWER // 8
         part = i * LOWER % 8
-        code = (_moved(words, byte) & (((1 << LOWER) - 1) << (12 + part))) | 0x3F800000
+        code = (_moved(words, byte) & (((1 << LOWER) - 1) << (12 + part))) | one
         if UPPER > 0:
             code = code | field(upper.to(tl.int32), i, UPPER, 12 + part + LOWER)
         ones = 1 << (11 - part)

@@ -15,6 +15,7 @@ from fewbits.runtime.triton.available import current
 from fewbits.runtime.triton.decoding import decode
 from fewbits.runtime.triton.layout import WORDS, Layout
 from fewbits.runtime.triton.products import matvec, tile
+from fewbits.runtime.triton.reading import ONE
 
 DECODED = 1 << 25  # weights decoded at a time: 64 MiB of 16 bits
 
@@ -77,7 +78,7 @@ class Weight:
             split = min(c.split, blocks)
             matvec[(triton.cdiv(outs, c.n), split)](
                 x, out, out if bias is None else bias, *self._read, self._sums(split, 1), self.planes["arrived"], outs,
-                columns, stride, blocks, **self._constants, BIAS=bias is not None, N=c.n, SPLIT=split,
+                columns, stride, blocks, ONE.value, **self._constants, BIAS=bias is not None, N=c.n, SPLIT=split,
                 num_warps=c.warps, num_stages=c.stages)
 
         with current(self.device):
