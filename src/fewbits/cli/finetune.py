@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewbits.cli.common import console, emit, log, progress, quiet_libraries
+from fewbits.cli.common import Device, console, emit, log, progress, quiet_libraries
 from fewbits.errors import FewbitsError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def command(
     held_out: Annotated[float, typer.Option(min=0, max=0.5, help="Share of the data to measure on.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, help="Of the adapter's start and the order of the data.")] = 0,
     gguf: Annotated[Path | None, typer.Option(help="Also write the adapter for llama.cpp, to this file.")] = None,
+    device: Device = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     qat: Annotated[str | None, typer.Option(
         help="No adapter: train the model as what this recipe makes of it, int3-g64 or Q2_K.")] = None,
@@ -75,6 +76,8 @@ def command(
     quiet_libraries()
     if qat is None and start is not None:
         raise FewbitsError("--start is where --qat begins", "give --qat RECIPE; --adapter is where LoRA begins")
+    if qat is not None and device not in (None, "cpu"):
+        raise FewbitsError(f"--device {device}: with --qat the CPU computes so far", "leave --device out")
     if qat is not None and (adapter or gguf or deploy):
         raise FewbitsError(f"--qat {qat} makes no adapter", "leave --adapter, --gguf and --deploy out")
     usual = Settings() if qat is None else SETTINGS
@@ -87,7 +90,7 @@ def command(
     lora = Lora(rank, alpha, dropout, names if len(names) > 1 else targets)
     if deploy is not None:
         return _deploy(model, out, deploy, {"adapter": adapter, "gguf": gguf}, json, data=data, base=base or "nf4",
-                       into=into, lora=lora, settings=settings, calibration=calibration)
+                       into=into, lora=lora, settings=settings, calibration=calibration, device=device)
     found: Finetuned | Trained
     with progress() as report:
         if qat is not None:
@@ -95,8 +98,8 @@ def command(
                                     scales=scales, settings=settings, progress=report)
         else:
             found = finetune(model, out, data=data, recipe=None if base == "none" else base, lora=lora,
-                             adapter=adapter, gguf=gguf, settings=settings, trust_remote_code=trust_remote_code,
-                             progress=report)
+                             adapter=adapter, gguf=gguf, settings=settings, device=device,
+                             trust_remote_code=trust_remote_code, progress=report)
     if json:
         emit(found.to_json())
         return

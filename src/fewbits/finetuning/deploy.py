@@ -22,7 +22,7 @@ from fewbits.containers.directory import read_json, write_json
 from fewbits.errors import FewbitsError
 from fewbits.finetuning.adapters import Lora
 from fewbits.finetuning.data import Data, Example, split
-from fewbits.finetuning.loop import HELD_OUT, Settings
+from fewbits.finetuning.loop import HELD_OUT, Settings, trainable_on
 from fewbits.finetuning.lora import digest, finetune, prepared
 from fewbits.jobs.store import Store, identity, resumable
 from fewbits.merging import SAMPLES as MEASURED
@@ -54,7 +54,8 @@ class Deployed:
 
 def deploy(model: str | Path, out: str | Path, to: str, *, data: str | Path | Sequence[Example],
            base: str | None = BASE, into: str = "original", lora: Lora | None = None, settings: Settings | None = None,
-           calibration: Text | None = None, progress: Progress | None = None, **options: Any) -> Deployed:
+           calibration: Text | None = None, device: str | None = None, progress: Progress | None = None,
+           **options: Any) -> Deployed:
     """Fine-tune `model` on `data` and write the result, quantized by the recipe `to`, to `out`.
 
     `model` is quantized by the recipe `base` without calibration, unless that is None or "none" or it is quantized
@@ -63,6 +64,8 @@ def deploy(model: str | Path, out: str | Path, to: str, *, data: str | Path | Se
     `quantize`'s). The adapter is left in `OUT.adapter`. Divergence from what was trained is measured on what was held
     out of the data.
 
+    `device` is that of `finetune` and of `quantize`.
+
     Every step of a killed call is gone on with when it is called again.
 
     Raises:
@@ -70,6 +73,7 @@ def deploy(model: str | Path, out: str | Path, to: str, *, data: str | Path | Se
     """
     began = time.monotonic()
     settings, out = settings or Settings(), Path(out).resolve()
+    trainable_on(device)
     source = containers.open(hub.locate(model))
     kept, work = out.with_name(f"{out.name}.adapter"), out.with_name(f".{out.name}.deploy")
     for path in (out, kept):
@@ -90,14 +94,16 @@ def deploy(model: str | Path, out: str | Path, to: str, *, data: str | Path | Se
         if recipe is not None:
             trained = work / recipe
             if not trained.exists():
-                quantize(source, trained, recipe, calibration="none", progress=progress)
+                quantize(source, trained, recipe, calibration="none", device=device, progress=progress)
         if not adapter.exists():
-            finetune(trained, adapter, data=given, lora=lora, settings=settings, progress=progress)
+            finetune(trained, adapter, data=given, lora=lora, settings=settings, device=device,
+                     progress=progress)
         learn, held = split(given, settings.held_out, HELD_OUT)
         length = fitting(LENGTH, source)[0]
         text = windows(held, MEASURED, length, "held out of ") if len(held) else windows(learn, MEASURED, length)
         merged = merge(adapter, source if into == INTO[0] else trained, out, to=to, trained_on=trained, text=text,
-                       calibration=calibration or windows(learn, SAMPLES, length), progress=progress, **options)
+                       calibration=calibration or windows(learn, SAMPLES, length), progress=progress, device=device,
+                       **options)
         _keep(adapter, kept, str(model))
         store.clear()
     return Deployed(out, kept, recipe or AS_IT_IS, read_json(kept / "loss.json"), merged, time.monotonic() - began,

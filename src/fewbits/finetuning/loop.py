@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from fewbits import devices
 from fewbits.containers.base import Progress, remove
 from fewbits.errors import FewbitsError
 from fewbits.finetuning.checkpoints import Checkpointed, complete, restore
@@ -117,6 +118,19 @@ def run(model: nn.Module, examples: Sequence[Example], settings: Settings, out: 
                    asdict(settings))
 
 
+def trainable_on(name: str | None) -> torch.device:
+    """The device called `name`, if a model can be trained there.
+
+    Raises:
+        FewbitsError: there is none, or a GPU that Transformers' Trainer does not take.
+    """
+    found = devices.find(name)
+    if found.index:
+        raise FewbitsError(f"{found}: fine-tuning takes the first GPU",
+                           f"CUDA_VISIBLE_DEVICES={found.index} makes it the first")
+    return found
+
+
 def _last(out: Path) -> str | None:
     """The last checkpoint that was written to its end; broken ones are removed."""
     while out.is_dir() and (found := get_last_checkpoint(out)):
@@ -136,6 +150,7 @@ def _trainer(model: nn.Module, learn: Data, held: Data, settings: Settings, tota
             warmup_steps=math.ceil(settings.warm_up * total), weight_decay=settings.weight_decay,
             optim=settings.optimizer, max_grad_norm=settings.clip, seed=settings.seed, data_seed=settings.seed,
             gradient_checkpointing=settings.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+            use_cpu=next(model.parameters()).device.type == "cpu",
             train_sampling_strategy="random" if settings.shuffle else "sequential",
             eval_strategy="steps" if len(held) else "no", eval_steps=math.ceil(total / CHECKS),
             logging_steps=1, logging_nan_inf_filter=False, save_strategy="no",
@@ -144,6 +159,7 @@ def _trainer(model: nn.Module, learn: Data, held: Data, settings: Settings, tota
     except ValueError as error:
         raise FewbitsError(f"--optimizer {settings.optimizer}, --schedule {settings.schedule}: {_first(error)}",
                            "names are those of Transformers' TrainingArguments") from None
+    arguments._n_gpu = min(1, arguments.n_gpu)  # else the model would be copied to all that there are
     trainer = _Trainer(model, arguments, train_dataset=learn, eval_dataset=held if len(held) else None,
                        data_collator=_Padded(_padding(model)), callbacks=[watch])
     trainer.remove_callback(transformers.PrinterCallback)

@@ -20,7 +20,7 @@ from fewbits.containers.base import Progress, check_output, remove, sync
 from fewbits.errors import FewbitsError
 from fewbits.finetuning.adapters import Lora, attach, save
 from fewbits.finetuning.data import Data, Example, examples
-from fewbits.finetuning.loop import Outcome, Settings, run, write_losses
+from fewbits.finetuning.loop import Outcome, Settings, run, trainable_on, write_losses
 from fewbits.jobs.store import Store, identity, resumable
 from fewbits.loading import load
 from fewbits.runtime.build import tokenizer_of
@@ -53,19 +53,22 @@ class Finetuned:
 def finetune(model: str | Path | Checkpoint, out: str | Path, *, data: str | Path | Sequence[Example],
              recipe: str | None = None, lora: Lora | None = None, adapter: str | Path | None = None,
              gguf: str | Path | None = None, settings: Settings | None = None, kernel: str | None = None,
-             trust_remote_code: bool = False, progress: Progress | None = None) -> Finetuned:
+             device: str | None = None, trust_remote_code: bool = False,
+             progress: Progress | None = None) -> Finetuned:
     """Train a LoRA adapter of `model` (a path in any format or a hub id, quantized or not) on `data`.
 
     `recipe` quantizes the model when it is loaded: QLoRA is `recipe="nf4"` on a model of 16 bits.
     `out` becomes a directory as peft writes it, with `loss.json` and `loss.png` beside the weights; `gguf` a file with
     the same adapter for llama.cpp. `adapter` is a peft directory to go on from. For `data` see `data.examples`.
 
+    It happens on `device`; by default (None, "auto") on the GPU if there is one, else on the CPU.
+
     A killed run resumes when called again. Where the loss turns NaN, the last good adapter goes to `OUT.step-N`.
 
     Raises:
-        FewbitsError: nothing to learn from, an adapter of another model, a loss that is not finite.
+        FewbitsError: nothing to learn from, an adapter of another model, a loss that is not finite, no such device.
     """
-    settings, lora = settings or Settings(), lora or Lora()
+    settings, lora, place = settings or Settings(), lora or Lora(), trainable_on(device)
     source = model if isinstance(model, Checkpoint) else containers.open(hub.locate(model))
     out, base = Path(out).resolve(), str(source.path if isinstance(model, Checkpoint) else model)
     check_output(out, source.path)
@@ -80,8 +83,8 @@ def finetune(model: str | Path | Checkpoint, out: str | Path, *, data: str | Pat
     with resumable(folder):
         store = Store(folder, stamp)
         transformers.set_seed(settings.seed)
-        net = load(source, recipe=recipe, dtype=dtype(settings), kernel=kernel, trust_remote_code=trust_remote_code,
-                   progress=progress)
+        net = load(source, recipe=recipe, device=place, dtype=dtype(settings), kernel=kernel,
+                   trust_remote_code=trust_remote_code, progress=progress)
         if not net.can_generate() or net.config.is_encoder_decoder:
             raise FewbitsError(f"{source.path}: {source.architecture} does not continue text",
                                "fine-tuning is for decoders of text")
