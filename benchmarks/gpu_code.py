@@ -209,9 +209,11 @@ def steps(counts: list[int], longest: int, heads: int, kv_heads: int, head: int,
     """What a decoder does between the products of a layer, for pieces of so many tokens."""
     from fewbits.runtime.triton import attention, rows
 
-    cpu, tokens, hidden, narrow = torch.device("cpu"), sum(counts), heads * head, kv_heads * head
+    tokens, hidden, narrow = sum(counts), heads * head, kv_heads * head
     shape = attention.Heads(heads, kv_heads, head, dtype)
-    tiles = attention.tiles(counts, longest, shape, PROCESSORS, cpu)
+    queries = shape.few if len(counts) == sum(counts) else shape.queries
+    spans = attention.spans(counts, queries // shape.group)
+    tiles = attention.Tiles.of(len(spans), queries, longest, shape, PROCESSORS)
     q, k, v = torch.empty(tokens, hidden + 2 * narrow, dtype=dtype).split([hidden, narrow, narrow], 1)
     numbers, base = torch.empty(rows.ROWS, tokens, dtype=torch.int64), torch.empty(64, dtype=dtype)
     turned = rows.keep(q, k, v, torch.empty(tokens, 2, half or head // 2), numbers, base, 3, head)

@@ -45,6 +45,17 @@ def test_every_kernel_compiles_and_keeps_to_its_registers(tmp_path: Path, target
         assert loop["per_weight"] == pytest.approx(4 * loop["instructions"] / (64 * 256))
 
 
+@pytest.mark.parametrize(("target", "call", "bytes_there"), [("sm90", "decoder, a token, wide", 232448),
+                                                             ("gfx942", "decoder, a prompt, wide", 65536)])
+def test_the_decoder_compiles_and_attends_on_tensor_cores(tmp_path: Path, target: str, call: str,
+                                                          bytes_there: int) -> None:
+    codes = compiled(tmp_path, target, call)
+    assert {code["kernel"] for code in codes} >= {"_keep", "_attend", "_norm", "_gate"}
+    check(codes, target)
+    for code in codes:
+        assert code["shared_bytes"] <= bytes_there and (code["units"] or code["kernel"] != "_attend")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", list(UNITS))
 def test_all_calls(tmp_path: Path, target: str) -> None:

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import fewbits
+from fewbits import devices
 from fewbits.errors import FewbitsError
 from fewbits.loading import tokenizer
 from fewbits.measure.scoring import Decoded
@@ -119,6 +120,17 @@ def test_a_reference_is_computed_once(tiny: Path, tmp_path: Path, english: Path,
     same = fewbits.evaluate(out, tiny, text=english, chunks=2, context=64)
     assert replace(same, seconds=first.seconds) == first and again.kl_mean != first.kl_mean
     assert computed[5:] == ["q.gguf"] * 2
+
+
+def test_on_a_gpu(tiny: Path, tmp_path: Path, english: Path, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of a reference that the CPU computed does not stand for the GPU's."""
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 1 << 40)
+    want = fewbits.evaluate(tiny, tiny, text=english, chunks=1, context=16)
+    found = fewbits.evaluate(tiny, tiny, text=english, chunks=1, context=16, device="cuda")
+    assert found.perplexity == pytest.approx(want.perplexity, rel=1e-4) and found.kl_mean == pytest.approx(0, abs=1e-9)
+    assert all(kernel.startswith("decoder on ") for kernel in found.circumstances["kernels"])
+    assert len(list((tmp_path / "cache" / "references").iterdir())) == 2
 
 
 def test_a_model_is_no_distance_from_itself(tiny: Path, english: Path) -> None:

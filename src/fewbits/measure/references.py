@@ -69,7 +69,8 @@ class Kept:
 
     def __init__(self, scorer: Decoded, windows: torch.Tensor, first: int):
         self.scorer, self.windows, self.first = scorer, windows, first
-        known = (identity(scorer.checkpoint)["sha256"], first, fewbits.__version__, instructions.current())
+        known = (identity(scorer.checkpoint)["sha256"], first, fewbits.__version__, instructions.current(),
+                 scorer.kernel)
         self.folder = caching.folder("references", hashlib.sha256(repr(known).encode()).hexdigest()[:32])
 
     def window(self, i: int) -> Said:

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 import fewbits
-from fewbits import caching, cli
+from fewbits import caching, cli, devices
 from fewbits.errors import FewbitsError
 from fewbits.measure import tasks
 from fewbits.measure.tasks import harness
@@ -50,6 +50,14 @@ def test_files_and_loaded_models_agree(tiny: Path, folder: Path) -> None:
     names = ["arc_easy", "winogrande", "truthfulqa_mc2"]
     found = tasks.run(fewbits.load(tiny), tiny, names=names, folder=folder)
     assert all(r.flipped == 0 and abs(r.log_probability_shift) < 1e-2 for r in found)
+
+
+def test_answers_of_a_gpu_are_its_own(tiny: Path, folder: Path, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 1 << 40)
+    for device in (None, "cuda"):
+        (found,) = tasks.run(tiny, names=["winogrande"], folder=folder, limit=1, device=device)
+        assert found.circumstances["device"] == device
+    assert len(list(caching.folder("answers").iterdir())) == 2
 
 
 def test_a_killed_run_goes_on(tiny: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

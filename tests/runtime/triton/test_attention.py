@@ -52,9 +52,13 @@ def test_attention(name: str, dtype: torch.dtype, device: str) -> None:
     base = torch.empty(64, dtype=dtype, device=device)
     q = dice(sum(case["counts"]), heads * head, device=device, dtype=dtype)
     shape = attention.Heads(heads, kv_heads, head, dtype)
-    tiles = attention.tiles(case["counts"], max(ends), shape, case["processors"], q.device)
+    few = max(case["counts"]) * shape.group <= shape.few
+    queries = shape.few if few else shape.queries
+    spans = attention.spans(case["counts"], queries // shape.group)
+    tiles = attention.Tiles.of(len(spans), queries, max(ends), shape, case["processors"])
     assert (tiles.splits > 1) == (case["processors"] > 1)
-    got = attention.attend(q, numbers(caches, base, positions), base, tiles, LAYER, shape, head ** -0.5, window, cap)
+    told = numbers(caches, base, positions, spans)
+    got = attention.attend(q, told, base, tiles, LAYER, shape, head ** -0.5, window, cap)
     each = [(cache, position) for cache, at in zip(caches, positions, strict=True) for position in at]
     want = torch.stack([naive(row.view(heads, head), cache, position, head ** -0.5, window, cap).view(-1)
                         for row, (cache, position) in zip(q, each, strict=True)])
@@ -62,15 +66,12 @@ def test_attention(name: str, dtype: torch.dtype, device: str) -> None:
 
 
 def test_tiles() -> None:
-    """A tile lies in one piece; small ones where every piece fits; splits where there are few and contexts are long."""
-    host = torch.device("cpu")
+    """A tile lies in one piece; positions are split where tiles are few and contexts are long."""
+    assert attention.spans([70, 3], 32) == [(0, 32), (32, 32), (64, 6), (70, 3)]
     usual = attention.Heads(32, 8, 128, torch.float16)
-    found = attention.tiles([70, 3], 100, usual, 1, host)
-    assert (found.spans.tolist(), found.queries) == ([[0, 32], [32, 32], [64, 6], [70, 3]], 128)
-    assert attention.tiles([4, 1], 10, usual, 132, host).queries == 16
-    assert attention.tiles([1], 10, attention.Heads(71, 1, 64, torch.float16), 132, host).queries == 128
-    assert [attention.tiles([1] * n, 5000, usual, 132, host).splits for n in (1, 2, 32, 64)] == [20, 16, 1, 1]
-    assert attention.tiles([1], 200, usual, 132, host).splits == 1
+    assert usual.few == 16 and attention.Heads(71, 1, 64, torch.float16).few == 128
+    assert [attention.Tiles.of(n, 16, 5000, usual, 132).splits for n in (1, 2, 32, 64)] == [20, 16, 1, 1]
+    assert attention.Tiles.of(1, 16, 200, usual, 132).splits == 1
     sizes = {(256, torch.bfloat16): (256, 64, 32), (80, torch.float16): (128, 128, 64),
              (80, torch.float32): (128, 16, 32), (10, torch.float32): (16, 64, 64)}
     for (width, dtype), want in sizes.items():

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -46,11 +45,12 @@ def compiled(path: Path, device: str) -> Decoder:
 
 
 def test_replays(path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three sequences in a graph of four, the fourth nobody's; others of them later in the same graph."""
+    """Three sequences in a graph of four, the fourth token nobody's; others of them later in the same graph."""
     model = compiled(path, device)
     model.plan.captures = False
-    want = model.logits(TOKENS[:6])
+    want = model.logits(TOKENS[:7])
     monkeypatch.setattr(plan, "Graph", Pretended)
+    monkeypatch.setattr(plan, "BATCHES", (1, 2, 4))
     monkeypatch.setattr(Pretended, "made", [])
     model.plan.captures = True
     texts = [model.sequence(size) for size in (8, 100, 70)]
@@ -61,25 +61,20 @@ def test_replays(path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert nmse(logits, want[n:n + 1]) <= 1e-11
     (graph,) = Pretended.made
     (given,) = graph.seen
-    spare = model.plan._spare
     assert given[rows.TOKEN].tolist() == [*(TOKENS[n] for n in (5, 3, 4)), 0]
     assert given[rows.POSITION].tolist() == [5, 3, 4, 0]
-    assert given[rows.CAPACITY].tolist() == [64, 128, 128, 64] and given[rows.OFFSET, 3] == 0 and spare.length == 0
+    assert given[rows.CAPACITY].tolist() == [64, 128, 128, 64] and given[rows.OFFSET, 3] == 0
+    assert given[[rows.FIRST, rows.LENGTH]].tolist() == [[0, 1, 2, 3], [1] * 4] and len(model.plan._spare.data) == 2
     texts[1].truncate(2)
     mixed = model.step([(texts[1], TOKENS[2:3], 0), (texts[2], [7], 0), (texts[0].copy(4), TOKENS[4:5], 1)])
     assert [len(logits) for logits in mixed] == [0, 0, 1] and nmse(mixed[2], want[4:5]) <= 1e-11
-    assert len(Pretended.made) == 1 and graph.seen[1][rows.POSITION].tolist() == [2, 5, 4, 0]
-    one = model.step([(texts[1], TOKENS[3:4], 1)], states=True)[0]
-    assert nmse(model.head(one), want[3:4]) <= 1e-11 and len(Pretended.made) == 2
-
-
-def test_larger_batches_are_launched(path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = compiled(path, device)
-    monkeypatch.setattr(plan, "Graph", Pretended)
-    monkeypatch.setattr(plan, "BATCHES", (1, 2))
-    model.plan.captures, Pretended.made = True, []
-    found = model.step([(model.sequence(4), [token], 1) for token in (5, 6, 7)])
-    assert not Pretended.made and len(np.concatenate(found)) == 3
+    guessed = model.step([(texts[0], TOKENS[6:7], 1), (texts[1], TOKENS[3:6], 2)])
+    assert nmse(guessed[0], want[6:7]) <= 1e-11 and nmse(guessed[1], want[4:6]) <= 1e-11
+    assert len(Pretended.made) == 1, "the same graph, whatever the pieces"
+    assert graph.seen[2][rows.POSITION].tolist() == [6, 3, 4, 5]
+    assert graph.seen[2][[rows.FIRST, rows.LENGTH]].tolist() == [[0, 1, 3, 0], [1, 2, 1, 0]]
+    one = model.step([(texts[1], TOKENS[6:7], 1)], states=True)[0]
+    assert nmse(model.head(one), want[6:7]) <= 1e-11 and len(Pretended.made) == 2
 
 
 class Launched:
@@ -111,6 +106,6 @@ def test_nothing_waits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     made = decoder.compile_for(checkpoint, Gpu(meta, torch.bfloat16)).plan
     with torch.inference_mode():
         numbers = torch.zeros(rows.ROWS, 4, dtype=torch.int64, device=meta)
-        states, logits = made._after(numbers, made._tiles([1] * 4, 300))
+        states, logits = made._after(numbers)
     assert (states.dtype, states.device, logits.device, len(logits)) == (torch.float32, meta, meta, 4)
     assert all(launched.count for launched in kernels.values())

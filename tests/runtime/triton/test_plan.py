@@ -12,10 +12,10 @@ import transformers
 import fewbits
 from fewbits import codecs, containers
 from fewbits.checkpoint import Checkpoint
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, NotHere
 from fewbits.runtime import decoder
 from fewbits.runtime.sequences import Decoder
-from fewbits.runtime.triton import engine, plan
+from fewbits.runtime.triton import engine, plan, steps
 from fewbits.runtime.triton.engine import Gpu
 from fewbits.solvers import solve
 from tests.arch.models import SMALL, directory, tiny
@@ -78,9 +78,9 @@ def test_few_bits(name: str, codec: str, kernel: str, tmp_path: Path, device: st
 
 def test_products_are_joined(path: Path, model: Decoder) -> None:
     """Queries, keys and values are one product, and gate and up."""
-    products = [step for step in model.plan._steps if isinstance(step, plan.Multiply)]
+    products = [step for step in model.plan._steps if isinstance(step, steps.Multiply)]
     assert [len(step.outs) for step in products] == [3, 1, 2, 1] * 2 + [1]
-    adds = [step for step in model.plan._steps if isinstance(step, plan.Add)]
+    adds = [step for step in model.plan._steps if isinstance(step, steps.Add)]
     assert not adds, "all in norms"
 
 
@@ -139,3 +139,15 @@ def test_errors(path: Path, model: Decoder, device: str, monkeypatch: pytest.Mon
         model.sequence(65)
     with pytest.raises(FewbitsError, match="the CPU's decoder computes in float32, not in torch.float16"):
         decoder.compile(containers.open(path), torch.device("cpu"), torch.float16)
+
+
+def test_memory_that_goes_meanwhile(path: Path, model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words")
+
+    monkeypatch.setattr(engine, "Cache", gone)
+    with pytest.raises(NotHere, match="^CUDA out of memory. Tried to allocate 2.00 GiB.$"):
+        model.sequence(10)
+    monkeypatch.setattr(engine, "floats", gone)
+    with pytest.raises(NotHere):
+        compiled(path, "cpu")

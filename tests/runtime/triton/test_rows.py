@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,12 +57,15 @@ def test_gates(activation: str, dtype: torch.dtype, device: str) -> None:
     near(rows.gate(activation, gate, up), want * up.double())
 
 
-def numbers(caches: list[torch.Tensor], base: torch.Tensor, positions: list[list[int]]) -> torch.Tensor:
-    """The rows of numbers of a call: some tokens of each cache `[layers, 2, heads, capacity, columns]`."""
+def numbers(caches: list[torch.Tensor], base: torch.Tensor, positions: list[list[int]],
+            spans: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
+    """The rows of numbers of a call: some tokens of each cache `[layers, 2, heads, capacity, columns]`, and tiles."""
     found = []
     for cache, at in zip(caches, positions, strict=True):
         offset = (cache.data_ptr() - base.data_ptr()) // cache.itemsize
-        found += [[0, position, offset, cache.shape[3], 0] for position in at]
+        found += [[0, position, offset, cache.shape[3], 0, 0, 0] for position in at]
+    for row, span in zip(found, spans, strict=False):
+        row[5:] = span
     return torch.tensor(found).T.contiguous().to(base.device)
 
 

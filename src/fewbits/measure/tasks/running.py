@@ -14,6 +14,7 @@ from fewbits.measure.tasks import needs
 from fewbits.measure.tasks.answers import Answers
 from fewbits.measure.tasks.endings import Likelihood
 from fewbits.measure.tasks.paired import Answered, TaskResult, result
+from fewbits.runtime import engine
 
 if TYPE_CHECKING:
     from fewbits.measure.tasks.questions import Question
@@ -86,6 +87,7 @@ def _file(model: Checkpoint | Any, kernel: str | None, device: str | None) -> Pa
     known = identity(model)["sha256"] if isinstance(model, Checkpoint) else None
     if known is None:
         return None
-    how = "-".join(filter(None, (kernel or "default", device)))
+    gpu = engine.device(device)
+    how = kernel or "default" if gpu is None else f"{kernel or 'default'}-{gpu.type}"
     computed = f"{how}-{instructions.current()}-{fewbits.__version__}"
     return caching.folder("answers") / f"{known[:32]}-{computed}.jsonl"

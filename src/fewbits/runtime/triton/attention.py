@@ -13,19 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
-from fewbits.runtime.triton.rows import KEYS, POSITION_ROW, VALUES, line
+from fewbits.runtime.triton.rows import FIRST, KEYS, LENGTH, POSITION_ROW, VALUES, line
 
 LEAST = tl.constexpr(256)  # positions that are worth a program of their own
 MOST_SPLITS = 64
+FIRST_ROW, LENGTH_ROW = tl.constexpr(FIRST), tl.constexpr(LENGTH)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["count", "layer", "window"])
-def _attend(q, q_stride, out, stats, base, tokens, count, tiles, layer, scale, cap, window, HEADS: tl.constexpr,
+def _attend(q, q_stride, out, stats, base, tokens, count, layer, scale, cap, window, HEADS: tl.constexpr,
             KV_HEADS: tl.constexpr, HEAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
             CAP: tl.constexpr, SPLITS: tl.constexpr):
     tile, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, length = tl.load(tiles + 2 * tile).to(tl.int64), tl.load(tiles + 2 * tile + 1)
+    first, length = tl.load(tokens + FIRST_ROW * count + tile), tl.load(tokens + LENGTH_ROW * count + tile)
     keys = line(base, tokens, count, first, layer, KEYS, h, KV_HEADS, HEAD)
     values = line(base, tokens, count, first, layer, VALUES, h, KV_HEADS, HEAD)
     group: tl.constexpr = HEADS // KV_HEADS
@@ -35,7 +36,7 @@ def _attend(q, q_stride, out, stats, base, tokens, count, tiles, layer, scale, c
     query = tl.load(q + (row * q_stride + head * HEAD)[:, None] + d[None, :], alive[:, None] & (d < HEAD)[None, :], 0.0)
 
     begin = tl.load(tokens + POSITION_ROW * count + first).to(tl.int32)
-    end = begin + length.to(tl.int32)
+    end = tl.where(length > 0, begin + length.to(tl.int32), 0)
     begin = tl.where(window > 0, tl.maximum(begin - window + 1, 0), 0) // N * N
     each = tl.maximum(tl.cdiv(end - begin, SPLITS), LEAST) if SPLITS > 1 else end - begin
     each = tl.cdiv(each, N) * N
@@ -103,10 +104,15 @@ class Heads:
         return max(triton.next_power_of_2(self.width), 16)
 
     @property
+    def few(self) -> int:
+        """Queries of the smallest tile."""
+        return max(16, triton.next_power_of_2(self.group))
+
+    @property
     def queries(self) -> int:
         """Of a tile. Products of float32 are made without tensor cores, a thread's share of them is small."""
         most = (1 << 15 if self.dtype.itemsize < 4 else 1 << 12) // (self.columns * self.dtype.itemsize)
-        return max(16, min(most, 128), triton.next_power_of_2(self.group))
+        return max(self.few, min(most, 128))
 
     @property
     def positions(self) -> int:
@@ -118,21 +124,24 @@ class Heads:
 class Tiles:
     """How the tokens of a call are shared out."""
 
-    spans: torch.Tensor  # int32 [tiles, 2]: the first token, and how many
+    count: int
     queries: int  # room for so many
     splits: int  # programs that share the positions of a tile
 
+    @classmethod
+    def of(cls, spans: int, queries: int, longest: int, heads: Heads, processors: int) -> Tiles:
+        """So many splits as fill the GPU, where sequences are up to `longest`."""
+        wanted = min(2 * processors // (spans * heads.kv_heads), -(-longest // LEAST.value), MOST_SPLITS)
+        return cls(spans, queries, max(wanted, 1))
 
-def tiles(counts: Sequence[int], longest: int, heads: Heads, processors: int, device: torch.device) -> Tiles:
-    """Tiles of pieces of so many tokens; `longest` is the position that any of them reaches."""
-    least = triton.next_power_of_2(max(heads.group, 16))
-    queries = least if max(counts) * heads.group <= least else heads.queries
-    tokens, spans, row = queries // heads.group, [], 0
+
+def spans(counts: Sequence[int], tokens: int) -> list[tuple[int, int]]:
+    """Of tiles of up to `tokens` neighbours in pieces of so many: the first token, and how many."""
+    found, row = list[tuple[int, int]](), 0
     for count in counts:
-        spans += [(row + at, min(tokens, count - at)) for at in range(0, count, tokens)]
+        found += [(row + at, min(tokens, count - at)) for at in range(0, count, tokens)]
         row += count
-    wanted = min(2 * processors // (len(spans) * heads.kv_heads), -(-longest // LEAST.value), MOST_SPLITS)
-    return Tiles(torch.tensor(spans, dtype=torch.int32, device=device), queries, max(wanted, 1))
+    return found
 
 
 def attend(q: torch.Tensor, tokens: torch.Tensor, base: torch.Tensor, shared: Tiles, layer: int, heads: Heads,
@@ -147,8 +156,8 @@ def attend(q: torch.Tensor, tokens: torch.Tensor, base: torch.Tensor, shared: Ti
     if splits > 1:
         parts = torch.empty(rows, splits, heads.width, dtype=torch.float32, device=q.device)
         stats = torch.empty(rows, splits, 2, dtype=torch.float32, device=q.device)
-    _attend[(len(shared.spans), heads.kv_heads, splits)](
-        q, q.stride(0), parts, stats, base, tokens, tokens.shape[1], shared.spans, layer, scale, cap, window,
+    _attend[(shared.count, heads.kv_heads, splits)](
+        q, q.stride(0), parts, stats, base, tokens, tokens.shape[1], layer, scale, cap, window,
         heads.heads, heads.kv_heads, heads.width, shared.queries, heads.positions, d, cap > 0, splits,
         num_warps=8 if shared.queries * d > 8192 else 4, num_stages=2)
     if splits > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,14 +69,26 @@ class Gpu:
 
     def _prepared(self, q: QTensor) -> Prepared:
         if q.codec.family == "float":
-            return floats(q.dequantize(self.dtype).to(self.device))
-        try:
+            with _room():
+                return floats(q.dequantize(self.dtype).to(self.device))
+        with _room():
             return prepare(q, self.device, self.dtype, self.kernel)
-        except torch.OutOfMemoryError as error:
-            raise NotHere(f"{self.device}: {str(error).splitlines()[0]}", "--device cpu") from None
 
     def cache(self, plan: Plan, capacity: int, kept: str) -> Cache:
-        return Cache(plan, capacity)
+        with _room():
+            return Cache(plan, capacity)
 
     def free_bytes(self, promised: Iterable[int]) -> int:
         return devices.free_bytes(self.device)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """
+    Raises:
+        NotHere: memory that was free before has gone.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise NotHere(str(error).splitlines()[0], "--device cpu, or a smaller model or context") from None

@@ -14,29 +14,17 @@ import torch
 
 from fewbits import _native
 from fewbits.runtime.reference import Prepared
-from fewbits.runtime.triton import attention, rows
+from fewbits.runtime.triton import attention, rows, steps
+from fewbits.runtime.triton.attention import Tiles
 from fewbits.runtime.triton.available import current
 from fewbits.runtime.triton.graph import Graph
 from fewbits.runtime.triton.joining import joined
-from fewbits.runtime.triton.steps import (
-    Add,
-    Attend,
-    Call,
-    Cap,
-    Embed,
-    Experts,
-    Gate,
-    Multiply,
-    Norm,
-    Scaled,
-    Step,
-    narrow,
-)
+from fewbits.runtime.triton.steps import Call
 
 Array = np.ndarray
 
 SLICE = 256  # tokens whose logits are there at a time
-BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # sequences, a token each, that graphs are captured for
+BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # tokens of calls that graphs are captured for
 MOST_POSITIONS = 1 << 30
 ROOM = 64  # positions: caches take whole lines of so many
 
@@ -50,7 +38,7 @@ class Plan:
         self.device, self.dtype, self.widths, self.layers = device, dtype, list(widths), layers
         self.heads, self.score_scale = attention.Heads(heads, kv_heads, head, dtype), scale
         self.processors, self.captures = _processors(device), device.type == "cuda"
-        self._steps: list[Step] = []
+        self._steps: list[steps.Step] = []
         self._rotations: list[tuple[torch.Tensor, float]] = []
         self._turning: dict[int, int] = {}  # buffers that `attend` will turn, and how
         self._hidden = self._state = _native.NONE  # buffers: of the hidden state; what the head takes
@@ -58,26 +46,25 @@ class Plan:
         self._spare = Cache(self, 1)  # nobody's
         self.base = self._spare.data  # what offsets count from
         self._graphs: dict[int, Graph] = {}
-        self._kept: list[attention.Tiles] = []  # what graphs read
         self._busy = Lock()
 
     # recording --------------------------------------------------------------------------------------------------------
     def embed(self, table: Prepared, out: int) -> None:
         self._hidden = out
-        self._steps.append(Embed(table, out, rows.TOKEN))
+        self._steps.append(steps.Embed(table, out, rows.TOKEN))
 
     def positions(self, table: Prepared, out: int) -> None:
         self._positions = table.shape[0]
-        self._steps.append(Embed(table, out, rows.POSITION))
+        self._steps.append(steps.Embed(table, out, rows.POSITION))
 
     def norm(self, x: int, out: int, weight: Array, epsilon: float, centred: bool = False,
              bias: Array | None = None) -> None:
         _require(self.widths[x] % len(weight) == 0, "the norm's width")
         last, added = self._steps[-1], None
-        if isinstance(last, Add) and last.to == x == self._hidden:
+        if isinstance(last, steps.Add) and last.to == x == self._hidden:
             added = last.x
             self._steps.pop()
-        self._steps.append(Norm(x, out, self._vector(weight), epsilon, centred,
+        self._steps.append(steps.Norm(x, out, self._vector(weight), epsilon, centred,
                                 None if bias is None else self._vector(bias), added))
 
     def multiply(self, x: int, weights: Sequence[Prepared], biases: Sequence[Array | None],
@@ -89,7 +76,7 @@ class Plan:
         for whole, members in joined(weights):
             widths = {outs[i]: weights[i].shape[0] for i in members}
             bias = self._bias([biases[i] for i in members], list(widths.values()))
-            self._steps.append(Multiply(x, whole, bias, widths))
+            self._steps.append(steps.Multiply(x, whole, bias, widths))
 
     def rotation(self, frequencies: Sequence[float], factor: float, stretched: Sequence[float] = ()) -> int:
         _require(2 * len(frequencies) <= self.heads.width, "rotated columns of a head")
@@ -103,29 +90,29 @@ class Plan:
     def attend(self, queries: int, keys: int, values: int, out: int, layer: int, window: int, cap: float) -> None:
         turns = {self._turning.pop(buffer, None) for buffer in (queries, keys)}
         _require(len(turns) == 1 and not self._turning, "queries and keys turn alike, just before they meet")
-        self._steps.append(Attend(queries, keys, values, out, layer, window, cap, turns.pop()))
+        self._steps.append(steps.Attend(queries, keys, values, out, layer, window, cap, turns.pop()))
 
     def gate(self, activation: str, gate: int, up: int, out: int) -> None:
-        self._steps.append(Gate(activation, gate, up, out))
+        self._steps.append(steps.Gate(activation, gate, up, out))
 
     def experts(self, x: int, router: Prepared, gates: Sequence[Prepared], ups: Sequence[Prepared],
                 downs: Sequence[Prepared], room: Sequence[int], out: int, chosen: int, normalised: bool,
                 activation: str) -> None:
         _require(1 <= chosen <= router.shape[0], "a token goes to 1 or more of the experts")
-        self._steps.append(Experts(x, router, gates[0], ups[0], downs[0], out, chosen, normalised, activation))
+        self._steps.append(steps.Experts(x, router, gates[0], ups[0], downs[0], out, chosen, normalised, activation))
 
     def scale(self, x: int, factor: float) -> None:
-        self._steps.append(Scaled(x, factor))
+        self._steps.append(steps.Scaled(x, factor))
 
     def cap(self, x: int, most: float) -> None:
-        self._steps.append(Cap(x, most))
+        self._steps.append(steps.Cap(x, most))
 
     def add(self, x: int, to: int) -> None:
-        self._steps.append(Add(x, to))
+        self._steps.append(steps.Add(x, to))
 
     def narrow(self) -> None:
         self._narrowed = len(self._steps)
-        self._steps.append(narrow)
+        self._steps.append(steps.narrow)
 
     def head(self, x: int) -> None:
         self._state, self._head = x, len(self._steps)
@@ -147,9 +134,9 @@ class Plan:
              states: bool, threads: int) -> None:
         with self._alone():
             chosen = _last(counts, wanted)
-            if self.captures and max(counts) == 1 and len(caches) <= BATCHES[-1]:
-                found = self._replayed(caches, tokens)[not states]
-                torch.from_numpy(out).copy_(found[:len(caches)] if len(out) == len(caches) else found[chosen])
+            if self.captures and len(tokens) <= BATCHES[-1]:
+                found = self._replayed(caches, counts, tokens)[not states]
+                torch.from_numpy(out).copy_(found[:len(out)] if len(out) == len(tokens) else found[chosen])
             else:
                 self._launched(caches, counts, tokens, chosen, out, states)
             for cache, count in zip(caches, counts, strict=True):
@@ -165,10 +152,14 @@ class Plan:
 
     def _launched(self, caches: Sequence[Cache], counts: Sequence[int], tokens: Array, chosen: Array, out: Array,
                   states: bool) -> None:
-        numbers = torch.from_numpy(self._numbers(caches, counts, tokens)).to(self.device)
         longest = max(cache.length + count for cache, count in zip(caches, counts, strict=True))
+        few = max(counts) * self.heads.group <= self.heads.few
+        queries = self.heads.few if few else self.heads.queries
+        spans = attention.spans(counts, queries // self.heads.group)
+        numbers = torch.from_numpy(self._numbers(caches, counts, tokens, spans)).to(self.device)
         wanted = None if len(chosen) == len(tokens) else torch.from_numpy(chosen).to(self.device)
-        call = Call(self, numbers, self._tiles(counts, longest), wanted)
+        tiles = Tiles.of(len(spans), queries, longest, self.heads, self.processors)
+        call = Call(self, numbers, tiles, wanted)
         if not len(chosen):
             self._run(call, self._narrowed)
         elif states:
@@ -176,25 +167,23 @@ class Plan:
         else:
             self._finish(self._states(call), out)
 
-    def _replayed(self, caches: Sequence[Cache], tokens: Array) -> tuple[torch.Tensor, ...]:
-        """States and logits of a token of each sequence; tokens of nobody's fill up the batch of a graph."""
-        size = next(size for size in BATCHES if size >= len(caches))
-        filled = [*caches, *[self._spare] * (size - len(caches))]
-        numbers = torch.from_numpy(self._numbers(filled, [1] * size, np.pad(tokens, (0, size - len(tokens)))))
+    def _replayed(self, caches: Sequence[Cache], counts: Sequence[int], tokens: Array) -> tuple[torch.Tensor, ...]:
+        """States and logits of all tokens; tokens of nobody's fill up the batch of a graph."""
+        size = next(size for size in BATCHES if size >= len(tokens))
+        spare = size - len(tokens)
+        caches, counts = [*caches, *[self._spare] * spare], [*counts, *[1] * spare]
+        spans = attention.spans(counts, self.heads.few // self.heads.group)
+        numbers = torch.from_numpy(self._numbers(caches, counts, np.pad(tokens, (0, spare)), spans))
         if size not in self._graphs:
-            tiles = self._tiles([1] * size, MOST_POSITIONS)
-
-            self._graphs[size] = Graph(lambda given: self._after(given, tiles), numbers.to(self.device))
-            self._kept.append(tiles)
+            self._graphs[size] = Graph(self._after, numbers.to(self.device))
         return self._graphs[size].replay(numbers)
 
-    def _after(self, numbers: torch.Tensor, tiles: attention.Tiles) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and logits of all tokens. A graph holds it: nothing in it may wait for the GPU."""
+    def _after(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States and logits of a few tokens, whatever their sequences. A graph holds it: nothing in it may wait for the
+        GPU, or depend on what the numbers are."""
+        tiles = Tiles.of(numbers.shape[1], self.heads.few, MOST_POSITIONS, self.heads, self.processors)
         states = self._states(Call(self, numbers, tiles))
         return states, self._logits(states)
-
-    def _tiles(self, counts: Sequence[int], longest: int) -> attention.Tiles:
-        return attention.tiles(counts, longest, self.heads, self.processors, self.device)
 
     def _states(self, call: Call) -> torch.Tensor:
         """What the head takes, in the rows that are wanted."""
@@ -215,15 +204,15 @@ class Plan:
             step(call)
         return call.buffers[_native.RESULT]
 
-    def _numbers(self, caches: Sequence[Cache], counts: Sequence[int], tokens: Array) -> Array:
-        found = np.empty((rows.ROWS, len(tokens)), np.int64)
-        at = 0
+    def _numbers(self, caches: Sequence[Cache], counts: Sequence[int], tokens: Array,
+                 spans: list[tuple[int, int]]) -> Array:
+        found, at = np.zeros((rows.ROWS, len(tokens)), np.int64), 0
         for cache, count in zip(caches, counts, strict=True):
             one = found[:, at:at + count]
             one[rows.POSITION] = np.arange(cache.length, cache.length + count)
             one[rows.OFFSET], one[rows.CAPACITY], one[rows.STRETCHED] = self._offset(cache), cache.room, cache.stretched
             at += count
-        found[rows.TOKEN] = tokens
+        found[rows.TOKEN], found[[rows.FIRST, rows.LENGTH], :len(spans)] = tokens, np.array(spans).T
         _require(not self._positions or found[rows.POSITION].max() < self._positions,
                  "more tokens than the table has positions")
         return found
@@ -250,7 +239,6 @@ class Cache:
         self.length, self.capacity, self.room, self.stretched = 0, capacity, -(-capacity // ROOM) * ROOM, False
         self.data = torch.empty(plan.layers, 2, plan.heads.kv_heads, self.room, plan.heads.width, dtype=plan.dtype,
                                 device=plan.device)
-
 
     def copy(self, source: Cache, length: int) -> None:
         self.data[..., :length, :] = source.data[..., :length, :]

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-# of a call, one of each a token: int64 [ROWS, tokens]
+# what a call is told, int64 [ROWS, tokens]: of every token; of every tile of attention, where there are fewer 0
 TOKEN, POSITION, OFFSET, CAPACITY, STRETCHED = range(5)
-ROWS = 5
+FIRST, LENGTH = 5, 6
+ROWS = 7
 OFFSET_ROW, CAPACITY_ROW, POSITION_ROW = tl.constexpr(OFFSET), tl.constexpr(CAPACITY), tl.constexpr(POSITION)
 
 KEYS, VALUES = tl.constexpr(0), tl.constexpr(1)  # in a cache [layers, 2, heads of keys, capacity, columns]
