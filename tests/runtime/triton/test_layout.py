@@ -66,6 +66,14 @@ def test_values_and_codes(name: str, shape: tuple[int, ...]) -> None:
     assert error < (1e-6 if name.startswith(("int", "kmeans", "fp8-e5m2", "fp8-e4m3")) and name[-3:] != "128" else 1e-3)
 
 
+@pytest.mark.parametrize("name", ["int8-g128", "fp8-e4m3-b128", "int4-g128", "int3-g96-asym", "int2-g64"])
+def test_a_last_group_that_is_cut(name: str) -> None:
+    q = weight(name, 20, 1216)
+    want = q.dequantize().double()
+    found, planes, _ = layout.pack(q)
+    assert (decoded(found, planes, q.shape) - want).abs().max() < 1e-3 * want.abs().max()
+
+
 def test_one_block_by_hand() -> None:
     """4 bits: 16 words an output, field i of word j is column 16 i + j."""
     codes = (torch.arange(128) * 7 % 16).to(torch.uint8).expand(1, 128)

@@ -210,7 +210,7 @@ def _finish(layout: Layout, planes: Planes, scale: torch.Tensor, each: int, colu
         planes["second"] = offsets / row
     for name in ("scales", "second"):
         if name in planes:
-            many = planes[name].repeat_interleave(max(1, each // group), 1)[:, :wide // group]
+            many = planes[name].repeat_interleave(max(1, each // group), 1)[:, :units(wide, group)]
             many = F.pad(many, (0, units(wide, group) - many.shape[1]))
             planes[name] = many if name == "second" and layout.second == "zeros" else many.to(torch.float16)
     return replace(layout, group=group), planes | {"row": row[:, 0]}
