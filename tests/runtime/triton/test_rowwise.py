@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from fewbits import codecs
 from fewbits.errors import FewbitsError
@@ -73,6 +74,30 @@ def test_however_it_is_cut(config: Config, monkeypatch) -> None:
             assert equal(got, want)
         got, want = both(weight("int8"), x, outliers=2.5)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_become_smaller_where_memory_does_not_suffice(monkeypatch) -> None:
+    """Parts and counters are those of the tiles that there are at last."""
+    plain, sizes = rowwise.multiply, []
+
+    class Scarce:
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                sizes.append((constants["N"], constants["num_stages"]))
+                if constants["N"] > 16 or constants["num_stages"] > 1:
+                    raise OutOfResources(1 << 20, 1 << 16, "shared memory")
+                plain[grid](*args, **constants)
+
+            return launch
+
+    monkeypatch.setattr(rowwise, "multiply", Scarce())
+    monkeypatch.setattr(configs, "_instead", {})
+    monkeypatch.setattr(configs, "lookup", lambda *_: Config(64, 16, 2, stages=2))
+    x = activations(20)
+    for _ in range(2):
+        got, want = both(weight("w8a8"), x)
+        assert equal(got, want)
+    assert sizes == [(64, 2), (64, 1), (32, 1), (16, 1), (16, 1)]  # the second time at once
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17])

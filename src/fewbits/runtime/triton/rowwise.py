@@ -25,6 +25,7 @@ FEW = 4  # rows up to which each program that rounds a row finds the outliers of
 WIDEST = 8192  # columns that a program rounds at a time
 LOOK = (64, 128)  # rows and columns in which a program looks for outliers
 WIDE, NARROW = 256, 128  # columns that a product sums at a time: of up to 32 rows, and of more
+SMALLEST = 16  # outputs of a tile at least
 DECODED = 1 << 22  # weights decoded at a time for gradients
 SCHEMA = ("(Tensor x, Tensor codes, Tensor by_row, Tensor? zeros, Tensor? inputs, Tensor? bias, float span, "
           "float outliers) -> Tensor")
@@ -44,7 +45,7 @@ def product(x: torch.Tensor, codes: torch.Tensor, by_row: torch.Tensor, zeros: t
         return y
     x, device = x.contiguous(), x.device
     c = configs.lookup("rowwise", 8, columns, rows, outs, columns, device)
-    tiles, split, k = units(rows, c.m) * units(outs, c.n), c.split, WIDE if c.m <= 32 and columns % 16 == 0 else NARROW
+    split, k = c.split, WIDE if c.m <= 32 and columns % 16 == 0 else NARROW
     pitch = units(columns, k) * k
     apart, few = outliers > 0, rows <= FEW
 
@@ -55,9 +56,20 @@ def product(x: torch.Tensor, codes: torch.Tensor, by_row: torch.Tensor, zeros: t
     listed = empty(1 + units(columns, FAR.value), where=apart)
     rounded, sums = empty(rows, pitch, dtype=torch.int8), empty(rows, where=zeros is not None)
     scales = inputs if inputs is not None else empty(rows, dtype=torch.float32)
-    parts, arrived = empty(split, tiles, c.m * c.n, where=split > 1), empty(tiles, where=split > 1)
-    far_parts = empty(*parts.shape, dtype=torch.float32, where=apart and split > 1)
+    arrived = empty(units(rows, c.m) * units(outs, SMALLEST), where=split > 1)
     block = min(triton.next_power_of_2(pitch), WIDEST)
+
+    def launch(c: configs.Config) -> None:
+        tiles = units(rows, c.m) * units(outs, c.n)
+        parts = empty(split, tiles, c.m * c.n, where=split > 1)
+        far_parts = empty(*parts.shape, dtype=torch.float32, where=apart and split > 1)
+        multiply[tiles, split](
+            rounded, scales, sums, x, far, listed, codes, by_row, codes if zeros is None else zeros,
+            by_row if bias is None else bias, y, parts, far_parts, arrived, rows, outs, columns, pitch,
+            M=c.m, N=c.n, K=k, SPLIT=split, EVEN=columns == pitch, OUTLIERS=apart, ZEROS=zeros is not None,
+            STATIC=inputs is not None, BIAS=bias is not None, num_warps=c.warps, num_stages=c.stages,
+            enable_fp_fusion=False)  # a bias is added after rounding, as on the CPU
+
     with current(device):
         if apart and not few:
             high, wide = LOOK
@@ -66,12 +78,7 @@ def product(x: torch.Tensor, codes: torch.Tensor, by_row: torch.Tensor, zeros: t
             x, far, listed, rounded, scales, sums, arrived, scales, rows, columns, pitch, arrived.numel(), span,
             outliers, BLOCK=block, OUTLIERS=apart, ROWS=triton.next_power_of_2(rows) if apart and few else 0,
             STATIC=inputs is not None, SUMS=zeros is not None, num_warps=min(max(block // 512, 1), 16))
-        multiply[tiles, split](
-            rounded, scales, sums, x, far, listed, codes, by_row, codes if zeros is None else zeros,
-            by_row if bias is None else bias, y, parts, far_parts, arrived, rows, outs, columns, pitch,
-            M=c.m, N=c.n, K=k, SPLIT=split, EVEN=columns == pitch, OUTLIERS=apart, ZEROS=zeros is not None,
-            STATIC=inputs is not None, BIAS=bias is not None, num_warps=c.warps, num_stages=c.stages,
-            enable_fp_fusion=False)  # a bias is added after rounding, as on the CPU
+        configs.fitting("rowwise", c, launch)
     return y
 
 
