@@ -40,7 +40,7 @@ Weights = Callable[[dict[str, Any]], tuple[int, float]]  # constants -> weights 
 
 @dataclass(frozen=True)
 class Form:
-    """How labels, jumps, instructions and loads from global memory are written."""
+    """How labels, jumps, instructions and loads from global memory are written; sums of other programs do not count."""
 
     label: re.Pattern[str]
     jump: re.Pattern[str]
@@ -50,10 +50,10 @@ class Form:
 
 
 PTX = Form(re.compile(r"(\$L\w+):"), re.compile(r"\bbra\S*\s+(\$L\w+)"), re.compile(r";"),
-           re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\b|\bcp\.async\.c[ag]\S*.*\], (0x\w+|\d+)"),
+           re.compile(r"\bld\.global(?!\.cg)\S*?(?:\.v(\d))?\.[bsuf](\d+)\b|\bcp\.async\.c[ag]\S*.*\], (0x\w+|\d+)"),
            lambda m: int(m[3], 0) if m[3] else int(m[1] or 1) * int(m[2]) // 8)
 SASS = Form(re.compile(r"\s*(\.L_x_\d+):"), re.compile(r"\bBRA\b.*?(\.L_x_\d+)"), re.compile(r"/\*[0-9a-f]{4,}\*/"),
-            re.compile(r"\bLDG(?:STS)?\.E((?:\.\w+)*)"),
+            re.compile(r"\bLDG(?:STS)?\.E(?!\S*STRONG)((?:\.\w+)*)"),
             lambda m: next((size for name, size in WIDTHS.items() if name in m[1].split(".")), 4))
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 

@@ -100,6 +100,22 @@ def test_tiles_become_smaller_where_memory_does_not_suffice(monkeypatch) -> None
     assert sizes == [(64, 2), (64, 1), (32, 1), (16, 1), (16, 1)]  # the second time at once
 
 
+@pytest.mark.parametrize("rows, split", [(16, 4), (256, 4), (512, 2), (4096, 1)])
+def test_many_rows_need_no_parts(rows: int, split: int, monkeypatch) -> None:
+    """Configurations are those of 256 rows at most."""
+    seen = []
+
+    class Seen:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: seen.append(constants.get("SPLIT"))
+
+    monkeypatch.setattr(rowwise, "multiply", Seen())
+    monkeypatch.setattr(rowwise, "round_rows", Seen())
+    with configs.trying({"rowwise": Config(64, 64, 4)}):
+        Tiled(weight("w8a8").to(DEVICE), torch.float16).matmul(torch.zeros(rows, COLUMNS, device=DEVICE), None)
+    assert seen == [None, split]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_outliers_meet_the_weight_in_floating_point(rows: int, dtype: torch.dtype, off: float) -> None:

@@ -45,7 +45,8 @@ def product(x: torch.Tensor, codes: torch.Tensor, by_row: torch.Tensor, zeros: t
         return y
     x, device = x.contiguous(), x.device
     c = configs.lookup("rowwise", 8, columns, rows, outs, columns, device)
-    split, k = c.split, WIDE if c.m <= 32 and columns % 16 == 0 else NARROW
+    split = max(1, c.split * min(rows, configs.bucket(rows)) // rows)  # what it says is for a bucket's rows at most
+    k = WIDE if c.m <= 32 and columns % 16 == 0 else NARROW
     pitch = units(columns, k) * k
     apart, few = outliers > 0, rows <= FEW
 
