@@ -108,11 +108,17 @@ def _dot(x, codes, total):
     if x.dtype == tl.float32:
         for _ in tl.static_range(3):
             part = x.to(tl.bfloat16)
-            total = _dot(part, codes, total)
+            total = _dot_16(part, codes, total)
             x -= part.to(tl.float32)
             x = tl.where(x == x, x, 0.0)  # infinity less infinity
         return total
-    elif INTERPRETED:  # it has no products of bfloat16
+    else:
+        return _dot_16(x, codes, total)
+
+
+@triton.jit
+def _dot_16(x, codes, total):
+    if INTERPRETED:  # it has no products of bfloat16
         return tl.dot(x.to(tl.float32), codes.to(tl.float32), total)
     else:
         return tl.dot(x, codes.to(x.dtype), total)
@@ -170,7 +176,7 @@ def multiply(codes, scales, row_sums, x, far, listed, w, by_row, zeros, bias, y,
     each = tl.cdiv(pitch, K * SPLIT) * K
     for start in range(part * each, tl.minimum(part * each + each, pitch), K):
         weight = tl.load(b + start) if EVEN else tl.load(b + start, mask=k[:, None] < columns - start, other=0)
-        sums = tl.dot(tl.load(a + start), weight, sums)
+        sums = tl.dot(tl.load(a + start), weight, sums, out_dtype=tl.int32)
     if SPLIT == 1:
         total = _scaled(sums, row_sums, zeros, scales, near_row, near_out, ZEROS, STATIC)
         if OUTLIERS:

@@ -20,8 +20,8 @@ def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrive
     BLOCK: tl.constexpr = 16 * FIELDS
     GROUPS: tl.constexpr = BLOCK // GROUP if GROUP < BLOCK else 1
     EACH: tl.constexpr = FIELDS // GROUPS
-    tile, part = tl.program_id(0), tl.program_id(1)
-    n = tile * N + tl.arange(0, N)
+    part = tl.program_id(1)
+    n = tl.program_id(0) * N + tl.arange(0, N)
     live = n < outs
     j = tl.arange(0, 16)
     each = tl.cdiv(blocks, SPLIT)
@@ -48,7 +48,7 @@ def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrive
         _finish(found, out, bias, row, m, n, 1, outs, BIAS)
     else:
         tl.store(sums + part * outs + n[None, :], found, mask=live[None, :])
-        if is_last(arrived + tile, SPLIT):
+        if is_last(arrived + tl.program_id(0), SPLIT):
             _gather(out, bias, row, sums, m, n, 1, outs, BIAS, SPLIT)
 
 
