@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fewbits.runtime.triton.reading import ONE, numbers, weights
+from fewbits.runtime.triton.reading import ONE, block, numbers, weights
 
 
 @triton.jit
@@ -23,11 +23,7 @@ def decode(out, ids, words, upper, scales, second, levels, row, first, count, co
     if CHOSEN:
         n = tl.load(ids + k, mask=live, other=0).to(tl.int32)
     j = tl.arange(0, 16)
-    at = (b * 16 + j)[:, None] * stride + n[None, :]
-    word = tl.load(words + at, mask=live[None, :], other=0)
-    high = word
-    if UPPER > 0:
-        high = tl.load(upper + at, mask=live[None, :], other=0)
+    word, high = block(words, upper, b, n, live, stride, UPPER)
     factor = tl.load(row + n, mask=live, other=0.0)
     for g in tl.static_range(GROUPS):
         scale, offset = numbers(scales, second, (b * BLOCK + g * GROUP) // GROUP * stride + n, live, SECOND, ZERO)

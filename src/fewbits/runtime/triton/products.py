@@ -7,7 +7,7 @@ their order, so that results do not depend on who came when.
 import triton
 import triton.language as tl
 
-from fewbits.runtime.triton.reading import ONE, numbers, weights
+from fewbits.runtime.triton.reading import ONE, block, numbers, weights
 from fewbits.runtime.triton.sharing import is_last
 
 
@@ -27,11 +27,7 @@ def matvec(x, out, bias, words, upper, scales, second, levels, row, sums, arrive
     each = tl.cdiv(blocks, SPLIT)
     total = tl.zeros([16, N], tl.float32)
     for b in range(part * each, min(part * each + each, blocks)):
-        at = (b * 16 + j)[:, None] * stride + n[None, :]
-        word = tl.load(words + at, mask=live[None, :], other=0)
-        high = word
-        if UPPER > 0:
-            high = tl.load(upper + at, mask=live[None, :], other=0)
+        word, high = block(words, upper, b, n, live, stride, UPPER)
         for g in tl.static_range(GROUPS):
             scale, offset = numbers(scales, second, (b * BLOCK + g * GROUP) // GROUP * stride + n, live, SECOND, ZERO)
             for i in tl.static_range(EACH):
@@ -88,11 +84,7 @@ def tile(x, out, bias, words, upper, scales, second, levels, row, sums, arrived,
     total = tl.zeros([M, N], tl.float32)
     each = tl.cdiv(blocks, SPLIT)
     for b in range(part * each, min(part * each + each, blocks)):
-        at = (b * 16 + j)[:, None] * stride + n[None, :]
-        word = tl.load(words + at, mask=live[None, :], other=0)
-        high = word
-        if UPPER > 0:
-            high = tl.load(upper + at, mask=live[None, :], other=0)
+        word, high = block(words, upper, b, n, live, stride, UPPER)
         for g in tl.static_range(GROUPS):
             scale, offset = numbers(scales, second, (b * BLOCK + g * GROUP) // GROUP * stride + n, live, SECOND, ZERO)
             for i in tl.static_range(EACH):

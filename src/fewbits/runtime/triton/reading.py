@@ -16,6 +16,17 @@ def field(words, i, BITS: tl.constexpr, AT: tl.constexpr):
 
 
 @triton.jit
+def block(words, upper, b, n, live, stride, UPPER: tl.constexpr):
+    """Words `[16, N]` of block `b` of outputs `n`, and those of their upper bits, if there are such."""
+    at = (b * 16 + tl.arange(0, 16))[:, None] * stride + n[None, :]
+    lower = tl.load(words + at, mask=live[None, :], other=0)
+    if UPPER > 0:
+        return lower, tl.load(upper + at, mask=live[None, :], other=0)
+    else:
+        return lower, lower
+
+
+@triton.jit
 def numbers(scales, second, at, live, SECOND: tl.constexpr, ZERO: tl.constexpr):
     """Scale and offset, of code 0, of groups: float32; `at` are entries of their planes."""
     scale = tl.load(scales + at, mask=live, other=0.0).to(tl.float32)
