@@ -30,7 +30,8 @@ class OnGpu:
         self.codec, self.shape, self.dtype, self.layout, self.order, self.kept = codec, shape, dtype, found, order, kept
         device = planes["words"].device
         self.planes = planes | {"arrived": torch.zeros(COUNTERS, dtype=torch.int32, device=device)}
-        self._ops, self._spelling = ops, ops.spelled(Weight(found, tuple(shape), self.planes))
+        self._weight = Weight(found, tuple(shape), self.planes)
+        self._ops, self._spelling = ops, ops.spelled(self._weight)
 
     @classmethod
     def of(cls, q: QTensor, dtype: torch.dtype) -> OnGpu:
@@ -57,7 +58,11 @@ class OnGpu:
         if len(self.shape) != 2:
             raise FewbitsError(f"a stack of {self.shape[0]} matrices needs the expert of every row", "use grouped()")
         self._check(x, self.shape[-1])
-        return self._ops.product(self._ordered(x), list(self.planes.values()), bias, self._spelling)
+        x = self._ordered(x)
+        if not _launched(x):
+            return self._ops.product(x, list(self.planes.values()), bias, self._spelling)
+        found = self._weight.multiply(x.reshape(-1, x.shape[-1]).contiguous(), bias)
+        return found.view(*x.shape[:-1], found.shape[-1])
 
     def grouped(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Every row of `x` `[n, in]` times the matrix of its expert, `experts` (int64) `[n]`: `[n, out]`."""
@@ -83,6 +88,12 @@ class OnGpu:
             raise FewbitsError(f"activations of {x.dtype}", "float16, bfloat16 or float32")
         if x.shape[-1] != columns:
             raise FewbitsError(f"{x.shape[-1]} columns, for a weight {list(self.shape)}")
+
+
+def _launched(x: torch.Tensor) -> bool:
+    """Whether a product is a launch and nothing else: torch's ways around operators take longer than small products."""
+    watched = torch.is_grad_enabled() and x.requires_grad or torch.compiler.is_compiling()
+    return type(x) is torch.Tensor and not x.is_meta and not watched
 
 
 def side_by_side(parts: Sequence[OnGpu]) -> OnGpu | None:
