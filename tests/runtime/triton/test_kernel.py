@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fewbits.errors import FewbitsError
 from fewbits.qtensor import QTensor
 from fewbits.runtime.dispatch import choose
 from fewbits.runtime.linear import packed
-from fewbits.runtime.triton import configs
+from fewbits.runtime.triton import available, configs
 from fewbits.runtime.triton.available import interpreted
 from fewbits.runtime.triton.configs import Config
 from fewbits.runtime.triton.kernel import OnGpu, Triton, side_by_side
@@ -151,3 +152,18 @@ def test_what_is_refused(on: torch.device) -> None:
         p.grouped(torch.zeros(2, 64, device=on, dtype=torch.float64), torch.zeros(2, dtype=torch.long, device=on))
     with pytest.raises(FewbitsError, match="32 columns"):
         p.grouped(torch.zeros(2, 32, device=on), torch.zeros(2, dtype=torch.long, device=on))
+
+
+def test_triton_that_is_missing_or_old_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    for version, reason in ((absent, "triton is not installed (pip install 'fewbits[gpu]')"),
+                            (lambda name: "3.2.0", "triton 3.2.0 is older than 3.4")):
+        monkeypatch.setattr(available, "version", version)
+        available._missing.cache_clear()
+        assert Triton().supports(weight("int4-g32", 16, 64), gpu) == reason
+    monkeypatch.undo()
+    available._missing.cache_clear()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+OLDEST = (3, 4)  # gathers that compile
 
 
 def interpreted() -> bool:
@@ -41,7 +43,12 @@ def unavailable(device: torch.device) -> str | None:
 
 @cache
 def _missing() -> str | None:
-    return None if find_spec("triton") else "triton is not installed (pip install 'fewbits[gpu]')"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed (pip install 'fewbits[gpu]')"
+    old = tuple(map(int, found.split(".")[:2])) < OLDEST
+    return f"triton {found} is older than {'.'.join(map(str, OLDEST))}" if old else None
 
 
 @cache

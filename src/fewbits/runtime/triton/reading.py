@@ -69,8 +69,10 @@ def weights(words, upper, levels, n, live, scale, offset, i, one, LEVELS: tl.con
             code = code | field(upper.to(tl.int32), i, UPPER, LOWER)
         if LEVELS == "rows":
             return tl.load(levels + (n[None, :] << (LOWER + UPPER)) + code, mask=live[None, :], other=0.0)
-        else:
-            return tl.load(levels + code) * scale[None, :]
+        else:  # the table goes through shared memory, whose addresses are cheaper
+            table = tl.load(levels + tl.arange(0, 1 << (LOWER + UPPER)))
+            flat = tl.gather(table, tl.reshape(code, [code.shape[0] * code.shape[1]]), 0)
+            return tl.reshape(flat, [code.shape[0], code.shape[1]]) * scale[None, :]
 
 
 @triton.jit
