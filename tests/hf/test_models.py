@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 import fewbits
 from fewbits import FewbitsConfig
@@ -38,6 +39,7 @@ class Hub:
 def test_push_to_hub(recipe: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(tmp_path)
     monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", lambda name, **_: ModelCard("---\ntags: []\n---\n"))
     for net in (fewbits.load(tiny, recipe=recipe), pretrained(tiny, quantization_config=FewbitsConfig(recipe))):
         net.push_to_hub("someone/model")
         assert described(tmp_path)["quant_method"] == ("bitsandbytes" if recipe == "nf4" else "fewbits")
