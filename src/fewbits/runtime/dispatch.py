@@ -40,10 +40,10 @@ def _first(q: QTensor, device: torch.device, only: str | None, without: tuple[st
     """The kernel to take, and why none of those before it."""
     reasons: list[str] = []
     for kernel in KERNELS:
-        interpreted = kernel.name == "triton" and device.type == "cpu"  # for those alone who ask for it: it is slow
-        asked = kernel.name not in without and only in ((kernel.name,) if interpreted else (None, kernel.name))
-        reason = kernel.supports(q, device) if asked else f"not asked for (only {only})" if only else \
-            "not on cpu" if interpreted else "ruled out"
+        asked = kernel.name not in without and only in (None, kernel.name)
+        reason = kernel.supports(q, device) if asked else f"not asked for (only {only})" if only else "ruled out"
+        if reason is None and only is None and not kernel.offers(device):
+            reason = "only where it is asked for"
         if reason is None:
             return kernel, "; ".join(reasons)
         reasons.append(f"{kernel.name}: {reason}")

@@ -55,6 +55,10 @@ class Kernel(Protocol):
     def supports(self, q: QTensor, device: torch.device) -> str | None:
         """Why this kernel cannot compute with `q` on `device`, or None."""
 
+    def offers(self, device: torch.device) -> bool:
+        """Whether it is to be taken there by those who do not ask for it by name."""
+        return True
+
     def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
         """`q`, on the device that it will be multiplied on."""
 

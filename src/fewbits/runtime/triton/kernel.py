@@ -128,6 +128,9 @@ class Triton(Kernel):
     def supports(self, q: QTensor, device: torch.device) -> str | None:
         return unavailable(device) or layout.unfit(q)
 
+    def offers(self, device: torch.device) -> bool:
+        return device.type != "cpu"  # where it would be interpreted, which is slow
+
     def prepare(self, q: QTensor, dtype: torch.dtype) -> Prepared:
         return OnGpu.of(q, dtype)
 
